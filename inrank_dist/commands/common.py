@@ -1,0 +1,81 @@
+"""What several commands share."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Config, load_config
+from ..data import Tokenizer
+from ..errors import UserError
+from ..lowrank.convert import convert
+from ..lowrank.linear import set_base_scale
+from ..models import LanguageModel
+from ..train.checkpoint import Checkpoint, find_checkpoint, load_parameters
+from ..train.start import dense_skeleton
+from .settings_help import settings_help
+
+log = logging.getLogger("inrank_dist")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--config FILE [--section.key VALUE ...]``; the help lists every setting."""
+    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "every setting can be given as --section.key VALUE:\n\n" + settings_help()
+
+
+def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
+    """The configuration, or None when it was only to be printed. Warns of settings that have no effect."""
+    config, given = load_config(arguments.config, overrides)
+    for sentence in config.without_effect(given):
+        log.warning("warning: %s", sentence)
+    if arguments.print_config:
+        print(config.to_yaml(), end="")
+        return None
+    return config
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR [--step N]``."""
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+    parser.add_argument("--step", metavar="N", type=int, help="checkpoint of this step (default: the newest)")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint's model in this process, whole and in float32."""
+
+    checkpoint: Checkpoint
+    config: Config
+    tokenizer: Tokenizer
+    skeleton: LanguageModel
+    model: LanguageModel
+
+
+def no_overrides(rest: Sequence[str]) -> None:
+    """Reject words that no option took."""
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r}; see --help")
+
+
+def load_trained(arguments: argparse.Namespace) -> TrainedModel:
+    """Load the model that ``--run`` and ``--step`` name, on CPU."""
+    checkpoint = find_checkpoint(arguments.run, arguments.step)
+    config, _ = load_config(checkpoint.config_file)
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
+    model = convert(skeleton, checkpoint.state.layout).to_empty(device="cpu")
+    model.reset_buffers()
+    load_parameters(checkpoint, {name: p.detach() for name, p in model.named_parameters()})
+    set_base_scale(model, config.lowrank.policy.base_scale(checkpoint.state.step))
+    return TrainedModel(checkpoint, config, tokenizer, skeleton, model.eval())
+
+
+def device() -> torch.device:
+    """Where one process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,51 @@
+"""``inrank generate``: samples of text."""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from ..errors import UserError
+from ..lowrank.init import generator_for
+from ..train.sampling import sample_tokens
+from .common import add_run_arguments, device, load_trained, no_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR --prompt TEXT`` and how to draw."""
+    add_run_arguments(parser)
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue (default: start a document)")
+    parser.add_argument("--tokens", metavar="N", type=int, default=128, help="most tokens to write (default 128)")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="how many texts (default 1)")
+    parser.add_argument(
+        "--temperature", metavar="T", type=float, default=0.8, help="0: the likeliest token (default 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", metavar="K", type=int, default=50, help="draw among the K likeliest; 0: all (default 50)"
+    )
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print each sample with its prompt."""
+    no_overrides(rest)
+    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 0)):
+        if not least <= getattr(arguments, name) < math.inf:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {getattr(arguments, name)}; write a number of at least {least}")
+    trained = load_trained(arguments)
+    model, tokenizer = trained.model.to(device()), trained.tokenizer
+    prompt = [tokenizer.eos_id, *tokenizer.encode(arguments.prompt)]
+    for index in range(arguments.samples):
+        tokens = sample_tokens(
+            lambda ids: model(ids.to(device())),
+            prompt,
+            count=arguments.tokens,
+            max_seq_len=trained.config.model.max_seq_len,
+            generator=generator_for(arguments.seed, "generate", index),
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            end=tokenizer.eos_id,
+        )
+        if index:
+            print("-" * 40)
+        print(arguments.prompt + tokenizer.decode(tokens))

@@ -1,0 +1,69 @@
+"""``inrank inspect``: what became of each layer."""
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..lowrank.criterion import effective_rank, explained_ratio
+from ..lowrank.linear import LowRankLinear
+from ..lowrank.null import NullRanks
+from ..lowrank.spectrum import Factors, gram_matrices, singular_values
+from .common import add_run_arguments, load_trained, no_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR [--step N]``."""
+    add_run_arguments(parser)
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Print a table of the low-rank layers and the sizes of the model."""
+    no_overrides(rest)
+    trained = load_trained(arguments)
+    state, settings = trained.checkpoint.state, trained.config.lowrank
+    null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
+    null.load_state_dict(state.null_ranks)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer")
+    for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
+        table.add_column(heading, justify="right")
+    at_null = 0
+    for name, layer in state.layout.items():
+        module = trained.model.get_submodule(name)
+        assert isinstance(module, LowRankLinear)
+        shape = (module.out_features, module.in_features)
+        grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
+        sigma = singular_values(grams[name])
+        ratio = explained_ratio(sigma, min(shape), settings.criterion)
+        null_rank = null.of(shape) if null.checks else None
+        at_null += null_rank is not None and abs(layer.rank - null_rank) <= 0.02 * null_rank
+        parameters = (module.U.numel() + module.V.numel()) + (module.base.numel() if module.base is not None else 0)
+        table.add_row(
+            name,
+            f"{shape[0]} x {shape[1]}",
+            str(layer.rank),
+            str(layer.modes),
+            "-" if null_rank is None else str(null_rank),
+            f"{float(ratio[layer.rank]):.3f}",
+            f"{effective_rank(sigma):.1f}",
+            str(parameters),
+            f"{parameters / (shape[0] * shape[1]):.0%}",
+        )
+    # A table that is piped is not squeezed into 80 columns.
+    console = Console() if Console().is_terminal else Console(width=160)
+    dense = sum(parameter.numel() for parameter in trained.skeleton.parameters())
+    now = sum(parameter.numel() for parameter in trained.model.parameters())
+    console.print(
+        f"{arguments.run}, step {state.step}, {state.tokens} tokens, lowrank.mode {settings.mode}", highlight=False
+    )
+    if state.layout:
+        console.print(table)
+    console.print(f"{now} parameters, {now / dense:.1%} of {dense} dense", highlight=False)
+    if at_null:
+        console.print(
+            f"in {at_null} of {len(state.layout)} layers the rank is the null rank within 2%: "
+            "there the rule has not seen learning",
+            highlight=False,
+        )

@@ -1,0 +1,75 @@
+"""The command line: find the command, run it, turn the user's mistakes into one line."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from ..errors import UserError
+
+COMMANDS = {
+    "train": "the main job: prepare the data, train, checkpoint, report; resumes by itself",
+    "prepare": "tokenizer and packed dataset only",
+    "eval": "validation loss and perplexity of a checkpoint",
+    "generate": "samples of text from a checkpoint",
+    "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
+    "report": "one self-contained HTML file with plots",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises the user's mistakes instead of printing its own two lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0 done, 2 the user's mistake (one line on stderr). Anything else is raised.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    # One voice a node: the other processes of a launcher make the same mistake at the same time.
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    speaks = not local_rank.isdecimal() or int(local_rank) == 0
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("inrank_dist").setLevel(logging.INFO if speaks else logging.ERROR)
+    try:
+        command, rest = _command(words)
+        if command is None:
+            return 0
+        module = importlib.import_module(f".{command}", __package__)
+        parser = Parser(prog=f"inrank {command}", description=COMMANDS[command], allow_abbrev=False)
+        module.add_arguments(parser)
+        arguments, overrides = parser.parse_known_args(rest)
+        module.run(arguments, overrides)
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        if speaks:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command(words: list[str]) -> tuple[str | None, list[str]]:
+    parser = Parser(prog="inrank", description=__import__("inrank_dist").__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"inrank_dist {__version__}")
+    listing = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, meaning in COMMANDS.items():
+        listing.add_parser(name, help=meaning, add_help=False)
+    if not words:
+        parser.print_help()
+        return None, []
+    arguments, unknown = parser.parse_known_args(words[:1])
+    if unknown:
+        raise UserError(f"{words[0]!r} is no command; write inrank COMMAND, one of {', '.join(COMMANDS)}")
+    return arguments.command, words[1:]

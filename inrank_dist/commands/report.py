@@ -1,0 +1,19 @@
+"""``inrank report``: one self-contained HTML file."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..train.report import write_report
+from .common import no_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR``."""
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Write ``report.html`` into the run folder and print its path."""
+    no_overrides(rest)
+    print(write_report(arguments.run))

@@ -1,0 +1,35 @@
+"""The part of ``--help`` that lists every setting with its meaning."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+
+from ..config import SECTIONS, SETTINGS, default_of, in_words, shown
+
+
+def settings_help() -> str:
+    """All settings by section: how to write them, what they mean, what they are when left out."""
+    parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        meanings = _meanings(kind)
+        for key in dataclasses.fields(kind):
+            dotted = f"{section}.{key.name}"
+            default = default_of(key)
+            standard = "required" if default is dataclasses.MISSING else f"default {shown(default)}"
+            text = f"{meanings[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"
+            group.add_argument(f"--{dotted}", metavar="VALUE", help=text.replace("%", "%%"))
+    return parser.format_help()
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """The texts below the fields of a dataclass, which Python itself drops."""
+    (tree,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts = {}
+    for field, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            texts[field.target.id] = " ".join(str(below.value.value).split())
+    return texts

@@ -1,0 +1,339 @@
+"""All settings of a run: YAML file, dotted overrides, checks.
+
+Each section is a dataclass beside what it configures. This file reads them and turns what is wrong into one line that
+says what to write instead.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+
+from .data.settings import DataSettings, TokenizerSettings
+from .engine.optimizer import OptimizerSettings
+from .engine.settings import ParallelSettings
+from .errors import UserError
+from .lowrank.settings import LowRankSettings
+from .models import ModelSettings
+from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """Name, place and randomness of a run."""
+
+    name: str = "run"
+    """Name of the run."""
+    dir: Optional[str] = None
+    """Run folder; null: runs/NAME."""
+    seed: int = 0
+    """Start values, order of samples, dropout and fresh modes all come from this."""
+    deterministic: bool = False
+    """Only deterministic kernels; slower on a GPU, and an error where there is none."""
+
+    def __post_init__(self) -> None:
+        for key in ("name", "dir"):
+            if getattr(self, key) == "":
+                raise UserError(f"run.{key} is empty; write a name, or leave it out")
+        if self.seed < 0:
+            raise UserError(f"run.seed is {self.seed}; write a whole number of at least 0")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir).expanduser() if self.dir else Path("runs") / self.name
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Everything a run depends on."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings
+    lowrank: LowRankSettings = field(default_factory=LowRankSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        steps, low = self.train.steps, self.lowrank
+        if self.schedule.warmup_steps >= steps:
+            raise UserError(
+                f"schedule.warmup_steps is {self.schedule.warmup_steps} of train.steps {steps}; write fewer than {steps}"
+            )
+        if low.mode == "efficient" and low.freeze_at > steps:
+            raise UserError(
+                f"lowrank freezes at step {low.freeze_at} but train.steps is {steps}; "
+                f"write a lowrank.freeze_step of at most {steps}, or lowrank.mode: inrank"
+            )
+        if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
+            raise UserError(
+                f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would never be gone; "
+                f"write at most {steps}, or lowrank.base: frozen"
+            )
+
+    def to_yaml(self) -> str:
+        """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
+        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def without_effect(self, given: Iterable[str]) -> list[str]:
+        """Sentences about the dotted keys in ``given`` that do nothing in this configuration.
+
+        Keys with their default value are left out: the ``config.yaml`` of a run gives a value to all.
+        """
+        idle = {f"lowrank.{key}": why for key, why in self.lowrank.without_effect()}
+
+        def no_effect(why: str, section: str, *keys: str) -> None:
+            idle.update({f"{section}.{key}": why for key in keys})
+
+        if self.parallel.engine in ("local", "ddp"):
+            no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size")
+        if self.parallel.engine == "local":
+            no_effect("parallel.engine is local", "parallel", "timeout_seconds")
+        if self.schedule.name != "wsd":
+            no_effect(f"schedule.name is {self.schedule.name}", "schedule", "decay_fraction")
+        if self.schedule.name == "constant":
+            no_effect("schedule.name is constant", "schedule", "min_lr_ratio")
+        if self.eval.interval == 0:
+            no_effect("eval.interval is 0", "eval", "batches")
+        if self.tokenizer.path:
+            no_effect("tokenizer.path is given", "tokenizer", "kind", "max_training_bytes")
+        source = self.data.source
+        if self.data.has_own_validation:
+            key = "validation_paths" if source == "files" else "validation_split"
+            no_effect(f"data.{key} is given", "data", "validation_fraction")
+        if source != "files":
+            no_effect(f"data.source is {source}", "data", "paths", "validation_paths")
+        if source != "hub":
+            no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
+        if source == "stdlib":
+            no_effect("data.source is stdlib", "data", "text_column", "join_rows")
+        values = dataclasses.asdict(self)
+        for section, kind in SECTIONS.items():
+            for key in dataclasses.fields(kind):
+                if values[section][key.name] == default_of(key):
+                    idle.pop(f"{section}.{key.name}", None)
+        return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given))]
+
+
+def _types(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    return {key.name: hints[key.name] for key in dataclasses.fields(section)}
+
+
+SECTIONS: dict[str, Any] = _types(Config)
+"""Section -> its dataclass."""
+SETTINGS: dict[str, Any] = {
+    f"{section}.{key}": kind for section, settings in SECTIONS.items() for key, kind in _types(settings).items()
+}
+"""Dotted key -> its type."""
+
+
+def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, set[str]]:
+    """Read a YAML file and apply ``--section.key VALUE`` overrides.
+
+    Args:
+        file: path of the YAML file, or None: defaults and overrides only.
+        overrides: command-line words, ``--section.key VALUE`` or ``--section.key=VALUE``.
+
+    Returns:
+        The configuration and the dotted keys that were given a value.
+
+    Raises:
+        UserError: whatever is wrong, in one line.
+    """
+    values = dict(_flatten(_read_yaml(Path(file)))) if file is not None else {}
+    for key, text in _split(overrides):
+        values[key] = _parse(text, SETTINGS[key])
+    return _build(values), set(values)
+
+
+def _build(values: dict[str, Any]) -> Config:
+    sections: dict[str, Any] = {}
+    for dotted, value in values.items():
+        expected = SETTINGS[dotted]
+        if not _fits(value, expected):
+            quotes = ", in quotes" if expected is str else ""  # YAML reads 007 as a number and no as false
+            raise UserError(f"{dotted} is {shown(value)}; write {in_words(expected)}{quotes}")
+        # A number without a point is as good where there may be a point.
+        is_float = type(value) is int and float in (expected, *typing.get_args(expected))
+        section, _, key = dotted.partition(".")
+        sections.setdefault(section, {})[key] = float(value) if is_float else value
+    for section, kind in SECTIONS.items():
+        present = sections.setdefault(section, {})
+        missing = [
+            key.name
+            for key in dataclasses.fields(kind)
+            if key.name not in present and default_of(key) is dataclasses.MISSING
+        ]
+        if missing:
+            names = ", ".join(f"{section}.{name}" for name in missing)
+            are, each = ("is", "") if len(missing) == 1 else ("are", " for each")
+            raise UserError(f"{names} {are} missing; write {in_words(SETTINGS[f'{section}.{missing[0]}'])}{each}")
+    try:
+        return Config(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()})
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def default_of(key: "dataclasses.Field[Any]") -> Any:
+    """Default of a setting; ``dataclasses.MISSING`` where it must be given."""
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+
+
+# Reading YAML. PyYAML follows YAML 1.1, where 1e-3 is text and the second of two equal keys silently wins.
+
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is written twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); write the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); write the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{file} is not valid YAML{place}: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-01
+        raise UserError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{file} holds no settings; write sections such as 'model:' with keys below them")
+    return tree
+
+
+def _flatten(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; every name is checked."""
+    for section, content in tree.items():
+        if section not in SECTIONS:
+            raise UserError(f"unknown section {shown(section)}{_nearest(str(section), SECTIONS)}")
+        if content is None or content == {}:
+            raise UserError(f"section {section} is empty; write keys below it, or remove it")
+        if not isinstance(content, dict):
+            raise UserError(f"section {section} holds {shown(content)}; write keys below it, one a line")
+        for key, value in content.items():
+            yield _known(f"{section}.{key if isinstance(key, str) else shown(key)}"), value
+
+
+def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Dotted keys and the text of their values, from command-line words."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word!r} is no option; write overrides as --section.key VALUE")
+        key, equals, text = word[2:].partition("=")
+        _known(key)
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key} lacks its value; write --{key} VALUE")
+            text = rest.pop(0)
+        yield key, text
+
+
+def _known(dotted: str) -> str:
+    """The key itself, if it is one."""
+    if dotted in SETTINGS:
+        return dotted
+    section, key = dotted.partition(".")[0], dotted.rpartition(".")[2]
+    same_key = [name for name in SETTINGS if name.endswith(f".{key}")]
+    same_section = [name for name in SETTINGS if name.startswith(f"{section}.")]
+    raise UserError(f"unknown setting {dotted!r}{_nearest(dotted, same_key or same_section or SETTINGS)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}" if len(known) < 20 else "; --help lists all"
+
+
+# Types. Settings are of int, float, bool, str, Literal of texts, list of str, and any of them or None.
+
+
+def _parse(text: str, expected: Any) -> Any:
+    """The value that a command-line word stands for; the word itself where it stands for none."""
+    kinds = _alternatives(expected)
+    if text == "null" and type(None) in kinds:
+        return None
+    if any(kind is str or typing.get_origin(kind) is Literal for kind in kinds):
+        return text
+    # In a list of texts, 1 and true are texts.
+    is_list = any(typing.get_origin(kind) is list for kind in kinds)
+    try:
+        return yaml.load(text, yaml.BaseLoader if is_list else _Loader) if text.strip() else text
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if len(_alternatives(expected)) > 1:
+        return any(_fits(value, kind) for kind in arguments)
+    if expected in (int, float) and isinstance(value, bool):
+        return False
+    if expected is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, expected)
+
+
+def _alternatives(expected: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(expected) in (typing.Union, types.UnionType)
+    return typing.get_args(expected) if is_union else (expected,)
+
+
+def in_words(expected: Any) -> str:
+    """What to write for a setting of this type."""
+    if typing.get_origin(expected) is Literal:
+        return "one of " + ", ".join(typing.get_args(expected))
+    if typing.get_origin(expected) is list:
+        return "a list such as [a,b]"
+    if len(_alternatives(expected)) > 1:
+        return " or ".join(in_words(kind) for kind in _alternatives(expected))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return " ".join(text.removesuffix("...\n").split())

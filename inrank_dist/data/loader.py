@@ -1,0 +1,186 @@
+"""Batches in one order that does not depend on the number of processes and resumes at any step."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from inrank_dist.data.documents import stable_permutation
+from inrank_dist.errors import UserError
+
+#: Target of a position that is not scored; the default ``ignore_index`` of
+#: ``torch.nn.functional.cross_entropy``.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences for one forward and backward pass of one process: ``b`` sequences of ``T`` tokens.
+
+    ``inputs`` and ``targets`` are int64 (b, T), ``targets[:, t]`` being the token after ``inputs[:, t]``, or
+    ``IGNORED`` throughout a row that only fills up the batch. ``sample_ids`` are the rows' numbers in the
+    data set, -1 for a row that fills up.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where a loader stands: the next sample is number ``sample_index`` of the order of epoch ``epoch``.
+
+    It is the same on every process and says nothing of how many there are.
+    """
+
+    seed: int
+    epoch: int
+    sample_index: int
+    fingerprint: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoaderState":
+        """From what ``to_dict`` gave."""
+        return cls(**values)
+
+
+class Loader:
+    """Endless training batches for one process of several.
+
+    Samples come in a new order each epoch, that of a permutation made from (seed, epoch), and epochs follow
+    each other without a gap: a batch may hold the end of one and the start of the next. Batch k of the job is
+    samples ``k * global_batch_size ...`` of that stream; of it process ``rank`` takes the ``rank``-th of
+    ``world_size`` equal slices. No global random state is read or changed.
+
+    Args:
+        dataset: rows ``input_ids`` of ``block_length + 1`` tokens, as in ``Prepared``.
+        global_batch_size: sequences per optimizer step, over all processes.
+        micro_batch_size: sequences per forward pass of one process.
+        fingerprint: of the data, ``Prepared.fingerprint``.
+        state: where to go on; None starts at the beginning.
+
+    Raises:
+        UserError: the batch sizes do not fit the number of processes, or ``state`` is of other data or
+            another seed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        fingerprint: str,
+        state: LoaderState | None = None,
+    ) -> None:
+        _check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        if state is not None:
+            _check_state(state, seed, fingerprint)
+        self._dataset = dataset.with_format("numpy")
+        self._samples = len(dataset)
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._local_batch_size = global_batch_size // world_size
+        self._rank = rank
+        self._seed = seed
+        self._fingerprint = fingerprint
+        self._position = 0 if state is None else state.epoch * self._samples + state.sample_index
+        self._orders: dict[int, np.ndarray] = {}
+
+    def next_batch(self) -> list[MicroBatch]:
+        """This process's part of the next global batch, ``global_batch_size / world_size`` sequences."""
+        first = self._position + self._rank * self._local_batch_size
+        rows = self._rows(np.arange(first, first + self._local_batch_size))
+        self._position += self._global_batch_size
+        tokens = torch.from_numpy(self._dataset[rows]["input_ids"].astype(np.int64, copy=False))
+        return [
+            MicroBatch(part[:, :-1].contiguous(), part[:, 1:].contiguous(), ids.tolist())
+            for part, ids in zip(
+                tokens.split(self._micro_batch_size),
+                np.split(rows, len(rows) // self._micro_batch_size),
+                strict=True,
+            )
+        ]
+
+    def state(self) -> LoaderState:
+        """Where the next batch begins."""
+        epoch, sample_index = divmod(self._position, self._samples)
+        return LoaderState(self._seed, epoch, sample_index, self._fingerprint)
+
+    def _rows(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of the data set at ``positions`` (n,) of the stream over all epochs."""
+        epochs, indices = np.divmod(positions, self._samples)
+        needed = np.unique(epochs).tolist()
+        self._orders = {
+            epoch: self._orders[epoch]
+            if epoch in self._orders
+            else stable_permutation(self._samples, self._seed, epoch)
+            for epoch in needed
+        }
+        rows = np.empty_like(positions)
+        for epoch in needed:
+            rows[epochs == epoch] = self._orders[epoch][indices[epochs == epoch]]
+        return rows
+
+
+def validation_batches(
+    dataset: Dataset, *, batch_size: int, rank: int, world_size: int, max_sequences: int | None
+) -> Iterator[MicroBatch]:
+    """The first ``max_sequences`` rows of ``dataset`` (None: all), in order, each on exactly one process.
+
+    Every process yields the same number of micro-batches of the same shape, ``batch_size`` rows, so that
+    their collectives match; rows that only fill up have all targets ``IGNORED``. Which rows are read does not
+    depend on ``world_size`` or ``batch_size``.
+    """
+    rows = dataset.with_format("numpy")
+    count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
+    for first in range(rank * batch_size, _round_up(count, world_size * batch_size), world_size * batch_size):
+        ids = np.arange(first, first + batch_size)
+        real = ids < count
+        tokens = torch.from_numpy(rows[np.where(real, ids, 0)]["input_ids"].astype(np.int64, copy=False))
+        targets = tokens[:, 1:].masked_fill(torch.from_numpy(~real)[:, None], IGNORED)
+        yield MicroBatch(tokens[:, :-1].contiguous(), targets, np.where(real, ids, -1).tolist())
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    at_once = micro_batch_size * world_size
+    if global_batch_size > 0 and global_batch_size % at_once == 0:
+        return
+    below = global_batch_size // at_once * at_once
+    works = f"{below} or {below + at_once}" if below > 0 else str(at_once)
+    if 0 < global_batch_size < at_once and global_batch_size % world_size == 0:
+        works += f", or train.micro_batch_size {global_batch_size // world_size}"
+    relation = "less than" if global_batch_size < at_once else "not a multiple of"
+    raise UserError(
+        f"train.global_batch_size is {global_batch_size}, {relation} train.micro_batch_size {micro_batch_size}"
+        f" x number of processes {world_size} - write train.global_batch_size {works}"
+    )
+
+
+def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
+    if state.fingerprint != fingerprint:
+        raise UserError(
+            f"the checkpoint is of data {state.fingerprint[:12]}, the data is now {fingerprint[:12]} (text,"
+            " tokenizer or model.max_seq_len changed) - restore them, or start a new run in another run.dir"
+        )
+    if state.seed != seed:
+        raise UserError(
+            f"run.seed is {seed}, but the checkpoint's order of samples is that of seed {state.seed}"
+            f" - write run.seed: {state.seed}, or start a new run in another run.dir"
+        )

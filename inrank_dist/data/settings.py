@@ -1,0 +1,152 @@
+"""What text to train on, and how it becomes tokens."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from inrank_dist.errors import UserError
+
+#: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
+MIN_VOCABULARY = 300
+
+
+@dataclass(kw_only=True)
+class DataSettings:
+    """The text: where it comes from, what is held out for validation, where the packed tokens are kept."""
+
+    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
+    hub: a data set of the Hugging Face hub, or a local folder of one, see name."""
+
+    paths: list[str] = field(default_factory=list)
+    """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document a
+    file), .jsonl or .parquet (one document a row)."""
+
+    validation_paths: list[str] = field(default_factory=list)
+    """Validation files, written as in paths. Empty: whole documents are held out of paths, see
+    validation_fraction."""
+
+    name: str | None = None
+    """Data set for source hub: its hub name, such as Salesforce/wikitext, or a local data set folder. A hub
+    data set is downloaded once and not looked up again while its prepared folder exists."""
+
+    config: str | None = None
+    """Configuration of the hub data set, such as wikitext-103-raw-v1."""
+
+    train_split: str = "train"
+    """Split of the hub data set to train on; slices such as train[:10%] work."""
+
+    validation_split: str | None = "validation"
+    """Split of the hub data set to validate on, never the test split. null: whole documents are held out of
+    train_split, see validation_fraction."""
+
+    text_column: str = "text"
+    """Column that holds the text, for .jsonl, .parquet and hub."""
+
+    join_rows: bool = False
+    """Join the rows of jsonl, parquet and hub sources in their order, with no separator between them: for
+    data sets that hold one line a row and not one document, such as WikiText. Needs validation data of its
+    own."""
+
+    validation_fraction: float = 0.02
+    """Share of the text, in bytes, that is held out for validation where the source has no validation data of
+    its own. The choice is by document, by a hash, so it is the same on every machine."""
+
+    max_bytes: int | None = None
+    """Most bytes (UTF-8) of training text to use, and most of validation text; null for all. Documents are
+    taken in one fixed shuffled order, the last one cut, so a smaller value uses a subset of a larger one's
+    text."""
+
+    cache_dir: str = "~/.cache/inrank_dist"
+    """Folder of prepared data; on several machines one that all of them see."""
+
+    num_workers: int = 1
+    """Processes that tokenise. More pay off from about 100 MB of text."""
+
+    def __post_init__(self) -> None:
+        if self.source == "files" and not self.paths:
+            raise UserError("data.paths is empty; data.source files needs it - write data.paths: [FOLDER/**/*.txt]")
+        if self.source == "hub" and not self.name:
+            raise UserError(
+                f"data.name is {self.name!r}; data.source hub needs it - write data.name: Salesforce/wikitext"
+            )
+        if not 0 < self.validation_fraction <= 0.5:
+            raise UserError(
+                f"data.validation_fraction is {self.validation_fraction}; it is a share of the text"
+                " - write a value above 0 and at most 0.5"
+            )
+        for key, value, least in (("max_bytes", self.max_bytes, 1), ("num_workers", self.num_workers, 1)):
+            if value is not None and value < least:
+                raise UserError(f"data.{key} is {value} - write {least} or more")
+        if self.source == "hub" and self.validation_split is not None:
+            self._check_splits(self.validation_split)
+        if self.join_rows and self.source != "stdlib" and not self.has_own_validation:
+            key = "validation_paths" if self.source == "files" else "validation_split"
+            raise UserError(
+                f"data.join_rows is true and data.{key} is empty; rows that go on cannot be held out"
+                f" one by one - set data.{key}, or write data.join_rows: false"
+            )
+
+    @property
+    def has_own_validation(self) -> bool:
+        """Whether the source names its validation data, so that nothing is held out of the training text."""
+        if self.source == "files":
+            return bool(self.validation_paths)
+        return self.source == "hub" and self.validation_split is not None
+
+    def without_effect(self) -> list[str]:
+        """Names of settings that differ from their default but that this source does not read."""
+        used_by = {
+            "paths": {"files"},
+            "validation_paths": {"files"},
+            "name": {"hub"},
+            "config": {"hub"},
+            "train_split": {"hub"},
+            "validation_split": {"hub"},
+            "text_column": {"files", "hub"},
+            "join_rows": {"files", "hub"},
+        }
+        plain = DataSettings()
+        return [
+            f"data.{key}"
+            for key, sources in used_by.items()
+            if self.source not in sources and getattr(self, key) != getattr(plain, key)
+        ]
+
+    def _check_splits(self, validation: str) -> None:
+        names = {part.split("[")[0].strip() for part in validation.split("+")}
+        if any(name.lower().startswith("test") for name in names):
+            raise UserError(
+                f"data.validation_split is {validation!r}; the test split is not for validation - write"
+                " data.validation_split: validation, or null to hold out part of data.train_split"
+            )
+        if validation == self.train_split:
+            raise UserError(
+                f"data.validation_split is {validation!r}, the same as data.train_split - write another,"
+                " or null to hold out part of data.train_split"
+            )
+
+
+@dataclass(kw_only=True)
+class TokenizerSettings:
+    """The tokenizer: SentencePiece, trained on the training text or loaded."""
+
+    kind: Literal["bpe", "unigram"] = "bpe"
+    """Algorithm to train. unigram takes some 15 times as long as bpe."""
+
+    vocab_size: int = 2048
+    """Number of tokens, among them 256 bytes (any text can be written) and the document separator."""
+
+    path: str | None = None
+    """SentencePiece model file to load instead of training one."""
+
+    max_training_bytes: int = 4_000_000
+    """Most bytes of training text that the tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < MIN_VOCABULARY:
+            raise UserError(
+                f"tokenizer.vocab_size is {self.vocab_size}; byte fallback alone needs 258"
+                f" - write a vocab_size of at least {MIN_VOCABULARY}"
+            )
+        if self.max_training_bytes < 1:
+            raise UserError(f"tokenizer.max_training_bytes is {self.max_training_bytes} - write 1 or more")

@@ -1,0 +1,190 @@
+"""Text to token ids and back, exactly, by SentencePiece."""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import sentencepiece
+
+from inrank_dist.data.settings import MIN_VOCABULARY, TokenizerSettings
+from inrank_dist.data.store import write_atomically
+from inrank_dist.errors import UserError
+
+#: The piece between documents. Text that spells it out is ordinary text and never becomes this token.
+SEPARATOR = "<|endoftext|>"
+
+#: SentencePiece writes a space as this character, so the character itself must go through byte pieces.
+META_SPACE = "\u2581"
+
+#: Text is encoded in parts of about this many characters that end in a newline. SentencePiece's BPE slows down with
+#: length, its unigram adds up scores over the whole text in 32 bits; and no piece holds a newline, so nothing is lost.
+PART_CHARACTERS = 1000
+
+#: Characters that pieces must not hold (SentencePiece uses three of them as marks, line ends keep pieces
+#: within lines); they become byte pieces.
+NOT_IN_PIECES = re.compile("[\x00-\x1f\x7f\u2581\u2585]+")
+
+#: Longest line to train on, in characters; SentencePiece would drop longer ones whole.
+LINE_CHARACTERS = 2000
+
+PROBE = f"  two spaces\n\ttab, \u00e9, \U0001f600, \x00 {META_SPACE} end "
+
+
+class Tokenizer:
+    """A SentencePiece model for which ``decode(encode(text)) == text`` for every text.
+
+    ``vocab_size`` counts all ids; ``eos_id`` separates documents; ``fingerprint`` is the sha256 (hex) of the
+    model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eos_id: int = self._processor.eos_id()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self._meta_space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, with no separator added.
+
+        Raises:
+            UserError: the text holds a lone surrogate, which is half of a character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not Unicode at character {error.start} ({error.reason})") from error
+        ids: list[int] = []
+        for index, part in enumerate(text.split(META_SPACE)):
+            if index:
+                ids += self._meta_space
+            ids += chain.from_iterable(self._processor.encode(list(_parts(part))))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; separators give nothing, bytes that are no character give U+FFFD."""
+        return self._processor.decode(list(ids))
+
+    def save(self, path: Path | str) -> None:
+        """Write the model file, whole or not at all."""
+        write_atomically(Path(path), self.model)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read a model file.
+
+        Raises:
+            UserError: there is no such file, it is no SentencePiece model, or it does not keep text exactly.
+        """
+        try:
+            tokenizer = cls(Path(path).expanduser().read_bytes())
+        except OSError as error:
+            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}) - name a model file") from error
+        except RuntimeError as error:
+            raise UserError(f"tokenizer {path} is not a SentencePiece model - name a model file") from error
+        if tokenizer.eos_id < 0:
+            raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents - name another")
+        if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+            raise UserError(
+                f"tokenizer {path} does not give text back exactly - name one trained with byte_fallback,"
+                " identity normalization, add_dummy_prefix=false and remove_extra_whitespaces=false"
+            )
+        return tokenizer
+
+
+def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
+    """The tokenizer of ``settings.path``.
+
+    Raises:
+        UserError: it cannot be used, or its vocabulary is not ``settings.vocab_size``.
+    """
+    assert settings.path is not None
+    tokenizer = Tokenizer.load(settings.path)
+    if tokenizer.vocab_size != settings.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size is {settings.vocab_size}, but {settings.path} has"
+            f" {tokenizer.vocab_size} tokens - write tokenizer.vocab_size: {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Train on the first ``settings.max_training_bytes`` of ``texts``; the same input gives the same model.
+
+    Raises:
+        UserError: the text cannot fill the vocabulary, or its characters do not fit in it.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts, settings.max_training_bytes),
+            model_writer=model,
+            model_type=settings.kind,
+            vocab_size=settings.vocab_size,
+            byte_fallback=True,
+            # Rarer characters are written in bytes; at 1.0 the oddities of a corpus would fill a small
+            # vocabulary.
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # Indentation becomes few tokens.
+            allow_whitespace_only_pieces=True,
+            eos_id=0,
+            eos_piece=SEPARATOR,
+            unk_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=4 * LINE_CHARACTERS,
+            # unigram adds up floats by thread, so their number is part of the result.
+            num_threads=4,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        raise _training_error(settings, str(error)) from error
+    return Tokenizer(model.getvalue())
+
+
+def _training_error(settings: TokenizerSettings, reason: str) -> UserError:
+    if found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
+        smaller = f"write at most {found[1]}, or " if int(found[1]) >= MIN_VOCABULARY else ""
+        return UserError(
+            f"tokenizer.vocab_size is {settings.vocab_size}, more than the training text can fill"
+            f" - {smaller}give more text"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+        return UserError(
+            f"tokenizer.vocab_size is {settings.vocab_size}, too small for the characters of the training"
+            f" text - write at least {found[1]}"
+        )
+    if "sentences_.empty()" in reason or "all_chars_count" in reason:
+        return UserError("the training text holds nothing but white space - give text to train a tokenizer on")
+    last = reason.rpartition("] ")[2] or reason
+    return UserError(f"SentencePiece cannot train a tokenizer of this text with these tokenizer settings: {last}")
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PART_CHARACTERS) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for text in texts:
+        content = text.encode()[:left]
+        left -= len(content)
+        for line in NOT_IN_PIECES.split(content.decode(errors="ignore")):
+            for start in range(0, len(line), LINE_CHARACTERS):
+                yield line[start : start + LINE_CHARACTERS]
+        if left <= 0:
+            return

@@ -1,0 +1,135 @@
+"""Where this process stands among the others, and what they do together."""
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UserError
+
+
+class Disagreement(RuntimeError):
+    """Processes came to different answers where they must agree."""
+
+
+class Context:
+    """Rank, world size and device of this process, from the launcher's environment.
+
+    Attributes:
+        rank, world_size, local_rank: as set by torchrun and its kin; 0, 1, 0 without a launcher.
+        device: ``cuda:LOCAL_RANK`` where there is a GPU, else ``cpu``.
+    """
+
+    def __init__(self) -> None:
+        self.rank = _from_environment("RANK", 0)
+        self.world_size = _from_environment("WORLD_SIZE", 1)
+        self.local_rank = _from_environment("LOCAL_RANK", 0)
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"RANK is {self.rank} but WORLD_SIZE is {self.world_size}; start with torchrun, or unset both "
+                "for one process"
+            )
+        if self.world_size > 1:
+            for name in ("MASTER_ADDR", "MASTER_PORT"):
+                if name not in os.environ:
+                    raise UserError(f"WORLD_SIZE is {self.world_size} but {name} is not set; start with torchrun")
+        if torch.cuda.is_available():
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"LOCAL_RANK is {self.local_rank} but this node has {torch.cuda.device_count()} GPU(s); "
+                    f"start at most {torch.cuda.device_count()} processes per node"
+                )
+            self.device = torch.device("cuda", self.local_rank)
+        else:
+            self.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the logs."""
+        return self.rank == 0
+
+    def start(self, timeout_seconds: int, *, always: bool = False) -> None:
+        """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if (self.world_size == 1 and not always) or dist.is_initialized():
+            return
+        timeout = timedelta(seconds=timeout_seconds)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=timeout)
+
+    def stop(self) -> None:
+        """Leave the process group, if there is one. Everything that uses it must be dropped before."""
+        if dist.is_initialized():
+            # DDP's reducer keeps the group alive; freed after the group is destroyed, it can wait for itself forever.
+            gc.collect()
+            dist.destroy_process_group()
+
+    def sum(self, tensor: Tensor) -> None:
+        """Sum a tensor in place over all processes."""
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if dist.is_initialized():
+            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    def main_does(self, work: Callable[..., object], *arguments: object) -> None:
+        """Process 0 does something that may fail; if it fails, every process raises the same error."""
+        failure: list[BaseException | None] = [None]
+        if self.is_main:
+            try:
+                work(*arguments)
+            except Exception as error:
+                failure = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(failure, src=0, device=torch.device("cpu"))
+        if failure[0] is not None:
+            raise failure[0]
+
+    def agree(self, what: str, answers: Mapping[str, object]) -> None:
+        """Check that all processes hold the same answers, by hash; one small all-reduce when they do.
+
+        Args:
+            what: for the message.
+            answers: name -> JSON-able answer, exact.
+
+        Raises:
+            Disagreement: on every process, with the names that differ.
+        """
+        if not dist.is_initialized():
+            return
+        digest = _digest(answers)
+        extremes = torch.tensor([digest, -digest], device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        if extremes[0] == -extremes[1]:
+            return
+        gathered: list[dict[str, int]] = [{} for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, {name: _digest(answer) for name, answer in answers.items()})
+        names = sorted(
+            {name for each in gathered for name in each if any(other.get(name) != each[name] for other in gathered)}
+        )
+        raise Disagreement(f"processes disagree on {what} of: {', '.join(names)}")
+
+
+def _digest(answer: object) -> int:
+    text = json.dumps(answer, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {text!r}; it must be a whole number") from None

@@ -1,0 +1,337 @@
+"""An engine holds the model and its optimizer, in one piece or in shards. The training loop never asks which."""
+
+import gc
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from ..lowrank.convert import Layout, convert
+from ..lowrank.event import RankEvent, map_factors
+from ..lowrank.linear import set_base_scale
+from ..lowrank.spectrum import Factors, gram_matrices
+from ..models import LanguageModel
+from .context import Context
+from .optimizer import MOMENTS, OptimizerSettings, build_optimizer, map_moments
+
+Values = Callable[[str], Tensor]
+"""Parameter name -> its whole start value on CPU, the same on every process."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How the model is made to run.
+
+    Attributes:
+        bf16: compute in bfloat16 (weights, gradients and moments stay float32).
+        compile: compile each block.
+        activation_checkpointing: recompute each block in the backward pass.
+        grad_clip: largest gradient norm; 0: none.
+        frobenius_decay: decoupled decay of ``|U V^T|_F^2 / 2``; 0: none.
+    """
+
+    bf16: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    grad_clip: float = 1.0
+    frobenius_decay: float = 0.0
+
+
+class Engine:
+    """The model in one process. Subclasses override how parameters are placed and gradients are combined.
+
+    Reshaping is rebuilding: the model is converted again from the dense ``meta`` skeleton with the new layout, given
+    the old tensors (mapped where the rank changed), and gets a new optimizer with the old moments (mapped likewise).
+
+    Args:
+        skeleton: dense model on ``meta`` with ``blocks``; it is never changed.
+        layout: the low-rank layers as they start.
+        values: start values.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        skeleton: LanguageModel,
+        layout: Layout,
+        values: Values,
+        *,
+        context: Context,
+        optimizer: OptimizerSettings,
+        options: BuildOptions,
+    ) -> None:
+        self.skeleton, self.context, self.device = skeleton, context, context.device
+        self.optimizer_settings, self.options = optimizer, options
+        self.optimizer_steps = 0
+        self._base_scale = 1.0
+
+        def start(name: str, parameter: nn.Parameter) -> Tensor:
+            # A copy of the rows: a view would keep the whole tensor alive.
+            return values(name)[slice(*self.rows(parameter.shape[0]))].to(self.device, copy=True).contiguous()
+
+        self._build(layout, start)
+
+    # How parameters are held: the four methods that a sharding engine overrides.
+
+    def rows(self, size: int) -> tuple[int, int]:
+        """First row and end of the rows that this process holds of a parameter with ``size`` rows."""
+        return 0, size
+
+    def counted_rows(self, size: int) -> tuple[int, int]:
+        """The part of ``rows`` that this process alone counts: over all processes every row exactly once."""
+        return self.rows(size)
+
+    def _shard(self, module: LanguageModel) -> None:
+        """Shard a module on ``meta``, in place."""
+
+    def _wrap(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Make the tensor that stands for a whole parameter from this process's rows of it."""
+        return local
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a parameter, gradient or moment; shares memory with it."""
+        return tensor.detach()
+
+    def _callable(self, module: LanguageModel) -> nn.Module:
+        """What is called in place of the module."""
+        return module
+
+    def _sum_over_shards(self, tensor: Tensor) -> None:
+        """Sum in place over the processes that hold different rows of the same replica."""
+
+    def _settle(self) -> None:
+        """Give up what a forward pass without a backward pass left gathered."""
+
+    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Context of one micro-batch; gradients are combined over processes in the last one only."""
+        return nullcontext()
+
+    # Building.
+
+    def _build(self, layout: Layout, local: Callable[[str, nn.Parameter], Tensor]) -> None:
+        module = convert(self.skeleton, layout)
+        for block in module.blocks:
+            if self.options.activation_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            if self.options.compile:
+                block.compile()
+        self._shard(module)
+        placed: dict[int, nn.Parameter] = {}
+        state = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in placed:  # tied parameters stay one object
+                wrapped = self._wrap(local(name, parameter), parameter)
+                placed[id(parameter)] = nn.Parameter(wrapped, requires_grad=parameter.requires_grad)
+            state[name] = placed[id(parameter)]
+        module.load_state_dict(state, assign=True)
+        for owner in module.modules():
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                owner.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
+        module.reset_buffers()
+        set_base_scale(module, self._base_scale)
+        self.layout = dict(layout)
+        self.module = module
+        self.model = self._callable(module)
+        self.optimizer = build_optimizer(
+            module, self.optimizer_settings, decay_factors=self.options.frobenius_decay == 0
+        )
+
+    def reshape(
+        self,
+        layout: Layout,
+        events: Mapping[str, RankEvent],
+        directions: Callable[[str], Tensor],
+    ) -> None:
+        """Change the shapes of layers; only this process's rows are touched and nothing travels.
+
+        Args:
+            layout: all low-rank layers as they shall be.
+            events: the maps of those whose rank changes.
+            directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
+        """
+        tensors = {name: self._local(parameter) for name, parameter in self.parameters().items()}
+        moments = {name: self._moments(parameter) for name, parameter in self.parameters().items()}
+        for layer, event in events.items():
+            names = {factor: f"{layer}.{factor}" for factor in "UV"}
+            U, V = (tensors[name] for name in names.values())
+            Z = None
+            if event.fresh:
+                in_features = cast(nn.Linear, self.skeleton.get_submodule(layer)).in_features
+                Z = directions(layer)[slice(*self.rows(in_features))].to(self.device)
+            factors = map_factors(event, U, V, Z)
+            tensors[names["U"]], tensors[names["V"]] = factors.U, factors.V
+            for factor, name in names.items():
+                if moments[name]:
+                    betas = (self.optimizer_settings.beta1, self.optimizer_settings.beta2)
+                    moments[name] = map_moments(event, factor, moments[name], step=self.optimizer_steps, betas=betas)
+        self._build(layout, lambda name, _: tensors[name])
+        for name, parameter in self.parameters().items():
+            self._set_moments(parameter, moments[name])
+        gc.collect()  # the old model is a web of cycles; its memory is wanted now
+        self.check()
+
+    def check(self) -> None:
+        """Assert that the optimizer's parameters are the model's, every one of them."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        present = {id(p) for p in self.parameters().values() if p.requires_grad}
+        assert held == present, "the optimizer holds other parameters than the model"
+
+    # One optimizer step.
+
+    def accumulate(self, batches: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+        """Forward and backward of this process's share of a global batch.
+
+        Args:
+            batches: micro-batches of inputs and targets, each ``(B, T)`` int64.
+            tokens: tokens of the whole global batch, by which the loss is divided.
+
+        Returns:
+            This process's summed loss in nats, a float32 scalar on the device (no synchronisation).
+        """
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for index, (inputs, targets) in enumerate(batches):
+            with self._accumulating(last=index == len(batches) - 1):
+                loss = self.loss(inputs, targets)
+                # DDP and FSDP2 average gradients over processes; the sum is wanted.
+                (loss * (self.context.world_size / tokens)).backward()
+            total += loss.detach()
+        return total
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss of one micro-batch, in the model's present mode (train or eval)."""
+        inputs, targets = (t.to(self.device, non_blocking=True) for t in (inputs, targets))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            loss: Tensor = self.model(inputs, targets)
+        return loss
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """``(B, T, vocabulary)`` logits of ``(B, T)`` tokens; all processes call it together."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            logits: Tensor = self.model(inputs.to(self.device))
+        return logits
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Clip the gradients, move the parameters, drop the gradients.
+
+        Returns:
+            The gradient norm over all parameters before clipping, a float32 scalar on the device.
+        """
+        gradients = [self._local(p.grad) for p in self.parameters().values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).square()
+        self._sum_over_shards(norm)
+        norm = norm.sqrt()
+        if self.options.grad_clip > 0:
+            scale = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.options.frobenius_decay > 0:
+            self._decay_products(lr * self.options.frobenius_decay)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        return norm
+
+    def _decay_products(self, rate: float) -> None:
+        """``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``: the gradient of ``|U V^T|_F^2 / 2`` (arXiv
+        2209.13569)."""
+        grams = gram_matrices(self.factors(), self.context.sum)
+        parameters = self.parameters()
+        for layer, gram in grams.items():
+            U, V = (self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")
+            U -= rate * (U @ gram.V.to(U.dtype))
+            V -= rate * (V @ gram.U.to(V.dtype))
+
+    # Factors and tensors.
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters as they are held between steps, by name; tied ones once."""
+        self._settle()
+        return dict(self.module.named_parameters())
+
+    def set_base_scale(self, scale: float) -> None:
+        """Set the factor ``a`` of every base."""
+        if scale != self._base_scale:
+            self._base_scale = scale
+            set_base_scale(self.module, scale)
+
+    def factors(self) -> dict[str, Factors]:
+        """Rows of every low-rank layer's factors that this process alone counts."""
+        parameters = self.parameters()
+        return {
+            layer: Factors(*(self._counted(parameters[f"{layer}.{factor}"]) for factor in "UV"))
+            for layer in self.layout
+        }
+
+    def _counted(self, parameter: nn.Parameter) -> Tensor:
+        size = parameter.shape[0]
+        offset, (start, end) = self.rows(size)[0], self.counted_rows(size)
+        return self._local(parameter)[start - offset : end - offset]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to save, by name: parameters under their own names, moments under ``optimizer.exp_avg.NAME`` and
+        ``optimizer.exp_avg_sq.NAME``. Sharded ones are DTensors. They share memory with the engine."""
+        saved: dict[str, Tensor] = {}
+        for name, parameter in self.parameters().items():
+            saved[name] = parameter.detach()
+            for moment in MOMENTS if self.optimizer.state.get(parameter) else ():
+                saved[f"optimizer.{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        return saved
+
+    def allocate_moments(self, steps: int) -> None:
+        """Make zero moments as after ``steps`` optimizer steps, so that saved ones can be read into ``tensors()``."""
+        self.optimizer_steps = steps
+        for parameter in self.parameters().values():
+            if parameter.requires_grad:
+                local = self._local(parameter)
+                self._set_moments(parameter, {name: torch.zeros_like(local) for name in MOMENTS})
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(parameter)
+        return {name: self._local(state[name]) for name in MOMENTS} if state else {}
+
+    def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+        if moments:
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.optimizer_steps), device=self.device),
+                **{name: self._wrap(moment, parameter) for name, moment in moments.items()},
+            }
+
+    def parameter_count(self) -> int:
+        """Parameters of the model as it is now, a fading or frozen base included."""
+        return sum(parameter.numel() for parameter in self.parameters().values())
+
+
+class DDPEngine(Engine):
+    """A replica in each process; gradients are averaged by DistributedDataParallel."""
+
+    name = "ddp"
+
+    def counted_rows(self, size: int) -> tuple[int, int]:
+        return chunk(size, self.context.rank, self.context.world_size)
+
+    def _callable(self, module: LanguageModel) -> nn.Module:
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # The newest torch calls it forward_sync_buffers; the oldest that we support knows only this name.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+
+    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last else cast(DistributedDataParallel, self.model).no_sync()
+
+
+def chunk(size: int, index: int, count: int) -> tuple[int, int]:
+    """Rows of part ``index`` when ``size`` rows are cut as ``torch.chunk`` cuts them; trailing parts may be empty."""
+    rows = -(-size // count)
+    return min(index * rows, size), min((index + 1) * rows, size)

@@ -1,0 +1,98 @@
+"""FSDP2: parameters, gradients and moments sharded by rows."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from ..lowrank.convert import Layout
+from ..models import LanguageModel
+from .context import Context
+from .engine import BuildOptions, Engine, Values, chunk
+from .optimizer import OptimizerSettings
+
+
+class FSDPEngine(Engine):
+    """Rows of every parameter are divided among ``shard_size`` processes and replicated over the rest.
+
+    FSDP2's default placement is ``Shard(0)``, so the rank dimension of the factors is never cut, and every rank event
+    acts on local rows. Groups that are gathered together: each block, the head and the embedding where they are not
+    tied, and the rest.
+
+    Args:
+        shard_size: processes that share one copy of the model; None: all.
+    """
+
+    name = "fsdp"
+
+    def __init__(
+        self,
+        skeleton: LanguageModel,
+        layout: Layout,
+        values: Values,
+        *,
+        context: Context,
+        optimizer: OptimizerSettings,
+        options: BuildOptions,
+        shard_size: int | None = None,
+    ) -> None:
+        self.shard_size = shard_size or context.world_size
+        self.replicas = context.world_size // self.shard_size
+        sizes: tuple[int, ...] = (self.replicas, self.shard_size)
+        names: tuple[str, ...] = ("replicate", "shard")
+        self.placements: tuple[Placement, ...] = (Replicate(), Shard(0))
+        if self.replicas == 1:
+            sizes, names, self.placements = sizes[1:], names[1:], self.placements[1:]
+        self.mesh = init_device_mesh(context.device.type, sizes, mesh_dim_names=names)
+        self.shard_group = self.mesh["shard"].get_group()
+        self.replica_index, self.shard_index = divmod(context.rank, self.shard_size)
+        super().__init__(skeleton, layout, values, context=context, optimizer=optimizer, options=options)
+
+    def rows(self, size: int) -> tuple[int, int]:
+        return chunk(size, self.shard_index, self.shard_size)
+
+    def counted_rows(self, size: int) -> tuple[int, int]:
+        start, end = self.rows(size)
+        first, last = chunk(end - start, self.replica_index, self.replicas)
+        return start + first, start + last
+
+    def _shard(self, module: LanguageModel) -> None:
+        policy = MixedPrecisionPolicy()
+        if self.options.bf16:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in module.blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        if module.head.weight is not module.tok_embed.weight:
+            fully_shard(module.tok_embed, mesh=self.mesh, mp_policy=policy)
+            fully_shard(module.head, mesh=self.mesh, mp_policy=policy)
+        fully_shard(module, mesh=self.mesh, mp_policy=policy)
+
+    def _wrap(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
+        start, end = self.rows(parameter.shape[0])
+        assert local.shape[0] == end - start
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        detached = tensor.detach()
+        return detached.to_local() if isinstance(detached, DTensor) else detached
+
+    def _sum_over_shards(self, tensor: Tensor) -> None:
+        torch.distributed.all_reduce(tensor, group=self.shard_group)
+
+    def _settle(self) -> None:
+        # FSDP2 keeps the root group gathered after a forward pass; its parameters are then plain tensors that the
+        # optimizer does not know.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        return super()._accumulating(last)

@@ -1,0 +1,46 @@
+"""Settings of the processes and how they hold the model (YAML section ``parallel``)."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from ..errors import UserError
+
+
+@dataclass(kw_only=True)
+class ParallelSettings:
+    """Which engine holds the model, and over how many processes it is sharded."""
+
+    engine: Literal["auto", "local", "ddp", "fsdp"] = "auto"
+    """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; auto: local on one process, fsdp on
+    several."""
+    shard_size: Optional[int] = None
+    """Processes among which parameters are sharded, replicated over the rest (hybrid sharding); null: all."""
+    timeout_seconds: int = 600
+    """A collective that takes longer ends the job."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size is not None and self.shard_size < 1:
+            raise UserError(f"parallel.shard_size is {self.shard_size}; write at least 1, or null for all processes")
+        if self.timeout_seconds < 1:
+            raise UserError(f"parallel.timeout_seconds is {self.timeout_seconds}; write at least 1")
+
+    def resolve(self, world_size: int) -> Literal["local", "ddp", "fsdp"]:
+        """The engine for this many processes.
+
+        Raises:
+            UserError: the engine or ``shard_size`` does not fit the number of processes.
+        """
+        engine = self.engine
+        if engine == "auto":
+            engine = "local" if world_size == 1 else "fsdp"
+        if engine == "local" and world_size > 1:
+            raise UserError(
+                f"parallel.engine is local but {world_size} processes were started; write parallel.engine: fsdp "
+                "or start one"
+            )
+        if self.shard_size is not None and engine == "fsdp" and world_size % self.shard_size:
+            raise UserError(
+                f"parallel.shard_size is {self.shard_size}, which does not divide the {world_size} processes; "
+                "write a divisor of the number of processes, or null"
+            )
+        return engine

@@ -1,0 +1,179 @@
+"""A rank event: a pair of small maps, applied to whatever rows a process holds (METHOD section 3).
+
+``U' = [U @ N, 0]`` and ``V' = [V @ M, fresh]``, where the fresh columns of ``V'`` are orthonormal and orthogonal to ``V
+@ M``. No factor is ever gathered: beyond the Grams, only overlaps with the fresh directions travel.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spectrum import AllReduce, Factors, Grams, gram_root, sum_over_processes
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """One layer's change of shape. All matrices float64.
+
+    Attributes:
+        N, M: ``(R, K)``, what becomes of the existing modes.
+        fresh: number of new modes ``F``; the new number of modes is ``K + F``.
+        from_old, from_new: ``(R, F)`` and ``(F, F)``: the fresh columns of ``V`` are ``V @ from_old + Z @ from_new``
+            with ``Z`` the ``(in, F)`` random directions. None until ``orthogonalise``, and where ``fresh`` is 0.
+    """
+
+    N: Tensor
+    M: Tensor
+    fresh: int = 0
+    from_old: Tensor | None = None
+    from_new: Tensor | None = None
+
+    @property
+    def modes(self) -> int:
+        return self.N.shape[1] + self.fresh
+
+
+def grow(modes: int, new_modes: int) -> RankEvent:
+    """Append modes; the existing ones and the function stay exactly as they are."""
+    identity = torch.eye(modes, dtype=torch.float64)
+    return RankEvent(identity, identity, fresh=new_modes - modes)
+
+
+def freeze(grams: Grams, rank: int) -> RankEvent:
+    """Best rank-``rank`` approximation of the product as balanced factors ``U sqrt(S)``, ``V sqrt(S)``.
+
+    With roots ``G_U = A^T A``, ``G_V = B^T B`` and ``A B^T = X S Y^T``: ``N = A^+ X_r S_r^{1/2}``, ``M = B^+ Y_r
+    S_r^{1/2}``. Where the product has fewer than ``rank`` singular values above rounding, the missing modes are fresh
+    ones: balanced modes of value zero would have both columns zero and never receive a gradient.
+    """
+    A, B = gram_root(grams.U), gram_root(grams.V)
+    core = A.root @ B.root.T
+    if core.numel() == 0:
+        empty = grams.U.new_zeros(grams.U.shape[0], 0)
+        return RankEvent(empty, empty, fresh=rank)
+    X, S, Yh = torch.linalg.svd(core, full_matrices=False)
+    # What rounds in ``core`` is the sum of its terms, not its norm: where the columns of U and V cancel, a zero product
+    # would otherwise pass for one of tiny modes.
+    terms = (grams.U.diagonal() * grams.V.diagonal()).sqrt().sum()
+    alive = int((torch.finfo(S.dtype).eps * grams.U.shape[0] * terms < S).sum())
+    kept = min(rank, alive)
+    root = S[:kept].sqrt()
+    N, M = A.inverse @ (X[:, :kept] * root), B.inverse @ (Yh[:kept].T * root)
+    return RankEvent(N, M, fresh=rank - kept)
+
+
+def orthogonalise(
+    events: Mapping[str, RankEvent],
+    factors: Mapping[str, Factors],
+    grams: Mapping[str, Grams],
+    directions: Mapping[str, Tensor],
+    all_reduce: AllReduce,
+) -> dict[str, RankEvent]:
+    """Complete events that have fresh modes; one all-reduce for all layers, ``8 * sum (R * F + F * F)`` bytes.
+
+    Args:
+        factors: rows that this process alone counts.
+        directions: layer -> rows of its ``Z: (in, F)``, the same rows as those of ``factors[layer].V``.
+
+    Returns:
+        All events; those without fresh modes unchanged.
+    """
+    layers = [name for name, event in events.items() if event.fresh]
+    products = []
+    for name in layers:
+        Z = directions[name].double()
+        products += [factors[name].V.detach().double().T @ Z, Z.T @ Z]
+    summed = iter(sum_over_processes(products, all_reduce))
+    completed = dict(events)
+    for name in layers:
+        event, overlap, gram = events[name], next(summed), next(summed)
+        M = event.M.to(overlap.device)
+        # Project Z on the orthogonal complement of V @ M, then make what is left orthonormal.
+        root = gram_root(M.T @ grams[name].V @ M)
+        basis = M @ root.inverse  # (R, k): V @ basis is orthonormal and spans V @ M
+        shadow = basis.T @ overlap
+        rest = torch.linalg.cholesky(gram - shadow.T @ shadow)
+        from_new = torch.linalg.inv(rest).T
+        completed[name] = RankEvent(event.N, event.M, event.fresh, -basis @ shadow @ from_new, from_new)
+    return completed
+
+
+def map_factors(event: RankEvent, U: Tensor, V: Tensor, Z: Tensor | None) -> Factors:
+    """Apply an event to rows of the factors; keeps their dtype and device.
+
+    Args:
+        U: ``(rows of out, R)``; V: ``(rows of in, R)``; Z: ``(rows of in, F)``, the same rows as V, or None if ``F`` is
+            0.
+    """
+    new_U = U.new_zeros(U.shape[0], event.modes)
+    new_V = V.new_empty(V.shape[0], event.modes)
+    kept = event.N.shape[1]
+    new_U[:, :kept] = _times(U, event.N)
+    new_V[:, :kept] = _times(V, event.M)
+    if event.fresh:
+        assert event.from_old is not None and event.from_new is not None and Z is not None
+        new_V[:, kept:] = (V.double() @ event.from_old.to(V.device) + Z.double() @ event.from_new.to(V.device)).to(
+            V.dtype
+        )
+    return Factors(new_U, new_V)
+
+
+def map_first_moment(event: RankEvent, moment: Tensor, other: Tensor) -> Tensor:
+    """``m' = [m @ other, 0]``: gradients transform as ``g_{U'} = g_U @ M``, so U's moments move with ``M`` and V's with
+    ``N``.
+
+    Args:
+        moment: ``(rows, R)``; other: the *other* factor's map, ``(R, K)``.
+    """
+    mapped = moment.new_zeros(moment.shape[0], event.modes)
+    mapped[:, : other.shape[1]] = _times(moment, other)
+    return mapped
+
+
+def map_second_moment(
+    event: RankEvent,
+    first: Tensor,
+    second: Tensor,
+    other: Tensor,
+    *,
+    step: float,
+    betas: tuple[float, float],
+) -> Tensor:
+    """Second moment of Adam under ``m -> m Q``: ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` on bias-corrected moments
+    (LDAdam, arXiv 2410.16103). Fresh columns take each row's mean over the mapped ones: from zero, their first step
+    under a large ``step`` would be ``(1 - b1) / sqrt(1 - b2)``, about three, learning rates.
+
+    Args:
+        first, second: ``(rows, R)``, as the optimizer keeps them (not bias-corrected).
+        other: the other factor's map ``Q: (R, K)``.
+        step: optimizer steps so far, at least 1.
+    """
+    kept = other.shape[1]
+    mapped = second.new_zeros(second.shape[0], event.modes)
+    if _is_identity(other):
+        mapped[:, :kept] = second
+    else:
+        Q = other.to(first.device)
+        correction = 1 - betas[1] ** step
+        m = first.double() / (1 - betas[0] ** step)
+        v = second.double() / correction
+        exact = ((v - m.square()) @ Q.square() + (m @ Q).square()).abs()
+        mapped[:, :kept] = (exact * correction).to(second.dtype)
+    if event.fresh:
+        source = mapped[:, :kept] if kept else second
+        mapped[:, kept:] = source.mean(dim=1, keepdim=True)
+    return mapped
+
+
+def _is_identity(matrix: Tensor) -> bool:
+    return matrix.shape[0] == matrix.shape[1] and bool((matrix == torch.eye(len(matrix)).to(matrix)).all())
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix`` in float64, returned in the dtype of ``rows``; growth's identity costs nothing and changes no
+    bit."""
+    if _is_identity(matrix):
+        return rows
+    return (rows.double() @ matrix.to(rows.device)).to(rows.dtype)

@@ -1,0 +1,76 @@
+"""The null rank: what the rule answers when nothing was learned (METHOD section 1.4)."""
+
+from collections.abc import Callable
+
+import torch
+
+from .criterion import RankRule
+from .init import generator_for
+from .spectrum import Factors, Grams, gram_matrices, singular_values
+
+Shape = tuple[int, int]
+"""``(out, in)`` of a layer."""
+
+
+class NullRanks:
+    """Runs the same rule, as often, on untrained factors of the same shapes.
+
+    Columns beyond the born ones, and all columns where one factor is born zero, are i.i.d. Gaussian. One sample a
+    shape, drawn anew at each check; transposed shapes share theirs, since the product has the same spectrum.
+
+    Args:
+        rule: the rule of the run.
+        initial_rank: where both the run and its null start.
+        seed: of the run.
+        born: ``born(out, in, R) -> Factors`` as a layer is born, or None where one factor is born zero.
+    """
+
+    def __init__(
+        self,
+        rule: RankRule,
+        initial_rank: int,
+        seed: int,
+        born: Callable[[int, int, int], Factors] | None = None,
+    ) -> None:
+        self.rule, self.initial_rank, self.seed, self.born = rule, initial_rank, seed, born
+        self.checks = 0
+        self._ranks: dict[Shape, int] = {}
+
+    def advance(self, shapes: set[Shape]) -> None:
+        """Apply the rule once more to every shape. ``shapes`` is the same set at each call."""
+        for shape in sorted({_tall(shape) for shape in shapes}):
+            sigma = singular_values(self._grams(shape))
+            self._ranks[shape] = self.rule.decide(sigma, self.of(shape), min(shape)).after
+        self.checks += 1
+
+    def of(self, shape: Shape) -> int:
+        """Null rank of a shape after the checks so far."""
+        return self._ranks.get(_tall(shape), self.initial_rank)
+
+    def _grams(self, shape: Shape) -> Grams:
+        modes = self.rule.modes(self.of(shape), min(shape))
+        generator = generator_for(self.seed, "null", *shape, self.checks)
+        if self.born is None:
+            factors = Factors(*(torch.randn(n, modes, generator=generator) for n in shape))
+        else:
+            start = self.born(*shape, min(self.rule.modes(self.initial_rank, min(shape)), modes))
+            factors = Factors(*(_widen(factor, modes, generator) for factor in (start.U, start.V)))
+        return gram_matrices({"null": factors}, lambda total: None)["null"]
+
+    def state_dict(self) -> dict:
+        """JSON-able state; ``load_state_dict`` continues from it."""
+        return {"checks": self.checks, "ranks": [[*shape, rank] for shape, rank in self._ranks.items()]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.checks = state["checks"]
+        self._ranks = {(out, in_): rank for out, in_, rank in state["ranks"]}
+
+
+def _tall(shape: Shape) -> Shape:
+    return max(shape), min(shape)
+
+
+def _widen(factor: torch.Tensor, modes: int, generator: torch.Generator) -> torch.Tensor:
+    """Append Gaussian columns of the same root mean square until there are ``modes``."""
+    fresh = torch.randn(factor.shape[0], modes - factor.shape[1], generator=generator)
+    return torch.cat([factor, fresh * factor.square().mean().sqrt()], dim=1)

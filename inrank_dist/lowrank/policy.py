@@ -1,0 +1,37 @@
+"""When to look and what to do: pure decisions on step numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Action = Literal["grow", "freeze"]
+
+
+@dataclass(frozen=True)
+class RankPolicy:
+    """The calendar of rank events, in optimizer steps (never in forward passes).
+
+    Attributes:
+        interval: steps between decisions, or None: the rank never changes.
+        freeze_step: after this many steps the rank is frozen, or None: it may grow to the end.
+        decay_steps: the base's factor ``a`` goes linearly from 1 to 0 over this many steps, or None: no decaying base.
+    """
+
+    interval: int | None
+    freeze_step: int | None
+    decay_steps: int | None
+
+    def action(self, step: int) -> Action | None:
+        """What is due after ``step`` optimizer steps."""
+        if self.freeze_step is not None and step >= self.freeze_step:
+            return "freeze" if step == self.freeze_step else None
+        return "grow" if self.interval and step > 0 and step % self.interval == 0 else None
+
+    def base_scale(self, step: int) -> float:
+        """``a`` for the forward passes of the step that follows ``step`` completed ones."""
+        if self.decay_steps is None:
+            return 1.0
+        return max(0.0, 1.0 - step / self.decay_steps)
+
+    def removes_base(self, step: int) -> bool:
+        """Whether the base is gone after ``step`` optimizer steps."""
+        return self.decay_steps is not None and step >= self.decay_steps

@@ -1,0 +1,151 @@
+"""Settings of the low-rank method (YAML section ``lowrank``)."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+from .criterion import Criterion, RankRule
+from .init import Init
+from .policy import RankPolicy
+
+Mode = Literal["full", "fixed", "inrank", "efficient"]
+Base = Literal["frozen", "none", "decay"]
+
+
+@dataclass(kw_only=True)
+class LowRankSettings:
+    """Which layers are factored, how the factors start, when and how far their rank grows."""
+
+    mode: Mode = "efficient"
+    """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows
+    during the warm-up and is then frozen."""
+    targets: list[str] = field(default_factory=lambda: ["mlp"])
+    """Layers to factor: mlp, attention, all, or regular expressions searched in the layer's name."""
+    initial_rank: int = 8
+    """Active rank r at the start (in mode fixed: the rank)."""
+    buffer: int = 8
+    """Modes b trained beyond the active rank; the most that one decision can add."""
+    threshold: float = 0.9
+    """Explained ratio below which the rank is raised."""
+    criterion: Criterion = "energy"
+    """Explained ratio by energy (sum of squared singular values) or by variance (as published)."""
+    measure: Literal["update", "product"] = "update"
+    """Spectrum of what was learned since the start, or of the product of the factors, random start included (as
+    published)."""
+    base: Base = "decay"
+    """Dense base W0 under the factors: frozen, none (the factors are the weight), or decay (fades out over
+    warmup_steps)."""
+    init: Init = "orthogonal"
+    """How the base starts, or without a base how the factors start (spectral and spectral_ones need base none)."""
+    interval: int = 25
+    """Optimizer steps between two decisions."""
+    warmup_steps: int = 200
+    """Optimizer steps over which a decaying base fades; also the default of freeze_step."""
+    freeze_step: Optional[int] = None
+    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps."""
+    max_rank_fraction: float = 0.5
+    """Largest active rank as a fraction of min(in, out)."""
+    multiple_of: int = 1
+    """Ranks are raised to a multiple of this."""
+    frobenius_decay: float = 0.0
+    """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
+
+    def __post_init__(self) -> None:
+        for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"lowrank.{name} is {value}; write a whole number of at least 1")
+        if self.buffer < 0 or (self.grows and self.buffer == 0):
+            raise ValueError(
+                f"lowrank.buffer is {self.buffer}; the rank grows into the buffer, so write a whole number of "
+                "at least 1"
+            )
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
+        if not 0 < self.max_rank_fraction <= 1:
+            raise ValueError(
+                f"lowrank.max_rank_fraction is {self.max_rank_fraction}; write a fraction above 0 and at most 1"
+            )
+        if not self.frobenius_decay >= 0:
+            raise ValueError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
+        if not self.targets:
+            raise ValueError("lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full")
+        if self.mode == "full":
+            return
+        if self.base != "none" and self.init in ("spectral", "spectral_ones"):
+            raise ValueError(
+                f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
+                "write lowrank.base: none or lowrank.init: orthogonal"
+            )
+        if self.grows:
+            for name in ("initial_rank", "buffer"):
+                if getattr(self, name) % self.multiple_of:
+                    raise ValueError(
+                        f"lowrank.{name} is {getattr(self, name)}, not a multiple of lowrank.multiple_of "
+                        f"{self.multiple_of}; "
+                        f"write {-(-getattr(self, name) // self.multiple_of) * self.multiple_of}"
+                    )
+        if self.mode == "efficient" and self.base == "decay" and self.freeze_at < self.warmup_steps:
+            raise ValueError(
+                f"lowrank.freeze_step is {self.freeze_step} but the base fades until lowrank.warmup_steps "
+                f"{self.warmup_steps}; "
+                f"write a freeze_step of at least {self.warmup_steps}"
+            )
+
+    @property
+    def grows(self) -> bool:
+        """Whether the rank can change."""
+        return self.mode in ("inrank", "efficient")
+
+    @property
+    def freeze_at(self) -> int:
+        """Step of the freeze in mode ``efficient``."""
+        return self.warmup_steps if self.freeze_step is None else self.freeze_step
+
+    @property
+    def rule(self) -> RankRule:
+        """The rule; without growth there is no buffer."""
+        return RankRule(
+            threshold=self.threshold,
+            criterion=self.criterion,
+            buffer=self.buffer if self.grows else 0,
+            max_rank_fraction=self.max_rank_fraction,
+            multiple_of=self.multiple_of,
+        )
+
+    @property
+    def policy(self) -> RankPolicy:
+        """The calendar."""
+        return RankPolicy(
+            interval=self.interval if self.grows else None,
+            freeze_step=self.freeze_at if self.mode == "efficient" else None,
+            decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
+        )
+
+    def without_effect(self) -> list[tuple[str, str]]:
+        """Keys that do nothing in this mode, each with the reason."""
+        every = [
+            "targets", "initial_rank", "buffer", "threshold", "criterion", "measure", "base", "init", "interval",
+            "warmup_steps", "freeze_step", "max_rank_fraction", "multiple_of", "frobenius_decay",
+        ]  # fmt: skip
+        if self.mode == "full":
+            return [(key, "lowrank.mode is full") for key in every]
+        idle = []
+        if self.mode == "fixed":
+            growth = [
+                "buffer",
+                "threshold",
+                "criterion",
+                "measure",
+                "interval",
+                "freeze_step",
+                "max_rank_fraction",
+                "multiple_of",
+            ]
+            idle += [(key, "lowrank.mode is fixed") for key in growth]
+        if self.mode == "inrank":
+            idle.append(("freeze_step", "lowrank.mode inrank never freezes"))
+        if self.grows and self.base != "none":
+            idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
+        if self.base != "decay" and (self.mode != "efficient" or self.freeze_step is not None):
+            idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
+        return idle

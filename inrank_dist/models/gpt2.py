@@ -1,0 +1,48 @@
+"""GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions, biases everywhere but in the head."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inrank_dist.models.language_model import LanguageModel
+from inrank_dist.models.layers import Attention, Block
+from inrank_dist.models.settings import ModelSettings
+
+
+class GeluMLP(nn.Module):
+    """`down(gelu(up(x)))` with the tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(hidden_size, mlp_size)
+        self.down = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class GPT2(LanguageModel):
+    """GPT-2 with separate q, k and v projections; `pos_embed` holds the learned positions."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        norm = partial(nn.LayerNorm, settings.hidden_size, eps=settings.norm_eps)
+        blocks = [
+            Block(
+                Attention(settings, bias=True),
+                GeluMLP(settings.hidden_size, settings.mlp_size),
+                norm,
+                settings.dropout,
+            )
+            for _ in range(settings.num_layers)
+        ]
+        super().__init__(settings, vocab_size, blocks, final_norm=norm())
+        self.pos_embed = nn.Embedding(settings.max_seq_len, settings.hidden_size)
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Tokens plus positions, with dropout: (B, T) int64 -> (B, T, hidden_size)."""
+        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        return self.dropout(self.tok_embed(input_ids) + self.pos_embed(positions))

@@ -1,0 +1,81 @@
+"""What the two models have in common: embed, run the blocks, project to the vocabulary, sum the loss."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inrank_dist.models.init import InitRule, init_rule
+from inrank_dist.models.layers import Block, Rotary
+from inrank_dist.models.settings import ModelSettings
+
+IGNORED_TARGET = -100
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only transformer: `tok_embed`, `blocks`, `final_norm`, `head`.
+
+    `head` has no bias; with `settings.tied` its weight is the Parameter of `tok_embed`, under whose name
+    `named_parameters()` lists it. Every block takes and returns one tensor, (B, T, hidden_size).
+    """
+
+    def __init__(self, settings: ModelSettings, vocab_size: int, blocks: list[Block], final_norm: nn.Module) -> None:
+        super().__init__()
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.tok_embed = nn.Embedding(vocab_size, settings.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        self.head = nn.Linear(settings.hidden_size, vocab_size, bias=False)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.settings.tied:
+            self.head.weight = self.tok_embed.weight
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LanguageModel":
+        # torch replaces each module's parameter by itself when it leaves meta, which unties a shared one.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input of the first block: (B, T) int64 -> (B, T, hidden_size)."""
+        return self.tok_embed(input_ids)
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the summed loss when `targets` are given.
+
+        `input_ids` and `targets`: (B, T) int64; `targets[:, t]` is the token that follows `input_ids[:, t]`,
+        or -100 where nothing is to be learned. Returns logits (B, T, vocab_size) in the compute dtype, or the
+        SUM of the token cross-entropies in nats, a float32 scalar: the caller divides by the global token
+        count. Raises ValueError if T is above `settings.max_seq_len`.
+        """
+        length = input_ids.size(1)
+        if length > self.settings.max_seq_len:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than model.max_seq_len {self.settings.max_seq_len}"
+            )
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.final_norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
+        )
+
+    def reset_buffers(self) -> None:
+        """Recompute every non-persistent buffer on the device where it is, e.g. after `to_empty`."""
+        for module in self.modules():
+            if isinstance(module, Rotary):
+                module.reset()
+
+    def init_std(self, parameter_name: str) -> InitRule:
+        """Initial values of a parameter of the dense model; by name only, so it needs no values and no shape.
+
+        The rules, their source and the KeyError for other names: `init.init_rule`.
+        """
+        return init_rule(parameter_name, self.settings.num_layers)

@@ -1,0 +1,105 @@
+"""Parts that both models share: rotary positions, causal attention, the pre-norm block.
+
+Shapes: B batch, T sequence length, C hidden_size, H heads, D head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inrank_dist.models.settings import ModelSettings
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al., arXiv 2104.09864, section 3.4).
+
+    Channel i is paired with i + D/2, as in `transformers`, whose weights therefore fit. One instance serves
+    every block of a model. It sits inside the blocks instead of handing them tables, because sharding engines
+    cast the floating-point inputs of a block to the compute dtype, which would round the angles.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_seq_len: int, base: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.max_seq_len = max_seq_len
+        self.base = base
+        for name in ("cos", "sin"):
+            table = torch.empty(max_seq_len, head_dim // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Recompute both tables, (max_seq_len, D/2) float32, on the device where they are now."""
+        device = self.cos.device
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        position = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)
+        angle = torch.outer(position, 1.0 / self.base**exponent)
+        self.cos, self.sin = angle.cos(), angle.sin()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Rotary":
+        # A move from meta leaves the tables unset and a cast to half precision spoils them.
+        super()._apply(fn, recurse)
+        self.reset()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn x, (B, H, T, D), by the positions 0..T-1; computed in float32, returned in x's dtype."""
+        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with separate projections `q`, `k`, `v` and `out`."""
+
+    def __init__(self, settings: ModelSettings, *, bias: bool, rotary: Rotary | None = None) -> None:
+        super().__init__()
+        self.head_dim = settings.head_dim
+        self.grouped = settings.kv_heads != settings.num_heads
+        self.dropout = settings.dropout
+        hidden, kv_size = settings.hidden_size, settings.kv_heads * settings.head_dim
+        self.q = nn.Linear(hidden, hidden, bias=bias)
+        self.k = nn.Linear(hidden, kv_size, bias=bias)
+        self.v = nn.Linear(hidden, kv_size, bias=bias)
+        self.out = nn.Linear(hidden, hidden, bias=bias)
+        self.rotary = rotary
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C); position t sees positions 0..t."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.q, self.k, self.v)
+        )
+        if self.rotary is not None:
+            q, k = self.rotary(q), self.rotary(k)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            enable_gqa=self.grouped,
+        )
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, attention: Attention, mlp: nn.Module, norm: Callable[[], nn.Module], dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = norm()
+        self.attention = attention
+        self.mlp_norm = norm()
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))

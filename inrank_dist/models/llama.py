@@ -1,0 +1,42 @@
+"""Llama (Touvron et al., arXiv 2302.13971, 2307.09288): RMSNorm, SwiGLU, rotary positions, no biases."""
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inrank_dist.models.language_model import LanguageModel
+from inrank_dist.models.layers import Attention, Block, Rotary
+from inrank_dist.models.settings import ModelSettings
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.up = nn.Linear(hidden_size, mlp_size, bias=False)
+        self.down = nn.Linear(mlp_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Llama(LanguageModel):
+    """Llama, optionally with fewer key and value heads than query heads."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        norm = partial(nn.RMSNorm, settings.hidden_size, eps=settings.norm_eps)
+        rotary = Rotary(settings.head_dim, settings.max_seq_len, settings.rotary_base)
+        blocks = [
+            Block(
+                Attention(settings, bias=False, rotary=rotary),
+                GatedMLP(settings.hidden_size, settings.mlp_size),
+                norm,
+                dropout=0.0,
+            )
+            for _ in range(settings.num_layers)
+        ]
+        super().__init__(settings, vocab_size, blocks, final_norm=norm())

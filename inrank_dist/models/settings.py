@@ -1,0 +1,123 @@
+"""What the model is: the `model` section of a configuration."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from inrank_dist.errors import UserError
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Shape of the dense model. Fields hold what was written; the properties resolve what was left out."""
+
+    name: Literal["gpt2", "llama"] = "gpt2"
+    """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases) or llama (RMSNorm, SwiGLU, rotary
+    positions, no biases)."""
+    num_layers: int
+    """Number of transformer blocks."""
+    num_heads: int
+    """Number of attention heads (query heads); divides hidden_size."""
+    num_kv_heads: int | None = None
+    """Number of key and value heads, llama only; divides num_heads. Left out: num_heads."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int | None = None
+    """Width inside the MLP. Left out: 4 x hidden_size for gpt2; for llama 8/3 x hidden_size rounded up to a
+    multiple of 64, or of 256 from hidden_size 2048 on (so 4096 gives the published 11008)."""
+    max_seq_len: int
+    """Longest sequence in tokens."""
+    dropout: float = 0.0
+    """Dropout probability on embeddings, attention weights and block outputs; gpt2 only."""
+    tie_embeddings: bool | None = None
+    """Whether the output head is the token embedding. Left out: true for gpt2, false for llama."""
+    rope_theta: float | None = None
+    """Base of the rotary frequencies, llama only. Left out: 10000."""
+    norm_eps: float = 1e-5
+    """Added to the variance (gpt2) or mean square (llama) inside every norm."""
+
+    def __post_init__(self) -> None:
+        """Reject what cannot be built; raises UserError."""
+        if self.name not in ("gpt2", "llama"):
+            raise UserError(f"model.name is {self.name!r}; there are two models - write gpt2 or llama")
+        for key in (
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "hidden_size",
+            "intermediate_size",
+            "max_seq_len",
+            "rope_theta",
+            "norm_eps",
+        ):
+            value = getattr(self, key)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"model.{key} is {value}; it must be positive - write a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}; it is a probability - write a number from 0 to below 1")
+        if self.hidden_size % self.num_heads:
+            fitting = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+            raise UserError(
+                f"model.hidden_size is {self.hidden_size}, which model.num_heads {self.num_heads} does not"
+                f" divide - write {fitting} or another multiple of {self.num_heads}"
+            )
+        if self.name == "gpt2":
+            self._reject_llama_only()
+        else:
+            self._check_llama()
+
+    def _reject_llama_only(self) -> None:
+        for key in ("num_kv_heads", "rope_theta"):
+            value = getattr(self, key)
+            if value is not None:
+                raise UserError(
+                    f"model.{key} is {value}, but gpt2 has no such part - leave it out or write model.name: llama"
+                )
+
+    def _check_llama(self) -> None:
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads"
+                f" {self.num_heads} - write a divisor of {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size is {self.hidden_size}, which gives {self.num_heads} heads of odd size"
+                f" {self.head_dim}; rotary positions turn pairs - write {self.hidden_size + self.num_heads}"
+                f" or another multiple of {2 * self.num_heads}"
+            )
+        if self.dropout:
+            raise UserError(
+                f"model.dropout is {self.dropout}, but the llama model has no dropout"
+                " - write model.dropout: 0.0 or model.name: gpt2"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Width inside the MLP."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        if self.name == "gpt2":
+            return 4 * self.hidden_size
+        multiple = 256 if self.hidden_size >= 2048 else 64
+        return math.ceil(8 * self.hidden_size / (3 * multiple)) * multiple
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and token embedding are one parameter."""
+        return self.name == "gpt2" if self.tie_embeddings is None else self.tie_embeddings
+
+    @property
+    def rotary_base(self) -> float:
+        """Base of the rotary frequencies."""
+        return 10000.0 if self.rope_theta is None else self.rope_theta

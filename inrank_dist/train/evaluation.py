@@ -1,0 +1,31 @@
+"""Validation loss, the same number for any engine and any number of processes."""
+
+import torch
+from datasets import Dataset
+
+from ..data import validation_batches
+from ..engine.engine import Engine
+
+
+@torch.no_grad()
+def validation_loss(engine: Engine, dataset: Dataset, *, batch_size: int, max_sequences: int | None) -> float:
+    """Mean loss in nats per token; every token counts once.
+
+    Args:
+        batch_size: sequences per forward pass of one process.
+        max_sequences: only the first so many; None: all.
+    """
+    context = engine.context
+    engine.model.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for batch in validation_batches(
+        dataset,
+        batch_size=batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        max_sequences=max_sequences,
+    ):
+        total[0] += engine.loss(batch.inputs, batch.targets)
+        total[1] += (batch.targets >= 0).sum()
+    context.sum(total)
+    return float(total[0] / total[1])

@@ -1,0 +1,268 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..config import Config
+from ..data import Loader, LoaderState, Prepared
+from ..engine.context import Context
+from ..lowrank.init import generator_for
+from .checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
+from .evaluation import validation_loss
+from .monitors import Monitors
+from .ranks import RankEvents
+from .sampling import sample_tokens
+from .schedule import learning_rate
+from .start import StartValues, build_engine, dense_skeleton, layer_shapes, start_layout
+
+
+class Trainer:
+    """One run, from its start or from a checkpoint to its last step. All processes do the same.
+
+    Args:
+        config: all settings.
+        context: with its process group up.
+        data: the prepared data.
+        monitors: told of everything worth writing down; empty on all processes but the first.
+        checkpoint: where to continue, or None.
+
+    Raises:
+        UserError: the settings do not fit the model, the data, the checkpoint or the number of processes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        context: Context,
+        data: Prepared,
+        monitors: Monitors,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.context, self.data, self.monitors = config, context, data, monitors
+        saved = checkpoint.state if checkpoint else None
+        self.loader = Loader(
+            data.train,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+            seed=config.run.seed,
+            fingerprint=data.fingerprint,
+            state=LoaderState.from_dict(saved.loader) if saved else None,
+        )
+        skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
+        shapes = layer_shapes(skeleton, config.lowrank)
+        values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
+        layout = saved.layout if saved else start_layout(shapes, config.lowrank)
+        self.engine = build_engine(config, context, skeleton, layout, values)
+        self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed)
+        self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
+        self.parameters_start = self.engine.parameter_count()
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        if checkpoint and saved:
+            load_checkpoint(checkpoint, self.engine)
+            self.ranks.null.load_state_dict(saved.null_ranks)
+            self.step, self.tokens, self.seconds = saved.step, saved.tokens, saved.seconds
+        self.train_loss: float | None = None
+        self.validation: float | None = None
+        self.saved_at = self.step if checkpoint else None
+
+    def run(self) -> None:
+        """Train to the last step."""
+        train = self.config.train
+        clock = _Clock(self.seconds, self.tokens)
+        self._announce()
+        while self.step < train.steps:
+            loss, norm, rate = self._train_step()
+            self.step += 1
+            records = self.ranks.after_step(self.step)
+            self.seconds = clock.seconds
+
+            if self._is_due(self.config.log.interval):
+                self.context.sum(loss)
+                self.train_loss = float(loss) / self._tokens_per_step
+                self.monitors.write(
+                    {
+                        "kind": "step",
+                        "step": self.step,
+                        "loss": self.train_loss,
+                        "tokens": self.tokens,
+                        "tokens_per_s": clock.rate(self.tokens),
+                        "lr": rate,
+                        "grad_norm": float(norm),
+                        "parameters": self.engine.parameter_count(),
+                    }
+                )
+            for record in records:
+                self.monitors.write(record)
+            with clock.stopped():
+                if self._is_due(self.config.eval.interval) and self.config.eval.interval:
+                    self._evaluate()
+                if self._is_due(self.config.checkpoint.interval):
+                    self._save()
+        if self.config.eval.sample_tokens:
+            self._sample()
+        self._summarise()
+
+    def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step; returns this process's summed loss, the gradient norm and the learning rate."""
+        # Dropout depends on seed, step and rank alone, so a resumed run needs no saved random state.
+        seed = generator_for(self.config.run.seed, "step", self.step, self.context.rank).initial_seed()
+        torch.manual_seed(seed)
+        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
+        self.ranks.before_step(self.step)
+        batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
+        loss = self.engine.accumulate(batches, self._tokens_per_step)
+        norm = self.engine.step(rate)
+        self.tokens += self._tokens_per_step
+        return loss, norm, rate
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.train.global_batch_size * self.data.block_length
+
+    def _is_due(self, interval: int) -> bool:
+        return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
+
+    def _evaluate(self) -> None:
+        batches = self.config.eval.batches
+        self.ranks.before_step(self.step)  # the model as the next step would use it
+        self.validation = validation_loss(
+            self.engine,
+            self.data.validation,
+            batch_size=self.config.train.micro_batch_size,
+            max_sequences=batches * self.config.train.global_batch_size if batches else None,
+        )
+        self.monitors.write(
+            {"kind": "eval", "step": self.step, "loss": self.validation, "perplexity": perplexity(self.validation)}
+        )
+
+    def _save(self) -> None:
+        if self.saved_at == self.step:
+            return
+        state = TrainState(
+            step=self.step,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            layout=self.engine.layout,
+            null_ranks=self.ranks.null.state_dict(),
+            loader=self.loader.state().to_dict(),
+            vocab_size=self.data.tokenizer.vocab_size,
+            fingerprint=self.data.fingerprint,
+            unigram_entropy=self.data.unigram_entropy,
+        )
+        save_checkpoint(
+            self.config.run.folder,
+            self.engine,
+            state,
+            config=self.config.to_yaml(),
+            save_tokenizer=self.data.tokenizer.save,
+            keep=self.config.checkpoint.keep,
+        )
+        self.saved_at = self.step
+
+    def _sample(self) -> None:
+        self.engine.model.eval()
+        prompt = [self.data.tokenizer.eos_id]
+        tokens = sample_tokens(
+            self.engine.logits,
+            prompt,
+            count=self.config.eval.sample_tokens,
+            max_seq_len=self.config.model.max_seq_len,
+            generator=generator_for(self.config.run.seed, "sample", self.step),
+            pad=self.config.train.compile,
+        )
+        text = self.data.tokenizer.decode(tokens)
+        self.monitors.write({"kind": "sample", "step": self.step, "prompt": "", "text": text})
+
+    def _announce(self) -> None:
+        config, context = self.config, self.context
+        if self.step:
+            self.monitors.write({"kind": "resume", "step": self.step, "world_size": context.world_size})
+        self.monitors.write(
+            {
+                "kind": "start",
+                "step": self.step,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "world_size": context.world_size,
+                "engine": self.engine.name,
+                "device": _device_name(context.device),
+                "model": config.model.name,
+                "mode": config.lowrank.mode,
+                "parameters": self.engine.parameter_count(),
+                "parameters_dense": self.parameters_dense,
+                "steps": config.train.steps,
+                "seed": config.run.seed,
+                "torch": torch.__version__,
+                "unigram_entropy": self.data.unigram_entropy,
+                "train_tokens": self.data.train_tokens,
+                "validation_tokens": self.data.validation_tokens,
+                "ranks": {name: layer.rank for name, layer in self.engine.layout.items()},
+            }
+        )
+
+    def _summarise(self) -> None:
+        shapes = self.ranks.shapes
+        self.monitors.write(
+            {
+                "kind": "summary",
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "train_loss": self.train_loss,
+                "validation_loss": self.validation,
+                "perplexity": None if self.validation is None else perplexity(self.validation),
+                "unigram_entropy": self.data.unigram_entropy,
+                "parameters": self.engine.parameter_count(),
+                "parameters_dense": self.parameters_dense,
+                "parameters_start": self.parameters_start,
+                "ranks": {
+                    name: {
+                        "rank": layer.rank,
+                        "null_rank": self.ranks.null.of(shapes[name]) if self.ranks.null.checks else None,
+                        "shape": list(shapes[name]),
+                    }
+                    for name, layer in self.engine.layout.items()
+                },
+                "seed": self.config.run.seed,
+                "world_size": self.context.world_size,
+            }
+        )
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+class _Clock:
+    """Training time in seconds; what validation and checkpoints take is left out."""
+
+    def __init__(self, seconds: float, tokens: int) -> None:
+        self._began = time.perf_counter() - seconds
+        self._mark = (seconds, tokens)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        now, (then, before) = self.seconds, self._mark
+        self._mark = (now, tokens)
+        return (tokens - before) / max(now - then, 1e-9)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The clock stands still meanwhile."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped

@@ -1,0 +1,203 @@
+"""The run as a person follows it: a line per logged step, and on a terminal a progress bar below."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from inrank_dist.train.monitors.ranks import RankTable, equals_null, mean
+from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
+
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed step time."""
+
+
+class ConsoleMonitor:
+    """Writes to ``stream`` (standard output unless told; standard error is left to errors).
+
+    Every line is plain ASCII but for sampled text. A rank is never shown without its null rank. The time
+    left is the steps left times the smoothed time of a step, which includes evaluation, checkpoints and
+    rank events.
+    """
+
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
+        self._total = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._table = RankTable()
+        self._entropy: float | None = None
+        self._last: tuple[int, float] | None = None
+        self._step_seconds: float | None = None
+        self._bar: Progress | None = None
+        if self._stream.isatty():
+            # No refresh thread beside the training: the bar moves when a record arrives.
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:,}/{task.total:,} steps"),
+                TextColumn("{task.fields[left]} left"),
+                console=Console(file=self._stream),
+                auto_refresh=False,
+                transient=True,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, left="-")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Print this record; kinds a person need not see are only remembered."""
+        self._table.update(record)
+        kind = record.get("kind")
+        if kind == "start":
+            self._start(record)
+        elif kind == "resume":
+            self._restart_clock()
+            world = plural(int(number(record.get("world_size")) or 1), "process")
+            self._say(f"resumed at {_at(record)} on {world}")
+        elif kind == "step":
+            self._step(record)
+        elif kind == "eval":
+            self._say(f"{_at(record)}  validation loss {self._against_unigram(record)}")
+        elif kind == "rank_event":
+            self._rank_event(record)
+        elif kind == "base_removed":
+            self._say(f"{_at(record)}  base removed: the factors now stand alone")
+        elif kind == "sample":
+            self._say(f"{_at(record)}  sample: {self._printable(record)}")
+        elif kind == "summary":
+            self._summary(record)
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal; closing twice is fine."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if not self._stream.closed:
+            self._stream.flush()
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=self._stream, flush=True)
+
+    def _start(self, record: dict[str, Any]) -> None:
+        self._restart_clock()
+        self._entropy = number(record.get("unigram_entropy"))
+        world = plural(int(number(record.get("world_size")) or 1), "process")
+        model, mode, seed, device, engine, torch = (
+            record.get(key, "-") for key in ("model", "mode", "seed", "device", "engine", "torch")
+        )
+        self._say(f"{model}, {mode}, seed {seed}, on {world} ({device}, {engine}, torch {torch})")
+        line = f"{amount(record.get('parameters'))} parameters"
+        if self._table.ranks:
+            line += f", {plural(len(self._table.ranks), 'low-rank layer')}, {self._mean_rank()}"
+        self._say(line)
+        line = (
+            f"{_whole(record.get('steps'))} steps, {amount(record.get('train_tokens'))} tokens to train on, "
+            f"{amount(record.get('validation_tokens'))} to validate on"
+        )
+        self._say(line + (f", {self._unigram()}" if self._entropy is not None else ""))
+
+    def _step(self, record: dict[str, Any]) -> None:
+        step = int(number(record.get("step")) or 0)
+        self._tick(step)
+        left = "-"
+        if self._step_seconds is not None:
+            left = duration(max(self._total - step, 0) * self._step_seconds)
+        rank = f"  {self._mean_rank(short=True)}" if self._table.ranks else ""
+        self._say(
+            f"{step:>{len(str(self._total))}d}/{self._total} {100 * step / max(self._total, 1):5.1f}%"
+            f"  loss {fixed(record.get('loss'), 4)}  lr {_scientific(record.get('lr'))}"
+            f"  grad {fixed(record.get('grad_norm'), 3)}  {fixed(record.get('tokens_per_s'), 0)} tok/s"
+            f"{rank}  ETA {left}"
+        )
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=step, left=left, refresh=True)
+
+    def _tick(self, step: int) -> None:
+        now = time.monotonic()
+        if self._last is not None and step > self._last[0]:
+            seconds = (now - self._last[1]) / (step - self._last[0])
+            past = seconds if self._step_seconds is None else self._step_seconds
+            self._step_seconds = SMOOTHING * past + (1 - SMOOTHING) * seconds
+        self._last = (step, now)
+
+    def _restart_clock(self) -> None:
+        self._last = None
+        self._step_seconds = None
+
+    def _rank_event(self, record: dict[str, Any]) -> None:
+        layers = list((record.get("layers") or {}).values())
+        before, after, null, explained = (
+            mean(layer.get(key) for layer in layers) for key in ("from", "to", "null_rank", "explained")
+        )
+        line = (
+            f"{_at(record)}  {record.get('action', 'change')}:"
+            f" mean rank {fixed(before, 1)} -> {fixed(after, 1)}"
+            f" ({plural(len(layers), 'layer')}, null rank {fixed(null, 1)}, explained {fixed(explained, 2)})"
+            f" in {fixed(record.get('seconds'), 2)} s"
+        )
+        same = sum(equals_null(layer.get("to"), layer.get("null_rank")) for layer in layers)
+        self._say(line + (f"; {_no_more_than_null(same, len(layers))}" if same else ""))
+
+    def _summary(self, record: dict[str, Any]) -> None:
+        self.close()
+        if self._entropy is None:
+            self._entropy = number(record.get("unigram_entropy"))
+        self._say(
+            f"done: {_whole(record.get('step'))} steps, {amount(record.get('tokens'))} tokens in "
+            f"{duration(record.get('seconds'))}"
+        )
+        validation = {"loss": record.get("validation_loss"), "perplexity": record.get("perplexity")}
+        self._say(f"  train loss       {fixed(record.get('train_loss'), 4)}")
+        self._say(f"  validation loss  {self._against_unigram(validation)}")
+        parameters, dense = number(record.get("parameters")), number(record.get("parameters_dense"))
+        share = f" ({parameters / dense:.2f} of dense, {amount(dense)})" if parameters and dense else ""
+        self._say(f"  parameters       {amount(record.get('parameters_start'))} -> {amount(parameters)}{share}")
+        if self._table.ranks:
+            self._say(f"  rank             {self._mean_rank()}, {plural(len(self._table.ranks), 'layer')}")
+            if same := len(self._table.null_layers):
+                self._say(f"                   {_no_more_than_null(same, len(self._table.ranks))}")
+
+    def _mean_rank(self, short: bool = False) -> str:
+        rank, null = mean(self._table.ranks.values()), mean(self._table.null_ranks.values())
+        if short:
+            return f"rank {fixed(rank, 1)} (null {fixed(null, 1)})"
+        known = f"null rank {fixed(null, 1)}" if null is not None else "null rank not measured"
+        return f"mean rank {fixed(rank, 1)} ({known})"
+
+    def _against_unigram(self, record: dict[str, Any]) -> str:
+        text = f"{fixed(record.get('loss'), 4)}  perplexity {fixed(record.get('perplexity'), 2)}"
+        return text + (f"  ({self._unigram()})" if self._entropy is not None else "")
+
+    def _unigram(self) -> str:
+        return f"unigram entropy {fixed(self._entropy, 4)}, perplexity {fixed(perplexity_of(self._entropy), 0)}"
+
+    def _printable(self, record: dict[str, Any]) -> str:
+        """Prompt and text without what could move the cursor or what the stream cannot encode."""
+        text = f"[{record.get('prompt', '')}] {record.get('text', '')}".replace("\n", "\n    ")
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, "replace").decode(encoding)
+
+
+def _no_more_than_null(same: int, layers: int) -> str:
+    return (
+        f"in {same} of {layers} the rank is the null rank within 2%: "
+        "the rule found no more than it finds on untrained factors"
+    )
+
+
+def _at(record: dict[str, Any]) -> str:
+    return f"step {record.get('step', '-')}"
+
+
+def _whole(value: Any) -> str:
+    return fixed(value, 0)
+
+
+def _scientific(value: Any) -> str:
+    rate = number(value)
+    return "-" if rate is None else f"{rate:.2e}"

@@ -1,0 +1,66 @@
+"""The records as TensorBoard scalars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from inrank_dist.train.monitors.ranks import RankTable, mean
+from inrank_dist.train.monitors.text import number
+
+STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "parameters", "tokens")
+EVAL_TAGS = ("loss", "perplexity")
+LAYER_TAGS = ("rank", "null_rank", "explained", "effective_rank")
+
+
+class TensorBoardMonitor:
+    """Writes event files to ``folder``.
+
+    Tags: ``train/{loss,lr,grad_norm,tokens_per_s,parameters,tokens}``, ``validation/{loss,perplexity}``,
+    for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``, ``effective_rank/NAME``, over all
+    layers ``rank_mean/rank`` and ``rank_mean/null_rank``, and the text ``sample``. From ``purge_step`` on,
+    what an earlier process wrote is hidden: a run resumed from step ``s`` gives ``s + 1``.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        # Imported here: two seconds that only the process with monitors should pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+        self._table = RankTable()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log what this record holds; values that are missing or not finite are left out."""
+        self._table.update(record)
+        kind, step = record.get("kind"), record.get("step", 0)
+        if kind == "step":
+            for tag in STEP_TAGS:
+                self._scalar(f"train/{tag}", record.get(tag), step)
+        elif kind == "eval":
+            for tag in EVAL_TAGS:
+                self._scalar(f"validation/{tag}", record.get(tag), step)
+        elif kind in ("rank_event", "rank_check"):
+            self._ranks(record.get("layers") or {}, step)
+        elif kind == "sample":
+            self._writer.add_text("sample", f"**{record.get('prompt', '')}**{record.get('text', '')}", step)
+
+    def close(self) -> None:
+        """Flush and close the event file; closing twice is fine."""
+        self._writer.close()
+
+    def _ranks(self, layers: dict[str, dict[str, Any]], step: int) -> None:
+        tables = (
+            self._table.ranks,
+            self._table.null_ranks,
+            self._table.explained,
+            self._table.effective_ranks,
+        )
+        for tag, table in zip(LAYER_TAGS, tables, strict=True):
+            for name in layers:
+                self._scalar(f"{tag}/{name}", table.get(name), step)
+        self._scalar("rank_mean/rank", mean(self._table.ranks.values()), step)
+        self._scalar("rank_mean/null_rank", mean(self._table.null_ranks.values()), step)
+
+    def _scalar(self, tag: str, value: Any, step: int) -> None:
+        if (finite := number(value)) is not None:
+            self._writer.add_scalar(tag, finite, step)

@@ -1,0 +1,55 @@
+"""Numbers as people read them: counts, durations, losses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def number(value: Any) -> float | None:
+    """A finite float, or None for what is missing, not a number, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def fixed(value: Any, digits: int) -> str:
+    """``value`` with a fixed number of decimals; ``-`` if missing, ``nan`` or ``inf`` if it is that."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:,.{digits}f}"
+
+
+def amount(value: Any) -> str:
+    """A count of parameters or tokens: ``124.4M``, ``1.23B``, below 100,000 all digits."""
+    count = number(value)
+    if count is None:
+        return "-"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as ``h:mm:ss``, from one day on as ``2d 03:04:05``."""
+    value = number(seconds)
+    if value is None:
+        return "-"
+    minutes, secs = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}:{minutes:02d}:{secs:02d}"
+    return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}:{secs:02d}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 layer``, ``24 layers``, ``2 processes``."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def perplexity_of(entropy: Any) -> float | None:
+    """``exp(entropy)`` for an entropy or loss in nats per token; None if missing or too large for a float."""
+    nats = number(entropy)
+    return math.exp(nats) if nats is not None and nats < 700 else None

@@ -1,0 +1,111 @@
+"""A run folder as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from inrank_dist.errors import UserError
+from inrank_dist.train.report import sections
+from inrank_dist.train.monitors.jsonl import read_metrics
+from inrank_dist.train.monitors.text import amount, number, plural
+from inrank_dist.train.report.curves import dynamics_figures, loss_figure, rank_figures, threshold_of
+from inrank_dist.train.report.history import History
+from inrank_dist.train.report.reading import mode_of, reading
+from inrank_dist.train.report.style import STYLE
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``report.html`` into a run folder from its metrics and config, and return its path.
+
+    Works on a run that still goes on or was killed, and without a config. The file appears whole or not at
+    all. Raises UserError if the folder does not exist or holds no records.
+    """
+    run_folder = Path(run_folder)
+    if not run_folder.is_dir():
+        raise UserError(f"run folder {run_folder} does not exist - give the folder that train wrote")
+    records = read_metrics(run_folder / "metrics.jsonl")
+    if not records:
+        raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
+    page = _page(run_folder, History(records), len(records))
+    report = run_folder / "report.html"
+    fresh = run_folder / "report.html.tmp"
+    # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
+    with fresh.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(report)
+    return report
+
+
+def _page(run_folder: Path, history: History, records: int) -> str:
+    config_file = run_folder / "config.yaml"
+    text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
+    settings = _settings(text)
+    section = settings.get("run")
+    configured = section.get("name") if isinstance(section, dict) else None
+    name = escape(str(configured or run_folder.resolve().name))
+    statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in reading(history, settings))
+    body = [
+        _header(name, history, settings),
+        sections.tiles(history),
+        f'<h2>Honest reading</h2><div class="reading"><ul>{statements}</ul></div>',
+        f"<h2>Training</h2>{loss_figure(history)}{dynamics_figures(history)}",
+        rank_figures(history, threshold_of(settings)),
+        sections.layer_table(history),
+        sections.event_table(history),
+        sections.samples(history),
+        sections.config(text),
+        f"<footer>Made from {plural(records, 'record')} of metrics.jsonl.</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """The config as nested dicts; empty where it cannot be read, for its text is shown all the same."""
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _header(name: str, history: History, settings: dict[str, Any]) -> str:
+    start = history.start
+    status = (
+        '<span class="status soft">finished</span>'
+        if history.ended
+        else '<span class="status warn">not finished</span>'
+    )
+    facts = [str(start.get("model", "")), f"mode {mode_of(history, settings)}"]
+    facts += [f"seed {history.first('seed')}"] if history.first("seed") is not None else []
+    planned = number(start.get("steps"))
+    goal = f" of {planned:,.0f}" if planned and not history.ended else ""
+    facts += [f"{history.last_step:,}{goal} steps", f"{amount(history.tokens)} tokens"]
+    world = number(history.first("world_size"))
+    machine = [plural(int(world), "process")] if world else []
+    machine += [str(start[key]) for key in ("device", "engine") if key in start]
+    machine += [f"torch {start['torch']}"] if "torch" in start else []
+    machine += [f"started {_when(start['time'])}"] if "time" in start else []
+    lines = [" · ".join(escape(fact) for fact in line if fact) for line in (facts, machine)]
+    return f'<header><h1>{name} {status}</h1><p class="soft">{lines[0]}<br>{lines[1]}</p></header>'
+
+
+def _when(time: Any) -> str:
+    """Seconds since 1970 as a date; what is already text stays."""
+    seconds = number(time)
+    if seconds is None:
+        return str(time)
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,157 @@
+"""Which curves of a run are drawn, against which references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inrank_dist.train.monitors.text import number, plural
+from inrank_dist.train.report.history import History
+from inrank_dist.train.report.plot import Line, Mark, Plot, Reference, figure, smoothed
+
+WIDE, HALF = 1020, 490
+MARK_STYLE = {"grow": ("growth", "--c2", "2 3"), "freeze": ("freeze", "--c0", "")}
+
+
+def loss_figure(history: History) -> str:
+    """Training and validation loss against the unigram entropy, with the run's events."""
+    train = history.curve("loss")
+    if len(train) >= 50:
+        lines = [
+            Line(label="train, as logged", points=train, colour="--c0", width=1, opacity=0.3, scales=False),
+            Line(label="train, smoothed", points=smoothed(train, len(train) // 100), colour="--c0"),
+        ]
+    else:
+        lines = [Line(label="train", points=train, colour="--c0")]
+    validation = history.eval_curve("loss")
+    lines.append(Line(label="validation", points=validation, colour="--c1", width=2, dots=True))
+    entropy = history.unigram_entropy
+    return figure(
+        Plot(
+            title="Loss",
+            unit="nats per token",
+            lines=lines,
+            marks=marks(history),
+            references=[Reference(y=entropy, label=f"unigram entropy {entropy:.3f}")] if entropy else [],
+            x_end=history.last_step,
+        ),
+        height=360,
+        wide=WIDE,
+    )
+
+
+def dynamics_figures(history: History) -> str:
+    """Learning rate, gradient norm, throughput and parameters, small."""
+    dense = number(history.summary.get("parameters_dense"))
+    references = [Reference(y=dense, label="dense")] if dense and history.table.ranks else []
+    plots = [
+        Plot(
+            title="Learning rate",
+            lines=[Line(label="learning rate", points=history.curve("lr"), colour="--c0")],
+            x_end=history.last_step,
+            from_zero=True,
+        ),
+        Plot(
+            title="Gradient norm",
+            unit="before clipping",
+            lines=[Line(label="gradient norm", points=history.curve("grad_norm"), colour="--c0", width=1.1)],
+            x_end=history.last_step,
+            log=True,
+        ),
+        Plot(
+            title="Throughput",
+            unit="tokens per second",
+            lines=[Line(label="tokens per second", points=history.curve("tokens_per_s"), colour="--c0", width=1.1)],
+            x_end=history.last_step,
+            from_zero=True,
+        ),
+        Plot(
+            title="Parameters",
+            lines=[Line(label="parameters", points=history.curve("parameters"), colour="--c0", width=2, steps=True)],
+            references=references,
+            x_end=history.last_step,
+            from_zero=True,
+        ),
+    ]
+    figures = "".join(figure(plot, height=220, wide=HALF) for plot in plots)
+    return f'<div class="pair">{figures}</div>' if figures else ""
+
+
+def rank_figures(history: History, threshold: float | None) -> str:
+    """The rank of every layer with the null rank dashed, the explained ratio and the effective rank."""
+    if not history.layers:
+        return ""
+    kinds = list(dict.fromkeys(layer.kind for layer in history.layers.values()))
+    colours = {kind: f"--c{index % 8}" for index, kind in enumerate(kinds)}
+    lines = [
+        Line(
+            label=layer.kind,
+            tooltip=layer.name,
+            points=layer.rank,
+            colour=colours[layer.kind],
+            width=1.1,
+            opacity=0.55,
+            steps=True,
+        )
+        for layer in history.layers.values()
+    ]
+    lines.append(
+        Line(label="mean rank", points=history.mean_over_layers("rank"), colour="--ink", width=2.6, steps=True)
+    )
+    null = history.mean_over_layers("null_rank")
+    lines.append(Line(label="mean null rank", points=null, colour="--ink", width=2, dash="6 4", steps=True))
+    figures = figure(
+        Plot(
+            title="Rank of every layer",
+            unit=plural(len(history.layers), "layer") + ("" if null else "; no null rank was measured"),
+            lines=lines,
+            marks=[mark for mark in marks(history) if mark.label != "growth"],
+            x_end=history.last_step,
+            from_zero=True,
+        ),
+        height=360,
+        wide=WIDE,
+    )
+    last_check = max((x for layer in history.layers.values() for x, _ in layer.explained), default=0.0)
+    explained = Plot(
+        title="Explained ratio",
+        unit="mean over layers",
+        lines=[_checked("explained", history)],
+        references=[Reference(y=threshold, label=f"threshold {threshold:g}")] if threshold else [],
+        x_end=last_check,
+    )
+    effective = Plot(
+        title="Effective rank",
+        unit="nuclear over spectral norm, mean over layers",
+        lines=[_checked("effective_rank", history)],
+        x_end=last_check,
+        from_zero=True,
+    )
+    small = figure(explained, height=220, wide=HALF) + figure(effective, height=220, wide=HALF)
+    return f'<h2>Rank</h2>{figures}<div class="pair">{small}</div>'
+
+
+def threshold_of(settings: dict[str, Any]) -> float | None:
+    """``lowrank.threshold`` of the resolved config, if it is there."""
+    section = settings.get("lowrank")
+    return number(section.get("threshold")) if isinstance(section, dict) else None
+
+
+def marks(history: History) -> list[Mark]:
+    """Growth, freeze, base removal and resumes as vertical marks."""
+    found = []
+    for record in history.rank_events:
+        label, colour, dash = MARK_STYLE.get(record.get("action", ""), ("rank event", "--c7", ""))
+        tip = f"step {record['step']:,}: {label}, {plural(len(record.get('layers') or {}), 'layer')}"
+        found.append(Mark(x=record["step"], label=label, colour=colour, dash=dash, tooltip=tip))
+    for record in history.base_removals:
+        tip = f"step {record['step']:,}: base removed"
+        found.append(Mark(x=record["step"], label="base removed", colour="--c3", dash="7 3", tooltip=tip))
+    for record in history.resumes:
+        tip = f"step {record['step']:,}: resumed"
+        found.append(Mark(x=record["step"], label="resume", colour="--c4", dash="1 3", tooltip=tip))
+    return found
+
+
+def _checked(key: str, history: History) -> Line:
+    points = history.mean_over_layers(key)
+    return Line(label=key.replace("_", " "), points=points, colour="--c0", width=1.8, dots=True)

@@ -1,0 +1,316 @@
+"""A small SVG plotter: lines, steps, references and marks; no script, colours from CSS variables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from itertools import accumulate
+
+from inrank_dist.train.report.history import Points
+
+Scale = Callable[[float], float]
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 40
+MAX_POINTS = 500
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(kw_only=True)
+class Line:
+    """One curve. None in ``points`` breaks it."""
+
+    label: str
+    points: Points
+    colour: str
+    """A CSS variable, such as ``--c0``."""
+    tooltip: str = ""
+    """Shown when the curve is pointed at; empty: the label."""
+    width: float = 1.6
+    opacity: float = 1.0
+    dash: str = ""
+    """An SVG dash pattern; empty: solid."""
+    steps: bool = False
+    """Hold each value until the next point, as ranks do."""
+    dots: bool = False
+    """Draw each point, with its value as a tooltip."""
+    scales: bool = True
+    """Whether the y axis must hold every point of this line; if not, only the middle 98%."""
+
+
+@dataclass(kw_only=True)
+class Mark:
+    """A vertical mark at ``x``; marks of one ``label`` share one entry of the legend."""
+
+    x: float
+    label: str
+    colour: str
+    tooltip: str
+    dash: str = ""
+
+
+@dataclass(kw_only=True)
+class Reference:
+    """A dashed horizontal line with its name written on it."""
+
+    y: float
+    label: str
+
+
+@dataclass(kw_only=True)
+class Plot:
+    """Everything on one pair of axes. ``svg`` draws it at any width, so text keeps its size on a phone."""
+
+    title: str
+    unit: str = ""
+    lines: list[Line]
+    marks: list[Mark] = field(default_factory=list)
+    references: list[Reference] = field(default_factory=list)
+    x_end: float
+    from_zero: bool = False
+    log: bool = False
+    """A logarithmic y axis, where the values are positive and span a factor of 5."""
+
+    @property
+    def empty(self) -> bool:
+        """True if there is no point to draw."""
+        return not any(value is not None for line in self.lines for _, value in line.points)
+
+    @property
+    def scale(self) -> str:
+        """``log scale`` where the y axis is drawn so."""
+        return "log scale" if self._is_log(*self._range()) else ""
+
+    def svg(self, width: int, height: int) -> str:
+        """The plot as one ``<svg>`` element of ``width`` x ``height`` CSS pixels."""
+        low, high = self._range()
+        log = self._is_log(low, high)
+        ticks = log_ticks(low, high) if log else linear_ticks(low, high, max(3, height // 42))
+        low, high = ticks[0], ticks[-1]
+        right, bottom = width - RIGHT, height - BOTTOM
+        x_end = max(self.x_end, 1)
+        warp: Scale = math.log10 if log else float
+
+        def px(x: float) -> float:
+            return LEFT + x / x_end * (right - LEFT)
+
+        def py(y: float) -> float:
+            return bottom - (warp(y) - warp(low)) / (warp(high) - warp(low)) * (bottom - TOP)
+
+        # Wider than the axes by the radius of a dot, so that the last dot is whole.
+        clip = f"clip-{''.join(c for c in self.title.lower() if c.isalnum())}-{width}"
+        parts = [
+            (
+                f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(self._summary())}">'
+                f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP - 4}" width="{right - LEFT + 4}" '
+                f'height="{bottom - TOP + 4}"/></clipPath>'
+            ),
+            *_y_axis(ticks, py, right),
+            *_x_axis(x_end, px, right, bottom),
+            f'<g clip-path="url(#{clip})">',
+        ]
+        opacity = 1 if len(self.marks) <= 20 else 0.4
+        for mark in self.marks:
+            x = px(mark.x)
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke-width="1.2" '
+                f'stroke-opacity="{opacity}" '
+                f'style="stroke:var({mark.colour})" stroke-dasharray="{mark.dash}">'
+                f"<title>{escape(mark.tooltip)}</title></line>"
+            )
+        for reference in self.references:
+            y = py(reference.y)
+            parts.append(f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        for line in self.lines:
+            parts.extend(self._draw(line, px, py, log))
+        for reference in self.references:
+            y = py(reference.y)
+            y += -6 if y > TOP + 18 else 14
+            parts.append(
+                f'<text class="name" x="{right - 4}" y="{y:.1f}" text-anchor="end">{escape(reference.label)}</text>'
+            )
+        parts.append("</g></svg>")
+        return "".join(parts)
+
+    def _draw(self, line: Line, px: Scale, py: Scale, log: bool) -> list[str]:
+        path, dots, pen_down, previous = [], [], False, 0.0
+        for x, value in thinned(line.points):
+            if value is None or (log and value <= 0):
+                pen_down = False
+                continue
+            at_x, at_y = px(x), py(value)
+            if pen_down and line.steps:
+                path.append(f"L{at_x:.1f} {previous:.1f}")
+            path.append(f"{'L' if pen_down else 'M'}{at_x:.1f} {at_y:.1f}")
+            pen_down, previous = True, at_y
+            if line.dots:
+                tip = escape(f"step {x:,.0f}: {value:,.4g}")
+                dots.append(
+                    f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="2.6" style="fill:var({line.colour})">'
+                    f"<title>{tip}</title></circle>"
+                )
+        if line.steps and pen_down:
+            path.append(f"L{px(self.x_end):.1f} {previous:.1f}")
+        if not path:
+            return []
+        stroke = (
+            f'style="stroke:var({line.colour})" stroke-width="{line.width}" stroke-opacity="{line.opacity}" '
+            f'stroke-dasharray="{line.dash}"'
+        )
+        tip = f"<title>{escape(line.tooltip or line.label)}</title>"
+        return [f'<path class="curve" d="{"".join(path)}" {stroke}>{tip}</path>', *dots]
+
+    def _range(self) -> tuple[float, float]:
+        """The least and greatest y that must be on the axis."""
+        values = [reference.y for reference in self.references]
+        for line in self.lines:
+            finite = sorted(v for _, v in line.points if v is not None and (v > 0 or not self.log))
+            if not line.scales and len(finite) > 20:
+                finite = finite[len(finite) // 100 : -(len(finite) // 100) or None]
+            values += finite[:1] + finite[-1:]
+        low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        if self.from_zero and not self.log:
+            low = min(low, 0.0)
+        if high - low < 1e-9 * max(abs(high), 1e-12):
+            margin = abs(high) / 10 or 1.0
+            return low - margin, high + margin
+        return low, high
+
+    def _is_log(self, low: float, high: float) -> bool:
+        return self.log and low > 0 and high > 5 * low
+
+    def _summary(self) -> str:
+        ends = []
+        for line in self.lines:
+            finite = [value for _, value in line.points if value is not None]
+            if finite:
+                ends.append(f"{line.label} from {finite[0]:.4g} to {finite[-1]:.4g}")
+        return f"{self.title}: {'; '.join(ends)}"
+
+
+def _y_axis(ticks: list[float], py: Scale, right: float) -> list[str]:
+    parts = []
+    for text, tick in zip(tick_labels(ticks), ticks, strict=True):
+        y = py(tick)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    return parts
+
+
+def _x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
+    ticks = [tick for tick in linear_ticks(0, x_end, max(3, int(right) // 110)) if tick <= x_end * 1.0001]
+    parts = [f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
+    for text, tick in zip(tick_labels(ticks), ticks, strict=True):
+        x = px(tick)
+        # A label under the right end would be cut by the edge of the drawing.
+        place, anchor = (right + RIGHT - 1, "end") if x > right - 20 else (x, "middle")
+        parts.append(
+            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
+            f'<text class="tick" x="{place:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{text}</text>'
+        )
+    parts.append(f'<text class="tick" x="{right}" y="{bottom + BOTTOM - 6}" text-anchor="end">optimizer step</text>')
+    return parts
+
+
+def figure(plot: Plot, height: int, wide: int) -> str:
+    """The plot with title and legend, ``wide`` pixels for desk and paper, 350 for a phone; "" if empty."""
+    if plot.empty:
+        return ""
+    entries: dict[str, str] = {}
+    for line in plot.lines:
+        if line.points:
+            entries.setdefault(line.label, _swatch(line, upright=False))
+    for mark in plot.marks:
+        entries.setdefault(mark.label, _swatch(mark, upright=True))
+    keys = "".join(f"<span>{swatch}{escape(label)}</span>" for label, swatch in entries.items())
+    legend = f'<span class="legend">{keys}</span>' if len(entries) > 1 else ""
+    described = ", ".join(part for part in (plot.unit, plot.scale) if part)
+    unit = f' <span class="unit">{escape(described)}</span>' if described else ""
+    return (
+        f"<figure><figcaption><b>{escape(plot.title)}</b>{unit}{legend}</figcaption>"
+        f'<div class="wide">{plot.svg(wide, height)}</div>'
+        f'<div class="narrow">{plot.svg(350, min(height, 240))}</div></figure>'
+    )
+
+
+def _swatch(drawn: Line | Mark, upright: bool) -> str:
+    ends = 'x1="9" x2="9" y1="0" y2="12"' if upright else 'x1="0" x2="18" y1="6" y2="6"'
+    faint = f'stroke-opacity="{drawn.opacity}"' if isinstance(drawn, Line) else ""
+    return (
+        f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true"><line {ends} stroke-width="2" {faint} '
+        f'style="stroke:var({drawn.colour})" stroke-dasharray="{drawn.dash}"/></svg>'
+    )
+
+
+def linear_ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers whose span holds ``low`` and ``high``."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, final = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, final + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten whose span holds ``low`` and ``high``; with 2 and 5 between them below three decades."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high < 1000 * low else (1,)
+    ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+    first = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    final = min(index for index, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
+    return ticks[first : final + 1]
+
+
+def tick_labels(ticks: list[float]) -> list[str]:
+    """One notation for all ticks of an axis: plain, thousands (k), millions (M), or a power of ten."""
+    top = max((abs(tick) for tick in ticks), default=0.0)
+    if 0 < top < 0.01:
+        power = math.floor(math.log10(top) + 1e-9)
+        exponent = str(power).translate(_SUPERSCRIPT)
+        return [f"{tick / 10.0**power:g}\u00d710{exponent}" if tick else "0" for tick in ticks]
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if top >= size:
+            scale = 1e3 if suffix == "k" else size
+            return [f"{tick / scale:,.6g}{suffix}" if tick else "0" for tick in ticks]
+    if top >= 1000:
+        return [f"{tick:,.6g}" for tick in ticks]
+    digits = max((len(f"{tick:.6g}".partition(".")[2]) for tick in ticks), default=0)
+    return [f"{tick:.{digits}f}" for tick in ticks]
+
+
+def thinned(points: Points) -> Points:
+    """At most about ``MAX_POINTS`` points: of each stretch the least and the greatest."""
+    if len(points) <= MAX_POINTS:
+        return points
+    size = math.ceil(2 * len(points) / MAX_POINTS)
+    kept: Points = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        finite = [point for point in stretch if point[1] is not None]
+        if not finite:
+            kept.append(stretch[0])
+            continue
+        ends = (
+            min(finite, key=lambda point: point[1] or 0.0),
+            max(finite, key=lambda point: point[1] or 0.0),
+        )
+        kept.extend(sorted(set(ends)))
+    return kept
+
+
+def smoothed(points: Points, reach: int) -> Points:
+    """Mean over ``reach`` neighbours on either side; near the ends fewer, but equally many: nothing lags.
+
+    None stays None.
+    """
+    sums = [0.0, *accumulate(value or 0.0 for _, value in points)]
+    counts = [0, *accumulate(int(value is not None) for _, value in points)]
+    result: Points = []
+    for index, (x, value) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        begin, end = index - near, index + near + 1
+        total, count = sums[end] - sums[begin], counts[end] - counts[begin]
+        result.append((x, None if value is None else total / count))
+    return result

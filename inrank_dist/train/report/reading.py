@@ -1,0 +1,144 @@
+"""What a careful reader may conclude from a run, and what not, as sentences made from its records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inrank_dist.train.monitors.ranks import mean
+from inrank_dist.train.monitors.text import amount, fixed, number, plural
+from inrank_dist.train.report.history import History
+
+
+def reading(history: History, settings: dict[str, Any]) -> list[str]:
+    """Plain sentences, the most important first; ``settings`` is the resolved config or {}."""
+    sentences = [_end(history), _loss(history), _generalisation(history), _ranks(history, settings)]
+    sentences += [
+        _parameters(history),
+        _passes(history),
+        _broken(history),
+        _resumes(history),
+        _seeds(history),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def mode_of(history: History, settings: dict[str, Any]) -> str:
+    """``lowrank.mode`` of the run, or ``-`` if neither its records nor its config name it."""
+    section = settings.get("lowrank")
+    configured = section.get("mode") if isinstance(section, dict) else None
+    return str(history.start.get("mode") or configured or "-")
+
+
+def _end(history: History) -> str:
+    if history.ended:
+        return ""
+    planned = number(history.start.get("steps"))
+    goal = f" of {planned:,.0f}" if planned else ""
+    return f"The run has not finished: the records end at step {history.last_step:,}{goal}, without a summary."
+
+
+def _loss(history: History) -> str:
+    loss, entropy = history.validation_loss, history.unigram_entropy
+    if loss is None:
+        return "There is no validation in these records: the training loss alone says nothing of unseen text."
+    if entropy is None:
+        return f"The validation loss is {loss:.3f} nats per token; no unigram entropy was recorded beside it."
+    if loss >= entropy:
+        return (
+            f"The validation loss, {loss:.3f} nats per token, is not below the unigram entropy, {entropy:.3f}"
+            ": the model predicts no better than the frequencies of the tokens do."
+        )
+    return (
+        f"The validation loss is {loss:.3f} nats per token, {entropy - loss:.3f} below the unigram entropy, "
+        f"{entropy:.3f}: that much comes from context."
+    )
+
+
+def _generalisation(history: History) -> str:
+    losses = [(value, step) for step, value in history.eval_curve("loss") if value is not None]
+    if not losses:
+        return ""
+    best, at = min(losses)
+    now = losses[-1][0]
+    if now > best + 0.01:
+        return (
+            f"The best validation loss was {best:.3f} at step {at:,.0f}; the last is {now - best:.3f} above "
+            "it (over-fitting, or a run that became unstable)."
+        )
+    train = history.train_loss
+    if train is not None:
+        return f"The training loss at the end, {train:.3f}, is {_signed(now - train)} the validation loss."
+    return ""
+
+
+def _signed(gap: float) -> str:
+    return f"{abs(gap):.3f} {'below' if gap >= 0 else 'above'}"
+
+
+def _ranks(history: History, settings: dict[str, Any]) -> str:
+    if not history.table.ranks:
+        mode = mode_of(history, settings)
+        return "Full rank: no layer is factored; such a run can serve as a control." if mode == "full" else ""
+    ranks, nulls = history.table.ranks, history.table.null_ranks
+    if not nulls:
+        fixed_rank = mode_of(history, settings) == "fixed"
+        why = "the rank was set, not found" if fixed_rank else "no rule has been applied yet"
+        return f"No null rank was recorded ({why}): these ranks say nothing about what was learned."
+    same, judged = len(history.table.null_layers), sum(name in nulls for name in ranks)
+    text = f"In {same:,} of {plural(judged, 'layer')} the rank found is the null rank within 2%"
+    if same:
+        text += ": the rule has not seen learning there."
+    else:
+        text += (
+            f" (mean rank {fixed(mean(ranks[name] for name in ranks if name in nulls), 1)}, "
+            f"mean null rank {fixed(mean(nulls.values()), 1)}): "
+            "the spectra differ from those of untrained factors."
+        )
+    if judged < len(ranks):
+        text += f" {plural(len(ranks) - judged, 'layer')} without a null rank: read nothing into those ranks."
+    return text
+
+
+def _parameters(history: History) -> str:
+    now, dense = history.parameters, number(history.summary.get("parameters_dense"))
+    if now is None or dense is None or not history.table.ranks:
+        return ""
+    if now >= dense:
+        return f"The model has {amount(now)} parameters and the dense one {amount(dense)}: nothing is saved."
+    saved = 100 * (1 - now / dense)
+    return f"The model has {amount(now)} parameters, {saved:.0f}% fewer than the dense one ({amount(dense)})."
+
+
+def _passes(history: History) -> str:
+    tokens, corpus = history.tokens, number(history.first("train_tokens"))
+    if not tokens or not corpus:
+        return ""
+    text = f"It was trained on {amount(tokens)} tokens, {tokens / corpus:.2f} times the training set"
+    if history.parameters:
+        text += f", {tokens / history.parameters:.2g} tokens per parameter"
+    return text + "."
+
+
+def _broken(history: History) -> str:
+    losses = history.curve("loss")
+    bad = sum(value is None for _, value in losses)
+    return f"In {bad:,} of {plural(len(losses), 'logged step')} the loss is not a finite number." if bad else ""
+
+
+def _resumes(history: History) -> str:
+    if not history.resumes:
+        return ""
+    sizes = {record.get("world_size") for record in history.resumes} | {history.start.get("world_size")}
+    where = ", ".join(f"{record['step']:,}" for record in history.resumes)
+    times = len(history.resumes)
+    text = f"The run was resumed {'once' if times == 1 else f'{times} times'} (at step {where})"
+    return text + (", and the number of processes changed." if len(sizes) > 1 else ".")
+
+
+def _seeds(history: History) -> str:
+    seed = history.first("seed")
+    named = f" ({seed})" if seed is not None else ""
+    return (
+        f"One seed{named}; no control run in this folder: a difference from another run may be chance, "
+        "or one in learning rate or initial scale."
+    )

@@ -1,0 +1,216 @@
+"""The parts of the report, each a piece of HTML; a part with nothing to tell is an empty string."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from inrank_dist.train.monitors.ranks import equals_null, mean
+from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
+from inrank_dist.train.report.history import History, Layer, last
+
+HTML = str
+
+
+def tiles(history: History) -> HTML:
+    """The figures a reader wants first, each beside what it must be held against."""
+    entropy, loss, table = history.unigram_entropy, history.validation_loss, history.table
+    cells = []
+    note = f"unigram entropy {fixed(entropy, 3)}"
+    if entropy is not None and loss is not None:
+        note += f"; {abs(entropy - loss):.3f} {'below' if loss < entropy else 'above'} it"
+    cells.append(("Validation loss, nats per token", fixed(loss, 3), note))
+    unigram = fixed(perplexity_of(entropy), 0)
+    cells.append(("Validation perplexity", fixed(history.perplexity, 2), f"unigram {unigram}"))
+    dense = number(history.summary.get("parameters_dense"))
+    notes = [f"from {amount(history.parameters_start)} at the start"] if history.parameters_start else []
+    if dense and history.parameters is not None:
+        notes.append(f"{history.parameters / dense:.2f} of dense, {amount(dense)}")
+    cells.append(("Parameters", amount(history.parameters), "; ".join(notes)))
+    if table.ranks:
+        null = mean(table.null_ranks.values())
+        note = f"null rank {fixed(null, 1)}" if null is not None else "no null rank measured"
+        layers = plural(len(table.ranks), "layer")
+        cells.append(("Mean rank", fixed(mean(table.ranks.values()), 1), f"{note}; {layers}"))
+    speed = history.tokens_per_second
+    note = f"median {speed:,.0f} per second" if speed else ""
+    cells.append(("Tokens trained on", amount(history.tokens), note))
+    if (seconds := number(history.summary.get("seconds"))) is not None:
+        spent = history.decision_seconds
+        note = f"h:mm:ss; decisions on rank {spent:.2f} s" if spent else "h:mm:ss"
+        cells.append(("Wall time", duration(seconds), note))
+    body = "".join(
+        f'<dl class="tile"><dt>{escape(name)}</dt><dd class="big">{escape(value)}</dd>'
+        f'<dd class="note">{escape(note)}</dd></dl>'
+        for name, value, note in cells
+    )
+    return f'<div class="tiles">{body}</div>'
+
+
+def layer_table(history: History) -> HTML:
+    """Every low-rank layer: shape, rank beside null rank, explained ratio, parameters against dense."""
+    layers = list(history.layers.values())
+    if not layers:
+        return ""
+    head = _row(
+        "th",
+        ("Layer", ""),
+        ("out \u00d7 in", "n"),
+        ("Rank", "n"),
+        ("Null rank", "n"),
+        ("", ""),
+        ("Rank beside null", ""),
+        ("Explained", "n"),
+        ("Effective rank", "n"),
+        ("r (out + in)", "n"),
+        ("Of dense", "n"),
+    )
+    longest = max([1.0, *(value for layer in layers for _, value in (*layer.rank, *layer.null_rank) if value)])
+    rows = "".join(_layer_row(layer, longest) for layer in layers)
+    return (
+        '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. '
+        "<i>r (out + in)</i> counts the factors alone, without a base that is still there.</p>"
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers)}</table></div>'
+    )
+
+
+def _layer_row(layer: Layer, longest: float) -> HTML:
+    rank, null = last(layer.rank), last(layer.null_rank)
+    same = '<span class="flag">= null</span>' if equals_null(rank, null) else ""
+    shape = f"{layer.shape[0]:,} \u00d7 {layer.shape[1]:,}" if layer.shape else "-"
+    factors, dense = layer.factor_parameters, layer.dense_parameters
+    share = f"{factors / dense:.2f}" if factors is not None and dense else "-"
+    return _row(
+        "td",
+        (escape(layer.name), ""),
+        (shape, "n"),
+        (fixed(rank, 0), "n"),
+        (fixed(null, 0), "n"),
+        (same, ""),
+        (_bar(rank, null, longest), ""),
+        (fixed(last(layer.explained), 3), "n"),
+        (fixed(last(layer.effective_rank), 1), "n"),
+        (fixed(factors, 0), "n"),
+        (share, "n"),
+    )
+
+
+def _total(layers: list[Layer]) -> HTML:
+    known = [
+        (layer.factor_parameters, layer.dense_parameters)
+        for layer in layers
+        if layer.factor_parameters is not None and layer.dense_parameters is not None
+    ]
+    factors, dense = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
+    row = _row(
+        "td",
+        (f"Mean, sum ({plural(len(layers), 'layer')})", ""),
+        ("", "n"),
+        (fixed(mean(last(layer.rank) for layer in layers), 1), "n"),
+        (fixed(mean(last(layer.null_rank) for layer in layers), 1), "n"),
+        ("", ""),
+        ("", ""),
+        (fixed(mean(last(layer.explained) for layer in layers), 3), "n"),
+        (fixed(mean(last(layer.effective_rank) for layer in layers), 1), "n"),
+        (fixed(factors, 0) if known else "-", "n"),
+        (f"{factors / dense:.2f}" if dense else "-", "n"),
+    )
+    return f"<tfoot>{row}</tfoot>"
+
+
+def _bar(rank: float | None, null: float | None, longest: float) -> HTML:
+    filled = 118 * (rank or 0) / longest
+    tick = ""
+    if null is not None:
+        x = 118 * null / longest
+        tick = f'<line class="null" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="12"/>'
+    return (
+        '<svg class="bar" viewBox="0 0 120 12" aria-hidden="true">'
+        '<rect class="all" y="2" width="120" height="8"/>'
+        f'<rect class="rank" y="2" width="{filled:.1f}" height="8"/>{tick}</svg>'
+    )
+
+
+def event_table(history: History) -> HTML:
+    """Growth, freeze, base removal and resumes in the order of their steps."""
+    rows = [(record["step"], _rank_event_row(record)) for record in history.rank_events]
+    for record in history.base_removals:
+        rows.append((record["step"], _plain_row(record, "base removed", "the factors stand alone from here")))
+    for record in history.resumes:
+        world = plural(int(number(record.get("world_size")) or 1), "process")
+        rows.append((record["step"], _plain_row(record, "resume", f"on {world}")))
+    if not rows:
+        return ""
+    head = _row(
+        "th",
+        ("Step", "n"),
+        ("Event", ""),
+        ("Layers", "n"),
+        ("Mean rank", "n"),
+        ("Null rank", "n"),
+        ("Explained", "n"),
+        ("Seconds", "n"),
+        ("", ""),
+    )
+    body = "".join(row for _, row in sorted(rows, key=lambda pair: pair[0]))
+    cost = ""
+    if history.decision_seconds:
+        cost = f"Decisions on rank took {history.decision_seconds:.2f} s in all"
+        if seconds := number(history.summary.get("seconds")):
+            cost += f", {100 * history.decision_seconds / seconds:.2g}% of the wall time"
+        cost = f'<p class="soft">{cost}.</p>'
+    table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return f'<h2>Events</h2>{cost}<div class="scroll">{table}</div>'
+
+
+def _rank_event_row(record: dict[str, Any]) -> HTML:
+    layers = list((record.get("layers") or {}).values())
+    before, after, null, explained = (
+        mean(layer.get(key) for layer in layers) for key in ("from", "to", "null_rank", "explained")
+    )
+    same = sum(equals_null(layer.get("to"), layer.get("null_rank")) for layer in layers)
+    note = f'<span class="flag">{same:,} of {len(layers):,} = null rank</span>' if same else ""
+    return _row(
+        "td",
+        (f"{record['step']:,}", "n"),
+        (escape(str(record.get("action", "change"))), ""),
+        (f"{len(layers):,}", "n"),
+        (f"{fixed(before, 1)} → {fixed(after, 1)}", "n"),
+        (fixed(null, 1), "n"),
+        (fixed(explained, 3), "n"),
+        (fixed(record.get("seconds"), 2), "n"),
+        (note, ""),
+    )
+
+
+def _plain_row(record: dict[str, Any], event: str, note: str) -> HTML:
+    empty = [("", "")] * 5
+    return _row("td", (f"{record['step']:,}", "n"), (event, ""), *empty, (escape(note), ""))
+
+
+def _row(tag: str, *cells: tuple[HTML, str]) -> HTML:
+    inner = "".join(f'<{tag} class="{kind}">{text}</{tag}>' for text, kind in cells)
+    return f"<tr>{inner}</tr>"
+
+
+def samples(history: History) -> HTML:
+    """The last sampled text, the earlier ones folded away."""
+    if not history.samples:
+        return ""
+    *earlier, newest = history.samples
+    older = "".join(_sample(record) for record in reversed(earlier))
+    folded = f"<details><summary>Earlier samples ({len(earlier)})</summary>{older}</details>" if earlier else ""
+    return f"<h2>Sampled text</h2>{_sample(newest)}{folded}"
+
+
+def _sample(record: dict[str, Any]) -> HTML:
+    prompt, text = escape(str(record.get("prompt", ""))), escape(str(record.get("text", "")))
+    return f'<p class="soft">Step {record["step"]:,}</p><div class="sample"><b>{prompt}</b>{text}</div>'
+
+
+def config(text: str) -> HTML:
+    """The resolved settings, folded away."""
+    if not text:
+        return ""
+    folded = f"<details><summary>Resolved config.yaml</summary><pre>{escape(text)}</pre></details>"
+    return f"<h2>Settings</h2>{folded}"

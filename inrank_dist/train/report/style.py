@@ -1,0 +1,88 @@
+"""The report's style sheet: light, dark, paper and phone."""
+
+STYLE = """
+:root { color-scheme:light dark; --paper:#fff; --card:#f6f7f9; --ink:#16191d; --soft:#5c6570;
+  --rule:#dde1e6; --grid:#eaedf0; --c0:#1f6fb4; --c1:#c8501c; --c2:#218358; --c3:#8145b5; --c4:#a3791a;
+  --c5:#b5325c; --c6:#0f8a94; --c7:#6a7280; --warn:#b3261e }
+@media screen and (prefers-color-scheme:dark) {
+  :root { --paper:#14171b; --card:#1c2026; --ink:#e8ebee; --soft:#9aa4af; --rule:#343b44; --grid:#262c33;
+    --c0:#62a8e5; --c1:#f08a52; --c2:#55bd8b; --c3:#b98be6; --c4:#d8ae4e; --c5:#ec7ba0; --c6:#4cc3cd;
+    --c7:#98a1ad; --warn:#ff8a80 }
+}
+* { box-sizing:border-box }
+body { margin:0; background:var(--paper); color:var(--ink);
+  font:15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric:tabular-nums }
+main { max-width:1080px; margin:0 auto; padding:36px 28px 56px }
+h1 { font-size:1.75rem; line-height:1.2; margin:0 0 4px; letter-spacing:-.01em; overflow-wrap:anywhere }
+h2 { font-size:1.1rem; margin:40px 0 12px; padding-bottom:6px; border-bottom:1px solid var(--rule) }
+p { margin:0 0 10px }
+.soft { color:var(--soft) }
+.warn { color:var(--warn) }
+header .status { display:inline-block; font-size:.8rem; padding:1px 9px; border:1px solid currentColor;
+  border-radius:99px; vertical-align:middle; margin-left:8px; font-weight:500; letter-spacing:0 }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(280px, 1fr)); gap:12px; margin:22px 0 0 }
+.tile { margin:0; background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:12px 14px }
+.tile dt { font-size:.8rem; color:var(--soft) }
+.tile dd { margin:0 }
+.tile .big { font-size:1.6rem; line-height:1.25; font-weight:600; letter-spacing:-.01em }
+.tile .note { font-size:.82rem; color:var(--soft); line-height:1.4 }
+.reading { border-left:3px solid var(--c0); background:var(--card); padding:12px 16px 12px 0; margin:0;
+  border-radius:0 8px 8px 0 }
+.reading ul { margin:0; padding-left:32px }
+.reading li { margin:3px 0 }
+figure { margin:0 0 24px; break-inside:avoid }
+figcaption { display:flex; flex-wrap:wrap; align-items:baseline; gap:0 8px; margin-bottom:4px }
+.unit { color:var(--soft); font-size:.85rem }
+.legend { display:flex; flex-wrap:wrap; gap:0 14px; font-size:.82rem; color:var(--soft); margin-left:auto }
+.legend span { display:inline-flex; align-items:center; gap:6px }
+.swatch { width:18px; height:12px; flex:none }
+.pair { display:grid; grid-template-columns:1fr 1fr; gap:0 28px }
+svg { display:block; width:100%; height:auto }
+.grid { stroke:var(--grid) }
+.axis { stroke:var(--soft) }
+.curve { fill:none; stroke-linejoin:round }
+.reference { stroke:var(--soft); stroke-dasharray:6 4; stroke-width:1.3 }
+.tick,.name { font-size:12px; fill:var(--soft); font-family:inherit }
+.name { fill:var(--ink); paint-order:stroke; stroke:var(--paper); stroke-width:4px; stroke-linejoin:round }
+.narrow { display:none }
+.scroll { overflow-x:auto }
+table { border-collapse:collapse; width:100%; font-size:.88rem }
+th,td { padding:5px 10px; text-align:left; border-bottom:1px solid var(--grid); white-space:nowrap }
+th { font-weight:600; color:var(--soft); border-bottom-color:var(--rule); vertical-align:bottom }
+th.n,td.n { text-align:right }
+tfoot td { font-weight:600; border-top:1px solid var(--rule); border-bottom:0 }
+td:first-child,th:first-child { padding-left:0 }
+tr { break-inside:avoid }
+td .bar { width:120px; height:12px; min-width:120px }
+.bar .all { fill:var(--grid) }
+.bar .rank { fill:var(--c0) }
+.bar .null { stroke:var(--ink); stroke-width:2 }
+.flag { color:var(--warn); font-size:.8rem }
+pre, .sample { font:13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:12px 14px;
+  white-space:pre-wrap; overflow-wrap:anywhere; margin:0 0 10px }
+summary { cursor:pointer; margin:8px 0 }
+footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
+@media (max-width:640px) {
+  main { padding:20px 16px 40px }
+  .wide { display:none }
+  .narrow { display:block }
+  .pair { grid-template-columns:1fr }
+  .legend { margin-left:0; width:100% }
+  .tiles { grid-template-columns:1fr 1fr; gap:8px }
+  .tile { padding:10px 11px }
+  .tile .big { font-size:1.3rem }
+}
+@media print {
+  :root { color-scheme:light }
+  main { max-width:none; padding:0 }
+  body { font-size:11pt }
+  .scroll { overflow:visible }
+  table, .flag { font-size:7.5pt }
+  th, td { padding:2px 4px }
+  th { white-space:normal }
+  td .bar { width:70px; min-width:70px }
+  h2 { break-after:avoid }
+}
+"""

@@ -1,0 +1,99 @@
+"""Settings of the training loop, the optimizer and the files of a run."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from ..errors import UserError
+
+
+def _at_least(section: str, settings: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{section}.{name} is {value}; write a number of at least {least}")
+
+
+@dataclass(kw_only=True)
+class TrainSettings:
+    """The loop. Batch sizes count sequences, steps are optimizer steps."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 32
+    """Sequences per optimizer step over all processes; does not depend on their number."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one process; the rest of its share is accumulated."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes in bfloat16; weights and moments stay in fp32."""
+    grad_clip: float = 1.0
+    """Largest gradient norm over all parameters; 0: no clipping (the norm is logged all the same)."""
+    compile: bool = False
+    """torch.compile each block."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size")
+        _at_least("train", self, 0, "grad_clip")
+
+
+@dataclass(kw_only=True)
+class ScheduleSettings:
+    """Learning rate over the steps: linear warm-up to the peak, then a decay."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay after the warm-up; wsd (warm-up, stable, decay) stays at the peak until the last decay_fraction of the
+    steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the last step as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """Part of the steps over which wsd decays (linearly)."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule", self, 0, "warmup_steps")
+        for name in ("min_lr_ratio", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"schedule.{name} is {getattr(self, name)}; write a fraction from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """Checkpoints of a run."""
+
+    interval: int = 1000
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, 0, "interval")
+        _at_least("checkpoint", self, 1, "keep")
+
+
+@dataclass(kw_only=True)
+class EvalSettings:
+    """Validation during training."""
+
+    interval: int = 500
+    """Optimizer steps between validations; 0: never."""
+    batches: Optional[int] = None
+    """Validate on this many global batches; null: on the whole validation split."""
+    sample_tokens: int = 64
+    """Length of the sample of text that the finished model writes; 0: none."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval", self, 0, "interval", "sample_tokens")
+        _at_least("eval", self, 1, "batches")
+
+
+@dataclass(kw_only=True)
+class LogSettings:
+    """What is written while training."""
+
+    interval: int = 10
+    """Optimizer steps between log lines."""
+
+    def __post_init__(self) -> None:
+        _at_least("log", self, 1, "interval")

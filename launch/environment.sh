@@ -1,0 +1,29 @@
+# Sourced by the scripts beside it: makes .venv with the project in it, once, and again only when pyproject.toml changes.
+# Usage: . launch/environment.sh; make_environment EXTRA   (EXTRA: "" or a list such as dev)
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+make_environment() {
+    local extra=$1 python venv stamp wanted
+    venv=${INRANK_VENV:-.venv}
+    for python in ${PYTHON:-python3.13 python3.12 python3.11 python3.10 python3 python}; do
+        command -v "$python" >/dev/null 2>&1 || continue
+        "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null && break
+        python=
+    done
+    command -v "${python:-none}" >/dev/null 2>&1 || fail "no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python3 $0"
+    stamp=$venv/.installed${extra:+-$extra}
+    wanted=$(cksum <pyproject.toml)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "== Making the environment in $venv (PyTorch and a few libraries; the first time takes a minute or more)"
+        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" ||
+            fail "pip could not install the project; what it said is above"
+        echo "$wanted" >"$stamp"
+    fi
+    PATH=$(cd "$venv/bin" && pwd):$PATH
+    export PATH
+}

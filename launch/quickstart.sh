@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The first command: makes the environment, then trains configs/quickstart.yaml on two processes with FSDP2, and shows
+# what came of it. Words after the script's name are passed to train: launch/quickstart.sh --train.steps 100
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+make_environment ""
+
+run=runs/quickstart
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ -d $run ]; then
+    echo "== $run is there from an earlier start: going on with it (remove it to start anew)"
+fi
+echo "== Checking the settings"
+inrank train --config configs/quickstart.yaml --dry-run "$@"
+echo "== Training on two processes; the standard library of this Python is the text"
+torchrun --standalone --nproc-per-node 2 -m inrank_dist train --config configs/quickstart.yaml --run.dir $run "$@"
+echo "== What became of each layer (inrank inspect --run $run)"
+inrank inspect --run $run
+echo "== Validation on the whole held-out text (inrank eval --run $run)"
+inrank eval --run $run
+echo "== A sample (inrank generate --run $run --prompt 'def ')"
+inrank generate --run $run --prompt "def " --tokens 96
+echo "== Done. Report: $run/report.html   TensorBoard: tensorboard --logdir $run/tensorboard"

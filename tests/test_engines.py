@@ -1,0 +1,159 @@
+"""Engines differ in how they hold weights, never in results."""
+
+from pathlib import Path
+
+import pytest
+from pool import Pool
+from runs import small_config, train
+
+TOLERANCE = 1e-5
+
+
+def assert_same_run(result, reference, world_size: int) -> None:
+    """Losses to 1e-5, ranks and samples exactly; ``result`` holds what every process returned."""
+    records, table, order = reference
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    got = [record["loss"] for record in result[0][0] if record["kind"] == "step"]
+    assert got == pytest.approx(losses, rel=TOLERANCE)
+    for _, _, other in result:
+        assert other == table
+    checks = [r["layers"] for r in records if r["kind"] == "rank_check"]
+    for ours, theirs in zip([r["layers"] for r in result[0][0] if r["kind"] == "rank_check"], checks, strict=True):
+        assert {n: (d["rank"], d["null_rank"]) for n, d in ours.items()} == {
+            n: (d["rank"], d["null_rank"]) for n, d in theirs.items()
+        }
+    for step, samples in enumerate(order):
+        assert [i for rank in range(world_size) for i in result[rank][1][step]] == samples
+
+
+@pytest.fixture(scope="module")
+def reference(corpus: Path):
+    """One process, no accumulation."""
+    recorder, table = train(small_config(corpus, train__micro_batch_size=8))
+    actions = [record["action"] for record in recorder.records if record["kind"] == "rank_event"]
+    assert "grow" in actions
+    assert actions[-1] == "freeze"
+    return recorder.records, table, recorder.samples
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("engine", "world_size", "shard_size"),
+    [
+        ("local", 1, None),
+        ("ddp", 1, None),
+        ("ddp", 2, None),
+        ("ddp", 4, None),
+        ("fsdp", 1, None),
+        ("fsdp", 2, None),
+        ("fsdp", 4, None),
+        ("fsdp", 4, 2),
+        ("fsdp", 2, 1),
+    ],
+)
+def test_every_engine_gives_the_same_run(
+    pool: Pool, corpus: Path, reference, engine: str, world_size: int, shard_size: int | None, accumulation: int
+) -> None:
+    config = small_config(
+        corpus,
+        parallel__engine=engine,
+        parallel__shard_size=shard_size,
+        train__micro_batch_size=8 // world_size // accumulation,
+    )
+    result = pool.run("runs:train_in_worker", config, world_size=world_size)
+    assert_same_run(result, reference, world_size)
+
+
+def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path) -> None:
+    """Widths 30 over 3 processes, vocabulary 301, 2 key heads, rank below the number of processes: shards are uneven."""
+    config = small_config(
+        corpus,
+        model__name="llama",
+        model__hidden_size=20,
+        model__num_kv_heads=1,
+        model__intermediate_size=7,
+        lowrank__initial_rank=1,
+        lowrank__buffer=2,
+        lowrank__targets="[mlp]",
+        train__global_batch_size=6,
+        train__micro_batch_size=1,
+    )
+    recorder, table = train(config)
+    for world_size in (2, 3):
+        result = pool.run("runs:train_in_worker", config, world_size=world_size)
+        assert_same_run(result, (recorder.records, table, recorder.samples), world_size)
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("ddp", 2), ("fsdp", 2)])
+def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
+    pool: Pool, corpus: Path, engine: str, world_size: int
+) -> None:
+    config = small_config(corpus, parallel__engine=engine)
+    for actions in pool.run("checks:growth_and_freeze", config, world_size=world_size):
+        assert actions == ["grow", "grow", "freeze"]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
+def test_every_parameter_moves_after_every_event(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
+    """A stale parameter in the optimizer or in FSDP2 is silent: the loss goes on falling without it."""
+    config = small_config(corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1)
+    assert pool.run("checks:every_parameter_moves", config, world_size=world_size) == [3] * world_size
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, engine: str) -> None:
+    """Diverging ranks would be silent; instead every process names the layer."""
+    config = small_config(corpus, parallel__engine=engine)
+    for message in pool.run("checks:disagreement", config, 1, world_size=2):
+        assert message == "processes disagree on the ranks of: blocks.1.mlp.up"
+
+
+VARIANTS = {
+    "frozen base, variance": {"lowrank__base": "frozen", "lowrank__criterion": "variance"},
+    "no base, product": {"lowrank__base": "none", "lowrank__init": "kaiming", "lowrank__measure": "product"},
+    "no base, update": {"lowrank__base": "none", "lowrank__init": "spectral"},
+    "inrank": {"lowrank__mode": "inrank", "lowrank__base": "frozen"},
+    "inrank, decay": {"lowrank__mode": "inrank"},
+    "fixed, decay": {"lowrank__mode": "fixed", "lowrank__initial_rank": 4},
+    "fixed, spectral ones": {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__init": "spectral_ones"},
+    "full": {"lowrank__mode": "full"},
+    "frobenius decay": {"lowrank__frobenius_decay": 0.5},
+    "multiple of 2, patterns": {"lowrank__multiple_of": 2, "lowrank__initial_rank": 2, "lowrank__targets": r"['mlp\.up','attention\.[qk]$']"},
+    "activation checkpointing": {"train__activation_checkpointing": "true"},
+    "no clipping, wsd": {"train__grad_clip": 0, "schedule__name": "wsd", "schedule__warmup_steps": 3},
+    "untied head": {"model__tie_embeddings": "false"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, variant: dict[str, object]) -> None:
+    config = small_config(corpus, **variant)
+    recorder, table = train(config)
+    result = pool.run("runs:train_in_worker", config, world_size=2)
+    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
+    rebuilt = {record["kind"] for record in recorder.records} & {"rank_event", "base_removed"}
+    settings = config.lowrank
+    assert ("rank_event" in rebuilt) == settings.grows
+    assert ("base_removed" in rebuilt) == (settings.mode != "full" and settings.base == "decay")
+    if settings.base == "decay" or settings.base == "none":
+        assert not any(base for _, _, base in table.values())
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
+    """Weights and moments stay fp32; the loss of a short run differs by bfloat16's rounding only."""
+    recorder, _ = train(small_config(corpus, train__steps=24))
+    config = small_config(corpus, train__steps=24, train__precision="bf16", parallel__engine=engine)
+    records, _, _ = pool.run("runs:train_in_worker", config, world_size=2)[0]
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    assert losses == pytest.approx(recorder.losses(), rel=5e-3)
+    assert losses != recorder.losses()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
+    recorder, table = train(small_config(corpus))
+    config = small_config(corpus, train__compile="true", parallel__engine=engine)
+    result = pool.run("runs:train_in_worker", config, world_size=2, timeout=600)
+    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
