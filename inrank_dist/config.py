@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import yaml
 
@@ -33,7 +33,7 @@ class RunSettings:
 
     name: str = "run"
     """Name of the run."""
-    dir: Optional[str] = None
+    dir: str | None = None
     """Run folder; null: runs/NAME."""
     seed: int = 0
     """Start values, order of samples, dropout and fresh modes all come from this."""
@@ -41,9 +41,6 @@ class RunSettings:
     """Only deterministic kernels; slower on a GPU, and an error where there is none."""
 
     def __post_init__(self) -> None:
-        for key in ("name", "dir"):
-            if getattr(self, key) == "":
-                raise UserError(f"run.{key} is empty; write a name, or leave it out")
         if self.seed < 0:
             raise UserError(f"run.seed is {self.seed}; write a whole number of at least 0")
 
@@ -74,7 +71,8 @@ class Config:
         steps, low = self.train.steps, self.lowrank
         if self.schedule.warmup_steps >= steps:
             raise UserError(
-                f"schedule.warmup_steps is {self.schedule.warmup_steps} of train.steps {steps}; write fewer than {steps}"
+                f"schedule.warmup_steps is {self.schedule.warmup_steps} of train.steps {steps}; "
+                f"write fewer than {steps}"
             )
         if low.mode == "efficient" and low.freeze_at > steps:
             raise UserError(
@@ -83,13 +81,14 @@ class Config:
             )
         if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
             raise UserError(
-                f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would never be gone; "
+                f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "
                 f"write at most {steps}, or lowrank.base: frozen"
             )
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
-        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        # In ASCII: the same in every locale, and PyYAML itself reads a raw U+0085 back as a space.
+        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
 
     def without_effect(self, given: Iterable[str]) -> list[str]:
         """Sentences about the dotted keys in ``given`` that do nothing in this configuration.
@@ -112,11 +111,11 @@ class Config:
         if self.eval.interval == 0:
             no_effect("eval.interval is 0", "eval", "batches")
         if self.tokenizer.path:
-            no_effect("tokenizer.path is given", "tokenizer", "kind", "max_training_bytes")
+            no_effect("tokenizer.path is set", "tokenizer", "kind", "max_training_bytes")
         source = self.data.source
         if self.data.has_own_validation:
             key = "validation_paths" if source == "files" else "validation_split"
-            no_effect(f"data.{key} is given", "data", "validation_fraction")
+            no_effect(f"data.{key} is set", "data", "validation_fraction")
         if source != "files":
             no_effect(f"data.source is {source}", "data", "paths", "validation_paths")
         if source != "hub":
@@ -125,9 +124,9 @@ class Config:
             no_effect("data.source is stdlib", "data", "text_column", "join_rows")
         values = dataclasses.asdict(self)
         for section, kind in SECTIONS.items():
-            for key in dataclasses.fields(kind):
-                if values[section][key.name] == default_of(key):
-                    idle.pop(f"{section}.{key.name}", None)
+            for setting in dataclasses.fields(kind):
+                if values[section][setting.name] == default_of(setting):
+                    idle.pop(f"{section}.{setting.name}", None)
         return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given))]
 
 
@@ -157,7 +156,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     Raises:
         UserError: whatever is wrong, in one line.
     """
-    values = dict(_flatten(_read_yaml(Path(file)))) if file is not None else {}
+    values = dict(_read_yaml(Path(file))) if file is not None else {}
     for key, text in _split(overrides):
         values[key] = _parse(text, SETTINGS[key])
     return _build(values), set(values)
@@ -219,7 +218,8 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
+def _read_yaml(file: Path) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; every name is checked."""
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -234,20 +234,15 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{file} holds no settings; write sections such as 'model:' with keys below them")
-    return tree
-
-
-def _flatten(tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; every name is checked."""
     for section, content in tree.items():
         if section not in SECTIONS:
-            raise UserError(f"unknown section {shown(section)}{_nearest(str(section), SECTIONS)}")
+            raise UserError(f"{file}: unknown section {shown(section)}{_nearest(str(section), SECTIONS)}")
         if content is None or content == {}:
-            raise UserError(f"section {section} is empty; write keys below it, or remove it")
+            raise UserError(f"{file}: section {section} is empty; write keys below it, or remove it")
         if not isinstance(content, dict):
-            raise UserError(f"section {section} holds {shown(content)}; write keys below it, one a line")
+            raise UserError(f"{file}: section {section} holds {shown(content)}; write keys below it, one a line")
         for key, value in content.items():
-            yield _known(f"{section}.{key if isinstance(key, str) else shown(key)}"), value
+            yield _known(f"{section}.{key if isinstance(key, str) else shown(key)}", f"{file}: "), value
 
 
 def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -266,14 +261,14 @@ def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key, text
 
 
-def _known(dotted: str) -> str:
-    """The key itself, if it is one."""
+def _known(dotted: str, place: str = "") -> str:
+    """The key itself, if it is one; ``place`` begins the message if not."""
     if dotted in SETTINGS:
         return dotted
     section, key = dotted.partition(".")[0], dotted.rpartition(".")[2]
     same_key = [name for name in SETTINGS if name.endswith(f".{key}")]
     same_section = [name for name in SETTINGS if name.startswith(f"{section}.")]
-    raise UserError(f"unknown setting {dotted!r}{_nearest(dotted, same_key or same_section or SETTINGS)}")
+    raise UserError(f"{place}unknown setting {dotted!r}{_nearest(dotted, same_key or same_section or SETTINGS)}")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
@@ -314,7 +309,7 @@ def _fits(value: Any, expected: Any) -> bool:
         return False
     if expected is float:
         return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return isinstance(value, expected)
+    return isinstance(value, expected) and value != ""
 
 
 def _alternatives(expected: Any) -> tuple[Any, ...]:

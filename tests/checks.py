@@ -94,7 +94,9 @@ def every_parameter_moves(config: Config) -> int:
                 rebuilt += 1
                 assert not still
                 trained = {name: p for name, p in engine.parameters().items() if p.requires_grad}
-                assert {id(p) for g in engine.optimizer.param_groups for p in g["params"]} == set(map(id, trained.values()))
+                assert {id(p) for g in engine.optimizer.param_groups for p in g["params"]} == set(
+                    map(id, trained.values())
+                )
                 for name, parameter in trained.items():
                     state = engine.optimizer.state[parameter]
                     assert float(state["step"]) == step

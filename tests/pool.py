@@ -1,4 +1,4 @@
-"""A pool of worker processes that real process groups are made of; spawning them once saves most of the time of the tests."""
+"""A pool of worker processes for real process groups; spawning them once saves most of the time of the tests."""
 
 import faulthandler
 import importlib

@@ -13,7 +13,7 @@ from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
 
-WORDS = "the rank of a factor grows when the modes it has no longer explain what was learned so far".split()
+TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
 
 SMALL = {
     "model.num_layers": 2,
@@ -44,10 +44,10 @@ SMALL = {
 def write_corpus(folder: Path) -> None:
     """Twenty short documents, the same on every machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator, words = torch.Generator().manual_seed(0), TEXT.split()
     for index in range(20):
-        picks = torch.randint(len(WORDS), (400,), generator=generator).tolist()
-        (folder / f"{index:02d}.txt").write_text(" ".join(WORDS[i] for i in picks))
+        picks = torch.randint(len(words), (400,), generator=generator).tolist()
+        (folder / f"{index:02d}.txt").write_text(" ".join(words[i] for i in picks))
 
 
 def small_config(folder: Path, **changes: Any) -> Config:
@@ -92,7 +92,7 @@ def train(
         data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
         recorder = Recorder()
         checkpoint = find_checkpoint(config.run.folder) if resume and list_checkpoints(config.run.folder) else None
-        trainer = Trainer(config, context, data, Monitors([recorder]), checkpoint)
+        trainer = Trainer(config, context, data, checkpoint)
         next_batch = trainer.loader.next_batch
 
         def recorded() -> Any:
@@ -103,7 +103,7 @@ def train(
         trainer.loader.next_batch = recorded  # type: ignore[method-assign]
         if hook:
             hook(trainer)
-        trainer.run()
+        trainer.run(Monitors([recorder]))
         table = {name: (layer.rank, layer.modes, layer.base) for name, layer in trainer.engine.layout.items()}
         return recorder, table
     finally:
@@ -111,7 +111,9 @@ def train(
         context.stop()
 
 
-def train_in_worker(config: Config, resume: bool = False) -> tuple[list[dict[str, Any]], list[list[int]], dict[str, Any]]:
+def train_in_worker(
+    config: Config, resume: bool = False
+) -> tuple[list[dict[str, Any]], list[list[int]], dict[str, Any]]:
     """``train`` for the pool: records, samples, rank table."""
     recorder, table = train(config, resume=resume)
     return recorder.records, recorder.samples, table

@@ -362,10 +362,3 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         DataSettings(**settings)
     assert "\n" not in str(caught.value)
-
-
-def test_settings_without_effect_are_named() -> None:
-    """A path that is set and not read is a mistake that would otherwise go unseen."""
-    assert DataSettings().without_effect() == []
-    assert DataSettings(paths=["a"], text_column="body").without_effect() == ["data.paths", "data.text_column"]
-    assert DataSettings(source="files", paths=["a"], text_column="body").without_effect() == []

@@ -166,5 +166,6 @@ def test_validation_counts_each_token_once(world_size: int, batch_size: int, cou
         seen += batch.targets[batch.targets != IGNORED].tolist()
         for sample, targets in zip(batch.sample_ids, batch.targets, strict=True):
             assert targets.eq(IGNORED).all() if sample < 0 else targets[0] == sample * 100 + 1
-    expected = range(min(count, most or count))
+    most = min(count, most or count)
+    expected = [i * count // most for i in range(most)]  # spread evenly
     assert sorted(seen) == [i * 100 + t for i in expected for t in range(1, BLOCK + 1)]

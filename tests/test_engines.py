@@ -65,7 +65,8 @@ def test_every_engine_gives_the_same_run(
 
 
 def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path) -> None:
-    """Widths 30 over 3 processes, vocabulary 301, 2 key heads, rank below the number of processes: shards are uneven."""
+    """Widths 30 over 3 processes, vocabulary 301, 2 key heads, rank below the number of processes: shards are
+    uneven."""
     config = small_config(
         corpus,
         model__name="llama",
@@ -118,7 +119,11 @@ VARIANTS = {
     "fixed, spectral ones": {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__init": "spectral_ones"},
     "full": {"lowrank__mode": "full"},
     "frobenius decay": {"lowrank__frobenius_decay": 0.5},
-    "multiple of 2, patterns": {"lowrank__multiple_of": 2, "lowrank__initial_rank": 2, "lowrank__targets": r"['mlp\.up','attention\.[qk]$']"},
+    "multiple of 2, patterns": {
+        "lowrank__multiple_of": 2,
+        "lowrank__initial_rank": 2,
+        "lowrank__targets": r"['mlp\.up','attention\.[qk]$']",
+    },
     "activation checkpointing": {"train__activation_checkpointing": "true"},
     "no clipping, wsd": {"train__grad_clip": 0, "schedule__name": "wsd", "schedule__warmup_steps": 3},
     "untied head": {"model__tie_embeddings": "false"},

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inrank_dist.errors import UserError
-from inrank_dist.train.monitors import console
 from inrank_dist.train.monitors import (
     ConsoleMonitor,
     JsonlMonitor,
     Monitors,
     TensorBoardMonitor,
+    console,
     read_metrics,
 )
 

@@ -5,8 +5,11 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
+
+import torch
 
 from .. import __version__
 from ..errors import UserError
@@ -54,10 +57,24 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         if speaks:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _leave(2)
     except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _leave(0)
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        return _leave(1)
+
+
+def _leave(status: int) -> int:
+    """End at once where there is a process group: to take it down in order would mean to wait for the others."""
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _command(words: list[str]) -> tuple[str | None, list[str]]:

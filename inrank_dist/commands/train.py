@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config, load_config, shown
-from ..data import prepare
-from ..data.loader import _check_batch_sizes
+from ..data import check_batch_sizes, prepare
 from ..engine.context import Context
 from ..errors import UserError
 from ..train.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     # Everything that can be wrong without data is found before a minute is spent on data.
     skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
-    _check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
+    check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
     if arguments.dry_run:
         print(_plan(config, skeleton, shapes))
         return
@@ -58,26 +57,26 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     context.start(config.parallel.timeout_seconds, always=engine != "local")
+    trainer = Trainer(config, context, data, checkpoint)
+    # Only now, when nothing is left to complain of, is the run folder touched.
+    monitors = context.main_does(_open_run_folder, config, checkpoint) or Monitors()
     try:
-        trainer = Trainer(config, context, data, Monitors(), checkpoint)
-        # Only now, when nothing is left to complain of, is the run folder touched.
-        context.main_does(_open_run_folder, config, trainer, checkpoint)
-        try:
-            trainer.run()
-        finally:
-            trainer.monitors.close()
-        context.main_does(_report, config.run.folder)
+        trainer.run(monitors)
     finally:
-        context.stop()
+        monitors.close()
+    context.main_does(_report, config.run.folder)
+    del trainer
+    context.stop()
 
 
 def _plan(config: Config, skeleton: torch.nn.Module, shapes: dict[str, tuple[int, int]]) -> str:
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     train = config.train
+    tokens = train.steps * train.global_batch_size * config.model.max_seq_len
+    batch = f"{train.global_batch_size} sequences of {config.model.max_seq_len} tokens"
     lines = [
         f"{config.model.name}: {parameters / 1e6:.1f}M parameters dense, vocabulary {config.tokenizer.vocab_size}",
-        f"{train.steps} steps of {train.global_batch_size} sequences of {config.model.max_seq_len} tokens: "
-        f"{train.steps * train.global_batch_size * config.model.max_seq_len / 1e6:.1f}M tokens",
+        f"{train.steps} steps of {batch}: {tokens / 1e6:.1f}M tokens",
     ]
     if shapes:
         low = config.lowrank
@@ -117,7 +116,7 @@ def _refuse_unwritable(folder: Path) -> None:
         raise UserError(f"run.dir is {folder}, and {present} cannot be written; write a folder that can")
 
 
-def _open_run_folder(config: Config, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+def _open_run_folder(config: Config, checkpoint: Checkpoint | None) -> Monitors:
     folder = config.run.folder
     step = checkpoint.state.step if checkpoint else 0
     try:
@@ -128,7 +127,7 @@ def _open_run_folder(config: Config, trainer: Trainer, checkpoint: Checkpoint | 
         curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1)
     except OSError as error:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}; write a folder that can") from None
-    trainer.monitors = Monitors([metrics, curves, ConsoleMonitor(config.train.steps)])
+    return Monitors([metrics, curves, ConsoleMonitor(config.train.steps)])
 
 
 def _report(folder: Path) -> None:

@@ -85,7 +85,7 @@ class Loader:
         fingerprint: str,
         state: LoaderState | None = None,
     ) -> None:
-        _check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        check_batch_sizes(global_batch_size, micro_batch_size, world_size)
         if state is not None:
             _check_state(state, seed, fingerprint)
         self._dataset = dataset.with_format("numpy")
@@ -138,7 +138,9 @@ class Loader:
 def validation_batches(
     dataset: Dataset, *, batch_size: int, rank: int, world_size: int, max_sequences: int | None
 ) -> Iterator[MicroBatch]:
-    """The first ``max_sequences`` rows of ``dataset`` (None: all), in order, each on exactly one process.
+    """``max_sequences`` rows spread evenly over ``dataset`` (None: all rows), in order, each on exactly one process.
+
+    Spread, because the first rows are the first documents and would stand for nothing else.
 
     Every process yields the same number of micro-batches of the same shape, ``batch_size`` rows, so that
     their collectives match; rows that only fill up have all targets ``IGNORED``. Which rows are read does not
@@ -149,6 +151,7 @@ def validation_batches(
     for first in range(rank * batch_size, _round_up(count, world_size * batch_size), world_size * batch_size):
         ids = np.arange(first, first + batch_size)
         real = ids < count
+        ids = ids * len(dataset) // count
         tokens = torch.from_numpy(rows[np.where(real, ids, 0)]["input_ids"].astype(np.int64, copy=False))
         targets = tokens[:, 1:].masked_fill(torch.from_numpy(~real)[:, None], IGNORED)
         yield MicroBatch(tokens[:, :-1].contiguous(), targets, np.where(real, ids, -1).tolist())
@@ -158,7 +161,7 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
     at_once = micro_batch_size * world_size
     if global_batch_size > 0 and global_batch_size % at_once == 0:
         return

@@ -71,8 +71,6 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings, block_length: int,
     Raises:
         UserError: a setting, file or folder cannot be used; nothing is left but the lock and the reason.
     """
-    for name in data.without_effect() if progress else []:
-        logger.warning("%s has no effect with data.source: %s", name, data.source)
     loaded = None if tokenizer.path is None else load_tokenizer(tokenizer)
     with quiet_datasets():
         source = open_source(data)

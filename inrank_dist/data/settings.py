@@ -93,25 +93,6 @@ class DataSettings:
             return bool(self.validation_paths)
         return self.source == "hub" and self.validation_split is not None
 
-    def without_effect(self) -> list[str]:
-        """Names of settings that differ from their default but that this source does not read."""
-        used_by = {
-            "paths": {"files"},
-            "validation_paths": {"files"},
-            "name": {"hub"},
-            "config": {"hub"},
-            "train_split": {"hub"},
-            "validation_split": {"hub"},
-            "text_column": {"files", "hub"},
-            "join_rows": {"files", "hub"},
-        }
-        plain = DataSettings()
-        return [
-            f"data.{key}"
-            for key, sources in used_by.items()
-            if self.source not in sources and getattr(self, key) != getattr(plain, key)
-        ]
-
     def _check_splits(self, validation: str) -> None:
         names = {part.split("[")[0].strip() for part in validation.split("+")}
         if any(name.lower().startswith("test") for name in names):

@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+
+Result = TypeVar("Result")
 
 
 class Disagreement(RuntimeError):
@@ -62,10 +65,18 @@ class Context:
             return
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        if self.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        if self.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
+            return
+        try:
             dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+            place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"process {self.rank} of {self.world_size} did not find the others at {place} within "
+                f"{timeout_seconds} s "
+                f"({str(error).splitlines()[0]}); start all processes with torchrun"
+            ) from None
 
     def stop(self) -> None:
         """Leave the process group, if there is one. Everything that uses it must be dropped before."""
@@ -84,18 +95,24 @@ class Context:
         if dist.is_initialized():
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
-    def main_does(self, work: Callable[..., object], *arguments: object) -> None:
-        """Process 0 does something that may fail; if it fails, every process raises the same error."""
+    def main_does(self, work: Callable[..., Result], *arguments: object) -> Result | None:
+        """Process 0 does something that may fail; if it fails, every process raises the same error.
+
+        Returns:
+            What ``work`` returned, on process 0; None on the others.
+        """
+        result = None
         failure: list[BaseException | None] = [None]
         if self.is_main:
             try:
-                work(*arguments)
+                result = work(*arguments)
             except Exception as error:
                 failure = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(failure, src=0, device=torch.device("cpu"))
         if failure[0] is not None:
             raise failure[0]
+        return result
 
     def agree(self, what: str, answers: Mapping[str, object]) -> None:
         """Check that all processes hold the same answers, by hash; one small all-reduce when they do.

@@ -53,7 +53,7 @@ class Engine:
     Args:
         skeleton: dense model on ``meta`` with ``blocks``; it is never changed.
         layout: the low-rank layers as they start.
-        values: start values.
+        values: start values; None: zeros, to be read into.
     """
 
     name = "local"
@@ -62,7 +62,7 @@ class Engine:
         self,
         skeleton: LanguageModel,
         layout: Layout,
-        values: Values,
+        values: Values | None,
         *,
         context: Context,
         optimizer: OptimizerSettings,
@@ -74,6 +74,9 @@ class Engine:
         self._base_scale = 1.0
 
         def start(name: str, parameter: nn.Parameter) -> Tensor:
+            if values is None:
+                first, end = self.rows(parameter.shape[0])
+                return torch.zeros(end - first, *parameter.shape[1:], device=self.device)
             # A copy of the rows: a view would keep the whole tensor alive.
             return values(name)[slice(*self.rows(parameter.shape[0]))].to(self.device, copy=True).contiguous()
 

@@ -33,7 +33,7 @@ class FSDPEngine(Engine):
         self,
         skeleton: LanguageModel,
         layout: Layout,
-        values: Values,
+        values: Values | None,
         *,
         context: Context,
         optimizer: OptimizerSettings,

@@ -1,7 +1,7 @@
 """Settings of the processes and how they hold the model (YAML section ``parallel``)."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 from ..errors import UserError
 
@@ -13,7 +13,7 @@ class ParallelSettings:
     engine: Literal["auto", "local", "ddp", "fsdp"] = "auto"
     """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; auto: local on one process, fsdp on
     several."""
-    shard_size: Optional[int] = None
+    shard_size: int | None = None
     """Processes among which parameters are sharded, replicated over the rest (hybrid sharding); null: all."""
     timeout_seconds: int = 600
     """A collective that takes longer ends the job."""

@@ -52,13 +52,15 @@ class Decision:
 
     Attributes:
         before, after: active rank ``r`` before and after; ``after >= before``.
-        explained: ``g(before)``, the share that the present rank explains.
+        explained: ``g(before)``, the share that the rank so far explains.
+        reached: ``g(after)``, the share that the chosen rank explains; below the threshold where a cap stopped it.
         effective_rank: of the measured spectrum.
     """
 
     before: int
     after: int
     explained: float
+    reached: float
     effective_rank: float
 
 
@@ -107,4 +109,4 @@ class RankRule:
             after = rank + int(reached[0]) if len(reached) else last
             after += -after % self.multiple_of
             after = max(rank, min(after, self.cap(dimension)))
-        return Decision(rank, after, present, effective_rank(sigma))
+        return Decision(rank, after, present, float(ratio[min(after, len(ratio) - 1)]), effective_rank(sigma))

@@ -1,7 +1,7 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Optional
+from typing import Literal
 
 from .criterion import Criterion, RankRule
 from .init import Init
@@ -40,7 +40,7 @@ class LowRankSettings:
     """Optimizer steps between two decisions."""
     warmup_steps: int = 200
     """Optimizer steps over which a decaying base fades; also the default of freeze_step."""
-    freeze_step: Optional[int] = None
+    freeze_step: int | None = None
     """Optimizer step at which mode efficient freezes the rank; null: warmup_steps."""
     max_rank_fraction: float = 0.5
     """Largest active rank as a fraction of min(in, out)."""

@@ -36,6 +36,7 @@ class TrainState:
         seconds: training time so far.
         layout: the rank table; the model is built from it before a tensor is read.
         null_ranks, loader: their states.
+        explained: layer -> share of the spectrum that its rank explained at the last decision.
         vocab_size, fingerprint, unigram_entropy: of tokenizer and data.
     """
 
@@ -44,6 +45,7 @@ class TrainState:
     seconds: float
     layout: Layout
     null_ranks: dict[str, Any]
+    explained: dict[str, float]
     loader: dict[str, Any]
     vocab_size: int
     fingerprint: str
@@ -103,7 +105,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, TrainState(**content))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder / 'state.json'} is damaged ({error}); remove {folder} to use the one before"
         ) from None

@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..data import Loader, LoaderState, Prepared
 from ..engine.context import Context
+from ..errors import UserError
 from ..lowrank.init import generator_for
 from .checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from .evaluation import validation_loss
@@ -27,7 +28,6 @@ class Trainer:
         config: all settings.
         context: with its process group up.
         data: the prepared data.
-        monitors: told of everything worth writing down; empty on all processes but the first.
         checkpoint: where to continue, or None.
 
     Raises:
@@ -39,10 +39,9 @@ class Trainer:
         config: Config,
         context: Context,
         data: Prepared,
-        monitors: Monitors,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.context, self.data, self.monitors = config, context, data, monitors
+        self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
         saved = checkpoint.state if checkpoint else None
         self.loader = Loader(
             data.train,
@@ -58,7 +57,7 @@ class Trainer:
         shapes = layer_shapes(skeleton, config.lowrank)
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
-        self.engine = build_engine(config, context, skeleton, layout, values)
+        self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
         self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed)
         self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
         self.parameters_start = self.engine.parameter_count()
@@ -66,14 +65,22 @@ class Trainer:
         if checkpoint and saved:
             load_checkpoint(checkpoint, self.engine)
             self.ranks.null.load_state_dict(saved.null_ranks)
+            self.ranks.explained = dict(saved.explained)
             self.step, self.tokens, self.seconds = saved.step, saved.tokens, saved.seconds
         self.train_loss: float | None = None
         self.validation: float | None = None
-        self.saved_at = self.step if checkpoint else None
 
-    def run(self) -> None:
-        """Train to the last step."""
-        train = self.config.train
+    def run(self, monitors: Monitors) -> None:
+        """Train to the last step.
+
+        Args:
+            monitors: told of everything worth writing down; empty on all processes but the first.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        self.monitors = monitors
+        train, checkpoint = self.config.train, self.config.checkpoint
         clock = _Clock(self.seconds, self.tokens)
         self._announce()
         while self.step < train.steps:
@@ -82,31 +89,23 @@ class Trainer:
             records = self.ranks.after_step(self.step)
             self.seconds = clock.seconds
 
-            if self._is_due(self.config.log.interval):
-                self.context.sum(loss)
-                self.train_loss = float(loss) / self._tokens_per_step
-                self.monitors.write(
-                    {
-                        "kind": "step",
-                        "step": self.step,
-                        "loss": self.train_loss,
-                        "tokens": self.tokens,
-                        "tokens_per_s": clock.rate(self.tokens),
-                        "lr": rate,
-                        "grad_norm": float(norm),
-                        "parameters": self.engine.parameter_count(),
-                    }
-                )
+            logs = self._is_due(self.config.log.interval)
+            saves = checkpoint.interval > 0 and self.step % checkpoint.interval == 0
+            if logs or saves:
+                self._check_finite(norm)
+            if logs:
+                self._log(loss, norm, rate, clock)
             for record in records:
                 self.monitors.write(record)
             with clock.stopped():
                 if self._is_due(self.config.eval.interval) and self.config.eval.interval:
                     self._evaluate()
-                if self._is_due(self.config.checkpoint.interval):
+                if saves and self.step < train.steps:
                     self._save()
         if self.config.eval.sample_tokens:
             self._sample()
         self._summarise()
+        self._save()
 
     def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step; returns this process's summed loss, the gradient norm and the learning rate."""
@@ -128,6 +127,30 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
 
+    def _check_finite(self, norm: torch.Tensor) -> None:
+        """Stop before a model that is lost is logged or saved. The norm is the same number on every process."""
+        if not bool(torch.isfinite(norm)):
+            raise UserError(
+                f"at step {self.step} the gradient norm is {float(norm)}; write a lower optimizer.lr than "
+                f"{self.config.optimizer.lr} or a longer schedule.warmup_steps, or go on from an earlier checkpoint"
+            )
+
+    def _log(self, loss: torch.Tensor, norm: torch.Tensor, rate: float, clock: "_Clock") -> None:
+        self.context.sum(loss)
+        self.train_loss = float(loss) / self._tokens_per_step
+        self.monitors.write(
+            {
+                "kind": "step",
+                "step": self.step,
+                "loss": self.train_loss,
+                "tokens": self.tokens,
+                "tokens_per_s": clock.rate(self.tokens),
+                "lr": rate,
+                "grad_norm": float(norm),
+                "parameters": self.engine.parameter_count(),
+            }
+        )
+
     def _evaluate(self) -> None:
         batches = self.config.eval.batches
         self.ranks.before_step(self.step)  # the model as the next step would use it
@@ -142,14 +165,13 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        if self.saved_at == self.step:
-            return
         state = TrainState(
             step=self.step,
             tokens=self.tokens,
             seconds=self.seconds,
             layout=self.engine.layout,
             null_ranks=self.ranks.null.state_dict(),
+            explained=self.ranks.explained,
             loader=self.loader.state().to_dict(),
             vocab_size=self.data.tokenizer.vocab_size,
             fingerprint=self.data.fingerprint,
@@ -163,7 +185,6 @@ class Trainer:
             save_tokenizer=self.data.tokenizer.save,
             keep=self.config.checkpoint.keep,
         )
-        self.saved_at = self.step
 
     def _sample(self) -> None:
         self.engine.model.eval()

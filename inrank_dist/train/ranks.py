@@ -24,6 +24,10 @@ Record = dict
 class RankEvents:
     """Follows the calendar of ``lowrank.*`` and changes the engine's model when it says so.
 
+    Attributes:
+        null: the null ranks so far.
+        explained: layer -> share of the spectrum that its rank explained at the last decision.
+
     Args:
         engine: holds the model.
         values: knows how factors were born (for ``measure: update`` without a base, and the null rank).
@@ -36,6 +40,7 @@ class RankEvents:
         self.rule, self.policy, self.shapes = settings.rule, settings.policy, values.shapes
         born = self._born if settings.base == "none" and settings.measure == "product" else None
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born)
+        self.explained: dict[str, float] = {}
 
     def before_step(self, step: int) -> None:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
@@ -62,6 +67,7 @@ class RankEvents:
             grams = gram_matrices(self.engine.factors(), self.engine.context.sum)
             decisions = self._decide(grams)
             self.null.advance(set(self.shapes.values()))
+            self.explained = {name: decision.reached for name, decision in decisions.items()}
             layout = self._new_layout(layout, decisions, action)
             events = self._plan(layout, grams, action, step)
         if layout != self.engine.layout:
@@ -116,15 +122,19 @@ class RankEvents:
         return torch.randn(self.shapes[layer][1], count, generator=generator)
 
     def _updates(self) -> dict[str, Factors]:
-        """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero."""
+        """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
+
+        As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a small
+        update would drown in the rounding of its Grams.
+        """
         stacked = {}
         for name, now in self.engine.factors().items():
             born = self.values.factors(name)
-            rows = [slice(*self.engine.counted_rows(size)) for size in self.shapes[name]]
-            stacked[name] = Factors(
-                torch.cat([now.U, born.U[rows[0]].to(now.U)], dim=1),
-                torch.cat([now.V, -born.V[rows[1]].to(now.V)], dim=1),
-            )
+            U, V = now.U.double(), now.V.double()
+            U0, V0 = torch.zeros_like(U), torch.zeros_like(V)  # columns that came by growth were born zero
+            for whole, mine, size in ((born.U, U0, self.shapes[name][0]), (born.V, V0, self.shapes[name][1])):
+                mine[:, : whole.shape[1]] = whole[slice(*self.engine.counted_rows(size))]
+            stacked[name] = Factors(torch.cat([U - U0, U0], dim=1), torch.cat([V, V - V0], dim=1))
         return stacked
 
     def _born(self, out_features: int, in_features: int, modes: int) -> Factors:
@@ -166,10 +176,3 @@ class RankEvents:
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
-
-    def state_dict(self) -> dict:
-        """JSON-able state: the rank table and the null ranks."""
-        return {
-            "layout": {name: dataclasses.asdict(layer) for name, layer in self.engine.layout.items()},
-            "null": self.null.state_dict(),
-        }

@@ -1,7 +1,7 @@
 """Settings of the training loop, the optimizer and the files of a run."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Literal
 
 from ..errors import UserError
 
@@ -78,7 +78,7 @@ class EvalSettings:
 
     interval: int = 500
     """Optimizer steps between validations; 0: never."""
-    batches: Optional[int] = None
+    batches: int | None = None
     """Validate on this many global batches; null: on the whole validation split."""
     sample_tokens: int = 64
     """Length of the sample of text that the finished model writes; 0: none."""

@@ -100,7 +100,7 @@ class StartValues:
 
 
 def build_engine(
-    config: Config, context: Context, skeleton: LanguageModel, layout: Layout, values: StartValues
+    config: Config, context: Context, skeleton: LanguageModel, layout: Layout, values: StartValues | None
 ) -> Engine:
     """The engine that ``parallel.engine`` names, with the model in it. The process group is up (``context.start``)."""
     options = BuildOptions(

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from inrank_dist.errors import UserError
-from inrank_dist.train.report import sections
 from inrank_dist.train.monitors.jsonl import read_metrics
 from inrank_dist.train.monitors.text import amount, number, plural
+from inrank_dist.train.report import sections
 from inrank_dist.train.report.curves import dynamics_figures, loss_figure, rank_figures, threshold_of
 from inrank_dist.train.report.history import History
 from inrank_dist.train.report.reading import mode_of, reading

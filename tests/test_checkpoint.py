@@ -1,0 +1,166 @@
+"""A resumed run is the same run, on any engine and any number of processes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pool import Pool
+from runs import small_config, train
+from safetensors.torch import load_file
+
+from inrank_dist.errors import UserError
+from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_shapes
+
+STEPS = 30
+EVENTS = (8, 16, 24)
+AROUND_EVENTS = sorted({step + offset for step in EVENTS for offset in (-1, 0, 1)} | {1, 20, 29})
+DROPOUT = {"model__dropout": 0.1, "checkpoint__interval": 1, "checkpoint__keep": STEPS}
+
+
+def cut(source: Path, target: Path, step: int) -> Path:
+    """A run folder as it was when it was killed just after the checkpoint of ``step``."""
+    shutil.copytree(source / "checkpoints", target / "checkpoints")
+    for folder in list_checkpoints(target):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return target
+
+
+def joined(results: list[Any], step: int) -> list[int]:
+    """The samples of a step over all processes, in order."""
+    return [sample for result in results for sample in result[1][step]]
+
+
+def tensors(run: Path) -> dict[tuple[str, str], bytes]:
+    """The bytes of every tensor of the newest checkpoint, by file and name."""
+    folder = list_checkpoints(run)[-1]
+    return {
+        (file.name, name): tensor.numpy().tobytes()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An undisturbed run on one process, with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("straight")
+    recorder, table = train(small_config(corpus, run__dir=run, **DROPOUT))
+    return run, (recorder.losses(), recorder.samples, table)
+
+
+@pytest.mark.parametrize("step", AROUND_EVENTS)
+def test_resume_is_bit_identical(corpus: Path, straight: tuple[Path, Any], tmp_path: Path, step: int) -> None:
+    """Just before, at and just after every rank event, in the decay of the base, and after the freeze."""
+    run, (losses, samples, table) = straight
+    cut(run, tmp_path, step)
+    recorder, resumed = train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
+    assert recorder.losses() == losses[step:]
+    assert recorder.samples == samples[step:]
+    assert resumed == table
+    assert tensors(tmp_path) == tensors(run)
+
+
+@pytest.fixture(scope="module")
+def sharded(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An undisturbed run of four processes with FSDP2, with a checkpoint at every rank event."""
+    run = tmp_path_factory.mktemp("sharded")
+    config = small_config(
+        corpus, run__dir=run, checkpoint__interval=8, checkpoint__keep=STEPS, train__global_batch_size=12,
+        train__micro_batch_size=1,
+    )  # fmt: skip
+    results = pool.run("runs:train_in_worker", config, world_size=4, timeout=100)
+    losses = [record["loss"] for record in results[0][0] if record["kind"] == "step"]
+    samples = [joined(results, step) for step in range(STEPS)]
+    return run, (losses, samples, results[0][2])
+
+
+@pytest.mark.parametrize("step", EVENTS)
+@pytest.mark.parametrize(
+    ("engine", "world_size", "shard_size"),
+    [("local", 1, None), ("fsdp", 2, None), ("ddp", 2, None), ("fsdp", 3, None), ("fsdp", 4, 2)],
+)
+def test_resume_on_other_processes_and_engines(
+    pool: Pool,
+    corpus: Path,
+    sharded: tuple[Path, Any],
+    tmp_path: Path,
+    engine: str,
+    world_size: int,
+    shard_size: int | None,
+    step: int,
+) -> None:
+    """Save on four; go on with one, two, three or a hybrid: same samples, same ranks, same losses to 1e-5."""
+    run, (losses, samples, table) = sharded
+    cut(run, tmp_path, step)
+    config = small_config(
+        corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=1,
+        parallel__engine=engine, parallel__shard_size=shard_size,
+    )  # fmt: skip
+    results = pool.run("runs:train_in_worker", config, True, world_size=world_size)
+    assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == pytest.approx(losses[step:], rel=1e-5)
+    assert [joined(results, i) for i in range(STEPS - step)] == samples[step:]
+    assert all(result[2] == table for result in results)
+
+
+def test_sharded_resume_is_bit_identical(pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path) -> None:
+    """The same engine on the same processes loses nothing either: weights and moments byte for byte."""
+    run, (losses, _, _) = sharded
+    cut(run, tmp_path, 16)
+    config = small_config(corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=1)
+    results = pool.run("runs:train_in_worker", config, True, world_size=4)
+    assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == losses[16:]
+    assert tensors(tmp_path) == tensors(run)
+
+
+def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, tmp_path: Path) -> None:
+    """FSDP2 leaves the root group gathered after a forward pass without backward; its moments must be saved
+    all the same."""
+    config = small_config(corpus, run__dir=tmp_path, train__steps=24, eval__interval=4)
+    pool.run("runs:train_in_worker", config, world_size=2)
+    shapes = stored_shapes(list_checkpoints(tmp_path)[-1])
+    trained = {name for name in shapes if not name.startswith("optimizer.")}
+    assert {name for name in shapes if name.startswith("optimizer.")} == {
+        f"optimizer.{moment}.{name}" for name in trained for moment in ("exp_avg", "exp_avg_sq")
+    }
+
+
+def test_a_checkpoint_holds_no_pickle_and_keeps_the_newest(corpus: Path, tmp_path: Path) -> None:
+    train(small_config(corpus, run__dir=tmp_path, checkpoint__interval=10, checkpoint__keep=2))
+    folders = list_checkpoints(tmp_path)
+    assert [folder.name for folder in folders] == ["step-00000020", "step-00000030"]
+    names = {file.name for file in folders[-1].iterdir()}
+    assert {"state.json", "config.yaml", "tokenizer.model"} < names
+    assert all(name.endswith((".safetensors", ".json", ".yaml", ".model")) for name in names)
+
+
+def test_an_incomplete_checkpoint_is_not_found(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
+    """What a killed save leaves has another name; the next save of that step replaces it."""
+    run, _ = straight
+    cut(run, tmp_path, 7)
+    shutil.copytree(run / "checkpoints/step-00000008", tmp_path / "checkpoints/tmp-step-00000008")
+    assert find_checkpoint(tmp_path).state.step == 7
+    train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
+    assert not list((tmp_path / "checkpoints").glob("tmp-*"))
+    assert tensors(tmp_path) == tensors(run)
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
+    run, _ = straight
+    cut(run, tmp_path, 9)
+    state = find_checkpoint(tmp_path).folder / "state.json"
+    content = json.loads(state.read_text())
+    content["layout"]["blocks.0.mlp.up"]["modes"] += 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.up\.U with shape"):
+        train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
+
+
+def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
+    run, _ = straight
+    cut(run, tmp_path, 9)
+    changed = small_config(corpus, run__dir=tmp_path, data__paths=f"[{corpus}/corpus/0*.txt]", **DROPOUT)
+    with pytest.raises(UserError, match="the data is now"):
+        train(changed, resume=True)

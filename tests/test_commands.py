@@ -1,0 +1,124 @@
+"""The commands on a run folder, as a user calls them."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from runs import small_config
+
+from inrank_dist.commands.main import main
+from inrank_dist.train.checkpoint import list_checkpoints
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made by ``inrank train``, with validation on the whole split at its end."""
+    folder = tmp_path_factory.mktemp("commands")
+    config = small_config(corpus, run__dir=folder / "run", eval__interval=10, eval__sample_tokens=8)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "--config", str(folder / "config.yaml"), "--checkpoint.interval", "15"]) == 0
+    return folder / "run"
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def test_the_run_folder_holds_what_the_contract_says(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html",
+    }  # fmt: skip
+    assert list((run / "tensorboard").glob("events.*"))
+    steps = records(run, "step")
+    assert [record["step"] for record in steps] == list(range(1, 31))
+    assert {"loss", "tokens", "tokens_per_s", "lr", "grad_norm", "parameters"} < steps[0].keys()
+    assert steps[-1]["tokens"] == 30 * 8 * 16
+    events = records(run, "rank_event")
+    assert [event["action"] for event in events][-1] == "freeze"
+    for event in events:
+        for layer in event["layers"].values():
+            assert {"from", "to", "explained", "null_rank"} == layer.keys()
+            assert layer["null_rank"] >= 1
+    assert len(records(run, "base_removed")) == 1
+    assert records(run, "summary")[0]["parameters"] < records(run, "start")[0]["parameters_dense"]
+
+
+def test_eval_repeats_the_validation_of_the_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--run", str(run)]) == 0
+    loss = float(re.search(r"validation loss\s+([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
+    assert loss == pytest.approx(records(run, "eval")[-1]["loss"], abs=1e-4)
+
+
+def test_eval_of_an_earlier_step_uses_the_fading_base(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step 15 lies in the warm-up: the dense base still carries 9/24 of its weight."""
+    assert main(["eval", "--run", str(run), "--step", "15"]) == 0
+    early = float(re.search(r"validation loss\s+([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
+    evals = {record["step"]: record["loss"] for record in records(run, "eval")}
+    assert evals[10] > early > evals[20]
+
+
+def test_inspect_shows_every_layer_beside_its_null_rank(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--run", str(run)]) == 0
+    out = capsys.readouterr().out
+    summary = records(run, "summary")[0]
+    for name, layer in summary["ranks"].items():
+        row = next(line for line in out.splitlines() if line.startswith(name)).split()
+        assert row[1:4] == [str(layer["shape"][0]), "x", str(layer["shape"][1])]
+        assert [int(cell) for cell in row[4:7]] == [layer["rank"], layer["rank"], layer["null_rank"]]
+        assert int(row[9]) == layer["rank"] * sum(layer["shape"])
+    assert f"{summary['parameters']} parameters" in out
+
+
+def test_generate_is_repeatable_and_continues_the_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--run", str(run), "--prompt", "the rank", "--tokens", "12"]
+    texts = []
+    for seed in ("0", "0", "1"):
+        assert main([*words, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("the rank") for text in texts)
+    assert main([*words, "--temperature", "0", "--samples", "2"]) == 0
+    first, second = capsys.readouterr().out.split("-" * 40)
+    assert first.strip() == second.strip()
+
+
+def test_report_is_one_page_without_anything_from_outside(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    assert main(["report", "--run", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            assert tag not in ("script", "link", "img", "iframe")
+            assert not [
+                value for name, value in attributes if name in ("src", "href") and not (value or "").startswith("#")
+            ]
+
+    Links().feed(page)
+    assert "null rank" in page
+
+
+def test_train_again_says_that_it_is_complete_and_more_steps_go_on(
+    run: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = str(run.parent / "config.yaml")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "--config", config]) == 0
+    assert "complete at step 30" in caplog.text
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(["train", "--config", config, "--train.steps", "33"]) == 0
+    assert [record["step"] for record in records(run, "resume")] == [30]
+    assert [record["step"] for record in records(run, "step")] == list(range(1, 34))
+    assert list_checkpoints(run)[-1].name == "step-00000033"
+
+
+def test_prepare_says_where_the_data_is(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--config", str(run.parent / "config.yaml")]) == 0
+    out = capsys.readouterr().out
+    folder = Path(re.search(r"folder\s+(\S+)", out)[1])  # type: ignore[index]
+    assert folder.is_dir()
+    assert "unigram entropy" in out

@@ -1,0 +1,65 @@
+"""Frobenius decay: the gradient of ``|U V^T|_F^2 / 2`` from Grams alone (arXiv 2209.13569), and in the engine."""
+
+import pytest
+import reference
+import torch
+
+from inrank_dist.engine.context import Context
+from inrank_dist.engine.engine import BuildOptions, Engine
+from inrank_dist.engine.optimizer import OptimizerSettings
+from inrank_dist.lowrank.convert import LayerLayout
+from inrank_dist.lowrank.spectrum import Factors, gram_matrices
+from inrank_dist.models import ModelSettings, build_model
+
+
+def half_square(W: torch.Tensor) -> torch.Tensor:
+    return W.square().sum() / 2
+
+
+@pytest.mark.parametrize(("out", "in_", "R"), [(20, 15, 4), (15, 20, 4), (6, 6, 6), (30, 10, 1)])
+def test_gradient_needs_the_grams_only(out: int, in_: int, R: int) -> None:
+    U, V = reference.normal(out, R, 0).double(), reference.normal(in_, R, 1).double()
+    grams = gram_matrices({"layer": Factors(U, V)}, reference.alone)["layer"]
+    expected = reference.gradients(U, V, half_square)
+    assert torch.allclose(U @ grams.V, expected[0], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(V @ grams.U, expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_one_step_moves_both_factors_by_the_gradient_at_the_same_point() -> None:
+    # Decoupled, as weight decay is: the difference to a step without it is lr * decay * gradient, with both gradients
+    # taken before either factor moves, and nothing but the factors differs.
+    with torch.device("meta"):
+        settings = ModelSettings(name="gpt2", num_layers=1, num_heads=2, hidden_size=8, max_seq_len=8)
+        skeleton = build_model(settings, 16)
+    layout = {"blocks.0.mlp.up": LayerLayout(3, 3, False), "blocks.0.mlp.down": LayerLayout(2, 2, False)}
+    shapes = {"up": (32, 8, 3), "down": (8, 32, 2)}
+
+    def start(name: str) -> torch.Tensor:
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("U", "V"):
+            out, in_, R = shapes[layer.rpartition(".")[2]]
+            return reference.normal(out if leaf == "U" else in_, R, len(name) + ord(leaf))
+        return 0.1 * torch.ones(skeleton.get_parameter(name).shape)
+
+    lr, decay = 1e-2, 0.7
+    tokens = torch.arange(16).view(2, 8)
+    after = {}
+    for strength in (0.0, decay):
+        engine = Engine(
+            skeleton,
+            layout,
+            start,
+            context=Context(),
+            optimizer=OptimizerSettings(weight_decay=0.0),
+            options=BuildOptions(frobenius_decay=strength),
+        )
+        engine.accumulate([(tokens, tokens)], tokens.numel())
+        engine.step(lr)
+        after[strength] = {name: p.detach().cpu().double() for name, p in engine.module.named_parameters()}
+    for layer in layout:
+        U, V = start(f"{layer}.U"), start(f"{layer}.V")
+        for leaf, gradient in zip("UV", reference.gradients(U, V, half_square), strict=True):
+            moved = after[decay].pop(f"{layer}.{leaf}") - after[0.0].pop(f"{layer}.{leaf}")
+            assert torch.allclose(moved, -lr * decay * gradient, rtol=1e-4, atol=1e-6)
+    assert after[decay].keys() == after[0.0].keys()
+    assert all(torch.equal(value, after[0.0][name]) for name, value in after[decay].items())

@@ -1,0 +1,185 @@
+"""The section ``lowrank``: what it refuses, what it means, and the calendar that follows from it."""
+
+import re
+
+import pytest
+
+from inrank_dist.lowrank.policy import RankPolicy
+from inrank_dist.lowrank.settings import LowRankSettings
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial_rank": 0}, "lowrank.initial_rank is 0; write a whole number of at least 1"),
+        ({"initial_rank": -3}, "lowrank.initial_rank is -3;"),
+        ({"interval": 0}, "lowrank.interval is 0;"),
+        ({"warmup_steps": 0}, "lowrank.warmup_steps is 0;"),
+        ({"multiple_of": 0}, "lowrank.multiple_of is 0;"),
+        # Without a fading base nothing else would notice, and a freeze at step 0 or before never comes.
+        ({"freeze_step": 0, "base": "none"}, "lowrank.freeze_step is 0; write a whole number of at least 1"),
+        ({"freeze_step": -5, "base": "frozen"}, "lowrank.freeze_step is -5;"),
+        ({"buffer": 0}, "lowrank.buffer is 0; the rank grows into the buffer"),
+        ({"buffer": -1, "mode": "fixed"}, "lowrank.buffer is -1;"),
+        ({"threshold": 0.0}, "lowrank.threshold is 0.0; write a ratio between 0 and 1, such as 0.9"),
+        ({"threshold": 1.0}, "lowrank.threshold is 1.0;"),
+        ({"threshold": 90.0}, "lowrank.threshold is 90.0;"),
+        ({"threshold": NAN}, "lowrank.threshold is nan;"),
+        ({"max_rank_fraction": 0.0}, "lowrank.max_rank_fraction is 0.0;"),
+        ({"max_rank_fraction": 1.5}, "lowrank.max_rank_fraction is 1.5;"),
+        ({"max_rank_fraction": NAN}, "lowrank.max_rank_fraction is nan;"),
+        ({"frobenius_decay": -0.1}, "lowrank.frobenius_decay is -0.1; write 0 or a positive number"),
+        ({"frobenius_decay": NAN}, "lowrank.frobenius_decay is nan;"),
+        ({"targets": []}, "lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full"),
+        ({"init": "spectral"}, "lowrank.init is spectral but with lowrank.base decay the factors start at zero;"),
+        ({"init": "spectral_ones", "base": "frozen"}, "write lowrank.base: none or lowrank.init: orthogonal"),
+        (
+            {"initial_rank": 6, "buffer": 8, "multiple_of": 4},
+            "lowrank.initial_rank is 6, not a multiple of lowrank.multiple_of 4; write 8",
+        ),
+        (
+            {"initial_rank": 8, "buffer": 9, "multiple_of": 4},
+            "lowrank.buffer is 9, not a multiple of lowrank.multiple_of 4; write 12",
+        ),
+        (
+            {"warmup_steps": 300, "freeze_step": 200},
+            "but the base fades until lowrank.warmup_steps 300; write a freeze_step of at least 300",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_that_says_what_to_write(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        LowRankSettings(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mode": "full"},
+        {"mode": "full", "init": "spectral"},  # nothing is factored: no conflict
+        {"mode": "fixed", "buffer": 0},
+        {"mode": "fixed", "initial_rank": 6, "multiple_of": 4},  # the rank is never raised
+        {"mode": "fixed", "freeze_step": 100},
+        {"mode": "inrank", "freeze_step": 100},  # never freezes: warned about, not refused
+        {"init": "spectral", "base": "none"},
+        {"init": "kaiming", "base": "none", "measure": "product", "criterion": "variance"},
+        {"base": "none", "freeze_step": 1},
+        {"base": "frozen", "freeze_step": 100},
+        {"warmup_steps": 200, "freeze_step": 200},
+        {"initial_rank": 8, "buffer": 12, "multiple_of": 4},
+        {"max_rank_fraction": 1.0},
+    ],
+)
+def test_what_works_is_taken(changes: dict) -> None:
+    LowRankSettings(**changes)
+
+
+def test_settings_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        LowRankSettings("full")  # type: ignore[misc]
+
+
+def test_rule_follows_the_settings() -> None:
+    settings = LowRankSettings(
+        threshold=0.8, criterion="variance", buffer=12, max_rank_fraction=0.25, multiple_of=4, initial_rank=4
+    )
+    rule = settings.rule
+    assert (rule.threshold, rule.criterion, rule.buffer) == (0.8, "variance", 12)
+    assert (rule.max_rank_fraction, rule.multiple_of) == (0.25, 4)
+    # A rank that never grows has no use for a buffer: R = r.
+    assert LowRankSettings(mode="fixed", buffer=12).rule.modes(8, 64) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy"),
+    [
+        ({"mode": "full"}, RankPolicy(None, None, None)),
+        ({"mode": "fixed"}, RankPolicy(None, None, 200)),
+        ({"mode": "fixed", "base": "frozen"}, RankPolicy(None, None, None)),
+        ({"mode": "inrank", "base": "frozen", "freeze_step": 90}, RankPolicy(25, None, None)),
+        ({"mode": "inrank", "interval": 7}, RankPolicy(7, None, 200)),
+        ({"mode": "efficient"}, RankPolicy(25, 200, 200)),
+        ({"mode": "efficient", "freeze_step": 300}, RankPolicy(25, 300, 200)),
+        ({"mode": "efficient", "base": "none", "freeze_step": 90}, RankPolicy(25, 90, None)),
+        ({"mode": "efficient", "base": "none", "warmup_steps": 60}, RankPolicy(25, 60, None)),
+    ],
+)
+def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> None:
+    assert LowRankSettings(**changes).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"mode": "efficient"}, {"measure"}),
+        ({"mode": "efficient", "base": "none"}, set()),
+        ({"mode": "efficient", "base": "none", "freeze_step": 90}, {"warmup_steps"}),
+        ({"mode": "efficient", "base": "frozen"}, {"measure"}),
+        ({"mode": "inrank"}, {"freeze_step", "measure"}),
+        ({"mode": "inrank", "base": "frozen"}, {"freeze_step", "measure", "warmup_steps"}),
+        ({"mode": "inrank", "base": "none"}, {"freeze_step", "warmup_steps"}),
+    ],
+)
+def test_settings_without_effect_are_named(changes: dict, idle: set[str]) -> None:
+    reasons = LowRankSettings(**changes).without_effect()
+    assert {key for key, _ in reasons} == idle
+    assert len(reasons) == len(idle)
+    assert all(reason for _, reason in reasons)
+
+
+def test_settings_without_effect_in_mode_fixed() -> None:
+    growth = {
+        "buffer", "threshold", "criterion", "measure", "interval", "freeze_step", "max_rank_fraction", "multiple_of",
+    }  # fmt: skip
+    assert {key for key, _ in LowRankSettings(mode="fixed").without_effect()} == growth
+    still = LowRankSettings(mode="fixed", base="none").without_effect()
+    assert {key for key, _ in still} == growth | {"warmup_steps"}
+    assert len(still) == len(growth) + 1
+
+
+def test_nothing_has_an_effect_in_mode_full() -> None:
+    every = {key for key, _ in LowRankSettings(mode="full").without_effect()}
+    assert every == set(LowRankSettings.__dataclass_fields__) - {"mode"}
+
+
+def test_calendar_of_a_run() -> None:
+    # Step 0 is the start, no decision; the freeze comes once, takes the place of the growth due with it, and ends all.
+    policy = RankPolicy(interval=25, freeze_step=100, decay_steps=None)
+    due = {step: policy.action(step) for step in range(301) if policy.action(step)}
+    assert due == {25: "grow", 50: "grow", 75: "grow", 100: "freeze"}
+
+
+def test_calendar_whose_freeze_falls_between_two_decisions() -> None:
+    policy = RankPolicy(interval=30, freeze_step=70, decay_steps=None)
+    assert {step: policy.action(step) for step in range(200) if policy.action(step)} == {
+        30: "grow",
+        60: "grow",
+        70: "freeze",
+    }
+
+
+def test_calendar_without_freeze_goes_on() -> None:
+    policy = RankPolicy(interval=10, freeze_step=None, decay_steps=None)
+    assert [step for step in range(41) if policy.action(step) == "grow"] == [10, 20, 30, 40]
+
+
+def test_calendar_of_a_fixed_rank_is_empty() -> None:
+    policy = RankPolicy(interval=None, freeze_step=None, decay_steps=40)
+    assert not any(policy.action(step) for step in range(100))
+
+
+def test_base_fades_linearly_and_is_gone_where_it_is_zero() -> None:
+    # Removing it then changes no output: the last forward pass with it had a > 0, the next has none.
+    policy = RankPolicy(interval=10, freeze_step=40, decay_steps=8)
+    assert [policy.base_scale(step) for step in range(9)] == [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]
+    assert policy.base_scale(1000) == 0
+    assert all(policy.removes_base(step) == (policy.base_scale(step) == 0) for step in range(50))
+
+
+def test_base_that_does_not_fade_stays() -> None:
+    policy = RankPolicy(interval=10, freeze_step=40, decay_steps=None)
+    assert all(policy.base_scale(step) == 1 and not policy.removes_base(step) for step in range(100))

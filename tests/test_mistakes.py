@@ -1,0 +1,487 @@
+"""The user's mistakes, through the command line: status 2, one line that names the value, nothing left half written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas
+import pytest
+import sentencepiece
+import yaml
+
+from inrank_dist.commands.main import main
+
+Fails = Callable[..., str]
+
+TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far "
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "model": {"num_layers": 2, "num_heads": 2, "hidden_size": 32, "max_seq_len": 16},
+    "lowrank": {"targets": ["all"], "initial_rank": 2, "buffer": 2, "interval": 2, "warmup_steps": 24},
+    "train": {"steps": 30, "global_batch_size": 8, "micro_batch_size": 2},
+    "data": {"source": "files", "validation_fraction": 0.2},
+    "tokenizer": {"vocab_size": 300},
+    "checkpoint": {"interval": 2},
+    "eval": {"interval": 0, "sample_tokens": 0},
+    "log": {"interval": 1},
+}
+
+
+def write_config(folder: Path) -> Path:
+    """A corpus of short documents, and a config that is right, with everything below ``folder``."""
+    (folder / "corpus").mkdir()
+    for name in ("a", "b"):
+        (folder / "corpus" / f"{name}.txt").write_text(f"{name} " + TEXT * 50)
+    places = {"paths": [f"{folder}/corpus/*.txt"], "cache_dir": f"{folder}/cache"}
+    settings = SETTINGS | {"data": SETTINGS["data"] | places, "run": {"dir": f"{folder}/run"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "config.yaml"
+
+
+def the_error(status: int, stderr: str) -> str:
+    """The one line of a user's mistake."""
+    assert status == 2, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def nothing_half_written(folder: Path) -> None:
+    """No run folder; in the cache at most the lock and the reason of the failure."""
+    assert not (folder / "run").exists()
+    left = [path.name for path in (folder / "cache").glob("*")] if (folder / "cache").exists() else []
+    assert [name for name in left if not name.endswith((".lock", ".failed"))] == []
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that must fail; its error."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return the_error(status, err)
+
+    return run
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a corpus and a config; each test spoils something."""
+    write_config(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, with checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = write_config(folder)
+    assert main(["train", "--config", str(config), "--train.steps", "4", "--lowrank.warmup_steps", "4"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def damaged(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    shutil.copytree(trained.parent, tmp_path / "copy")
+    config = tmp_path / "copy" / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(tmp_path / "copy" / "run")))
+    return tmp_path / "copy" / "run"
+
+
+# The settings.
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        # words that are no settings
+        ("--lowrnk.threshold 0.8", "'lowrnk.threshold'; did you mean 'lowrank.threshold'?"),
+        ("--lowrank.treshold 0.8", "'lowrank.treshold'; did you mean 'lowrank.threshold'?"),
+        ("--train.steps", "--train.steps lacks its value"),
+        ("steps=3", "'steps=3' is no option"),
+        # types
+        ("--train.steps many", "train.steps is many; write a whole number"),
+        ("--train.steps 2.5", "train.steps is 2.5; write a whole number"),
+        ("--train.steps null", "train.steps is null; write a whole number"),
+        ("--train.compile maybe", "train.compile is maybe; write true or false"),
+        ("--lowrank.targets mlp", "lowrank.targets is mlp; write a list such as [a,b]"),
+        ("--lowrank.mode grow", "lowrank.mode is grow; write one of full, fixed, inrank, efficient"),
+        ("--train.precision fp8", "train.precision is fp8; write one of fp32, bf16"),
+        ("--optimizer.lr nan", "optimizer.lr is nan; write a number"),
+        # the model
+        ("--model.num_heads 3", "model.num_heads 3 does not divide"),
+        ("--model.dropout 1", "model.dropout is 1.0"),
+        ("--model.num_kv_heads 1", "model.num_kv_heads is 1"),
+        ("--model.num_layers 0", "model.num_layers is 0"),
+        # the rank
+        ("--lowrank.initial_rank 40", "lowrank.initial_rank is 40"),
+        ("--lowrank.mode fixed --lowrank.initial_rank 33", "(in, out) of blocks.0.attention.q is 32; write at most 32"),
+        ("--lowrank.threshold 1.5", "lowrank.threshold is 1.5"),
+        ("--lowrank.buffer 0", "lowrank.buffer is 0"),
+        ("--lowrank.multiple_of 4", "lowrank.initial_rank is 2, not a multiple of lowrank.multiple_of 4; write 4"),
+        ("--lowrank.freeze_step 10", "lowrank.freeze_step is 10"),
+        ("--lowrank.freeze_step 31", "lowrank freezes at step 31 but train.steps is 30"),
+        ("--lowrank.mode inrank --lowrank.warmup_steps 31", "lowrank.warmup_steps is 31 but train.steps is 30"),
+        ("--lowrank.init spectral", "lowrank.init is spectral"),
+        ("--lowrank.targets [embed]", "'embed' matches no linear layer"),
+        ("--lowrank.targets ['mlp(']", "'mlp(' is not a regular expression"),
+        ("--lowrank.max_rank_fraction 0", "lowrank.max_rank_fraction is 0"),
+        ("--lowrank.frobenius_decay=-1", "lowrank.frobenius_decay is -1"),
+        # the training
+        ("--optimizer.lr -1e-3", "optimizer.lr is -0.001"),
+        ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
+        ("--schedule.warmup_steps 30", "schedule.warmup_steps is 30 of train.steps 30; write fewer than 30"),
+        ("--schedule.min_lr_ratio 2", "schedule.min_lr_ratio is 2.0"),
+        ("--train.global_batch_size 9", "train.global_batch_size is 9"),
+        ("--train.global_batch_size 0", "train.global_batch_size is 0"),
+        ("--train.grad_clip -1", "train.grad_clip is -1.0"),
+        ("--eval.interval -1", "eval.interval is -1"),
+        ("--checkpoint.keep 0", "checkpoint.keep is 0"),
+        ("--log.interval 0", "log.interval is 0"),
+        ("--run.seed -1", "run.seed is -1"),
+        ("--parallel.engine fsdp --parallel.shard_size 2", "parallel.shard_size is 2, which does not divide"),
+        # the data
+        ("--data.paths []", "data.paths is empty"),
+        ("--data.source hub", "data.name is None"),
+        ("--data.source hub --data.name x --data.validation_split test", "data.validation_split is 'test'"),
+        ("--data.source hub --data.name x --data.validation_split train", "data.validation_split is 'train'"),
+        ("--data.join_rows true", "data.join_rows is true"),
+        ("--data.validation_fraction 0.9", "data.validation_fraction is 0.9"),
+        ("--data.max_bytes 0", "data.max_bytes is 0"),
+        ("--tokenizer.vocab_size 100", "tokenizer.vocab_size is 100"),
+    ],
+)  # fmt: skip
+def test_settings(place: Path, fails: Fails, words: str, says: str) -> None:
+    assert says in fails("train", "--config", place / "config.yaml", *words.split())
+    nothing_half_written(place)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda file: file.unlink(), "config.yaml cannot be read (No such file or directory)"),
+        (lambda file: (file.unlink(), file.mkdir()), "config.yaml cannot be read (Is a directory)"),
+        (lambda file: file.write_text("train: [\n"), "config.yaml is not valid YAML in line 2"),
+        (lambda file: file.write_text(""), "config.yaml holds no settings"),
+        (lambda file: file.write_text("- a\n- b\n"), "config.yaml holds no settings"),
+        (lambda file: file.write_bytes(b"run: {name: \xff}"), "config.yaml is not UTF-8 text (byte 12)"),
+        (lambda file: file.write_text("train: {steps: 2}"), "model.max_seq_len are missing"),
+        (lambda file: file.write_text("log: {}\nlog: {}\n"), "line 2, column 1: 'log' is written twice"),
+    ],
+    ids=["missing", "directory", "invalid", "empty", "list", "bytes", "required", "twice"],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_config_file(place: Path, fails: Fails, command: str, spoil: Callable[[Path], object], says: str) -> None:
+    spoil(place / "config.yaml")
+    assert says in fails(command, "--config", place / "config.yaml")
+    nothing_half_written(place)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian --config x", "'trian'"),
+        ("--config x", "'--config' is no command"),
+        ("train", "required: --config"),
+        ("train --config", "--config: expected one argument"),
+        ("prepare", "required: --config"),
+        ("eval", "required: --run"),
+        ("generate --run", "--run: expected one argument"),
+        ("inspect --run x --stepp 2", "'--stepp'"),
+        ("eval --run x --train.steps 3", "'--train.steps'"),
+        ("generate --run x hello", "'hello'"),
+        ("report --run x --step 2", "'--step'"),
+        ("eval --run x --step two", "--step: invalid int value: 'two'"),
+        ("generate --run x --tokens 0", "--tokens is 0"),
+        ("generate --run x --samples 0", "--samples is 0"),
+        ("generate --run x --temperature nan", "--temperature is nan"),
+        ("generate --run x --top-k -1", "--top-k is -1"),
+    ],
+)
+def test_words_after_the_command(fails: Fails, words: str, says: str) -> None:
+    assert says in fails(*words.split())
+
+
+# The surroundings.
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "says"),
+    [
+        ({"RANK": "1"}, "", "RANK is 1 but WORLD_SIZE is 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "", "RANK is 2 but WORLD_SIZE is 2"),
+        ({"RANK": "first"}, "", "RANK is 'first'; it must be a whole number"),
+        ({"LOCAL_RANK": "x"}, "", "LOCAL_RANK is 'x'; it must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "", "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2"}, "--parallel.engine local", "parallel.engine is local but 2 processes were started"),
+        ({"WORLD_SIZE": "2"}, "--parallel.shard_size 3", "parallel.shard_size is 3, which does not divide the 2"),
+        ({"WORLD_SIZE": "3"}, "", "train.global_batch_size is 8"),
+    ],
+)  # fmt: skip
+def test_environment(
+    place: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str, says: str
+) -> None:
+    """Found by each process alone, before any waits for the others."""
+    if words or "3" in environment.values():
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", **environment}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert says in fails("train", "--config", place / "config.yaml", *words.split())
+    nothing_half_written(place)
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.cache_dir"])
+def test_folder_below_a_file(place: Path, fails: Fails, key: str) -> None:
+    """Stands for every folder that cannot be made (tests may run as root, who may write anywhere else)."""
+    (place / "file").write_text("")
+    error = fails("train", "--config", place / "config.yaml", f"--{key}", place / "file" / "sub")
+    assert error.startswith(f"{key} is {place}/file")
+    nothing_half_written(place)
+    assert (place / "file").read_text() == ""
+
+
+# The data.
+
+
+def parquet_without_text(corpus: Path) -> None:
+    pandas.DataFrame({"body": ["a text", "another"]}).to_parquet(corpus / "rows.parquet")
+
+
+def jsonl_broken(corpus: Path) -> None:
+    (corpus / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+
+
+def jsonl_of_numbers(corpus: Path) -> None:
+    (corpus / "rows.jsonl").write_text('{"text": 1}\n{"text": 2}\n')
+
+
+def all_empty(corpus: Path) -> None:
+    for file in corpus.glob("*.txt"):
+        file.write_text("")
+
+
+def one_document(corpus: Path) -> None:
+    (corpus / "b.txt").unlink()
+
+
+def hardly_any_text(corpus: Path) -> None:
+    for file in corpus.glob("*.txt"):
+        file.write_text(f"{file.stem} few words")
+
+
+def white_space(corpus: Path) -> None:
+    for size, file in enumerate(corpus.glob("*.txt")):
+        file.write_text("\n" * (500 + size))
+
+
+def not_utf8(corpus: Path) -> None:
+    (corpus / "b.txt").write_bytes("caf\xe9".encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "says"),
+    [
+        (None, "--data.paths [{0}/none.txt]", "none.txt', which does not exist"),
+        (None, "--data.paths [{0}/*.text]", "*.text', which matches no file"),
+        (None, "--data.paths [{0}/corpus]", "corpus', a folder"),
+        (None, "--data.paths [{0}/config.yaml]", "config.yaml, which is of no known kind"),
+        (None, "--data.validation_paths [{0}/corpus/a.txt]", "data.paths and data.validation_paths both match"),
+        (None, "--data.validation_paths [{0}/none.txt]", "data.validation_paths has"),
+        (parquet_without_text, "--data.paths [{0}/corpus/*.parquet]", "data.text_column is 'text'"),
+        (jsonl_broken, "--data.paths [{0}/corpus/*.jsonl]", "rows.jsonl"),
+        (jsonl_of_numbers, "--data.paths [{0}/corpus/*.jsonl]", "data.text_column is 'text', which is int64"),
+        (all_empty, "", "data.source files gives no training text"),
+        (one_document, "", "too few to hold one out"),
+        (hardly_any_text, "", "tokenizer.vocab_size is 300, more than the training text can fill"),
+        (white_space, "", "nothing but white space"),
+        (not_utf8, "", "b.txt is not UTF-8 (byte 3)"),
+        (None, "--model.max_seq_len 99999", "(model.max_seq_len + 1)"),
+        (None, "--tokenizer.vocab_size 30000", "tokenizer.vocab_size is 30000, more than the training text can fill"),
+        (None, "--tokenizer.path {0}/none.model", "none.model cannot be read"),
+        (None, "--tokenizer.path {0}/config.yaml", "config.yaml is not a SentencePiece model"),
+        (None, "--data.source hub --data.name {0}/corpus --data.config none", "'none' not found"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_data(
+    place: Path, fails: Fails, command: str, spoil: Callable[[Path], None] | None, words: str, says: str
+) -> None:
+    if spoil:
+        spoil(place / "corpus")
+    before = sorted((place / "corpus").iterdir())
+    assert says in fails(command, "--config", place / "config.yaml", *words.format(place).split())
+    nothing_half_written(place)
+    assert sorted((place / "corpus").iterdir()) == before
+
+
+def test_tokenizer_of_another_vocabulary(place: Path, fails: Fails, trained: Path) -> None:
+    model = trained / "checkpoints" / "step-00000004" / "tokenizer.model"
+    words = ["--tokenizer.path", model, "--tokenizer.vocab_size", 400]
+    assert "has 300 tokens - write tokenizer.vocab_size: 300" in fails(
+        "train", "--config", place / "config.yaml", *words
+    )
+    nothing_half_written(place)
+
+
+def test_tokenizer_that_changes_text(place: Path, fails: Fails) -> None:
+    """SentencePiece's own defaults fold white space."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split() * 20), model_prefix=str(place / "lossy"), vocab_size=30, minloglevel=4
+    )
+    words = ["--tokenizer.path", place / "lossy.model"]
+    assert "lossy.model" in fails("train", "--config", place / "config.yaml", *words)
+    nothing_half_written(place)
+
+
+# Runs and checkpoints.
+
+RESUME = ("train", "--train.steps", 6, "--lowrank.warmup_steps", 4, "--config")
+
+
+def test_the_run_that_others_damage_is_good(damaged: Path) -> None:
+    """Else the tests below could fail for the wrong reason."""
+    assert main([*map(str, RESUME), str(damaged.parent / "config.yaml")]) == 0
+    for command in ("eval", "inspect", "report"):
+        assert main([command, "--run", str(damaged)]) == 0
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "report"])
+def test_a_folder_that_is_no_run(tmp_path: Path, fails: Fails, command: str) -> None:
+    assert f"{tmp_path}/none" in fails(command, "--run", tmp_path / "none")
+    assert str(tmp_path) in fails(command, "--run", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file" in fails(command, "--run", tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect"])
+def test_a_step_without_checkpoint(trained: Path, fails: Fails, command: str) -> None:
+    error = fails(command, "--run", trained, "--step", 3)
+    assert error == f"{trained} holds no checkpoint of step 3; write one of 2, 4"
+
+
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect"])
+def test_a_run_whose_checkpoints_were_removed(damaged: Path, fails: Fails, command: str) -> None:
+    shutil.rmtree(damaged / "checkpoints")
+    assert fails(command, "--run", damaged).startswith(f"{damaged} holds no complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--lowrank.threshold 0.8", "lowrank.threshold 0.9, now it is 0.8; write 0.9"),
+        ("--lowrank.targets [mlp]", "lowrank.targets [all], now it is [mlp]"),
+        ("--model.num_layers 3", "model.num_layers 2, now it is 3"),
+        ("--tokenizer.vocab_size 301", "tokenizer.vocab_size 300, now it is 301"),
+        ("--run.seed 1", "run.seed 0, now it is 1"),
+        ("--train.global_batch_size 16", "train.global_batch_size 8, now it is 16"),
+    ],
+)
+def test_a_resumed_run_with_other_settings(damaged: Path, fails: Fails, words: str, says: str) -> None:
+    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    assert says in fails(*RESUME, damaged.parent / "config.yaml", *words.split())
+    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_with_other_data(damaged: Path, fails: Fails) -> None:
+    """Found only once the data is prepared; the run folder is still as it was."""
+    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    words = ["--data.max_bytes", 3000]
+    assert "restore them" in fails(*RESUME, damaged.parent / "config.yaml", *words)
+    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def change_format(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("state.json", empty),
+        ("state.json", halve),
+        ("state.json", change_format),
+        ("state.json", Path.unlink),
+        ("config.yaml", empty),
+        ("config.yaml", Path.unlink),
+        ("*.safetensors", empty),
+        ("*.safetensors", halve),
+        ("*.safetensors", Path.unlink),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "inspect"])
+def test_a_damaged_checkpoint(
+    damaged: Path, fails: Fails, command: str, name: str, damage: Callable[[Path], None]
+) -> None:
+    checkpoint = damaged / "checkpoints" / "step-00000004"
+    (file,) = checkpoint.glob(name)
+    damage(file)
+    words = [*RESUME, damaged.parent / "config.yaml"] if command == "train" else [command, "--run", damaged]
+    assert str(checkpoint) in fails(*words)
+
+
+@pytest.mark.parametrize("damage", [empty, halve, Path.unlink])
+def test_a_damaged_tokenizer(damaged: Path, fails: Fails, damage: Callable[[Path], None]) -> None:
+    file = damaged / "checkpoints" / "step-00000004" / "tokenizer.model"
+    damage(file)
+    assert f"tokenizer {file}" in fails("generate", "--run", damaged)
+
+
+def test_text_that_changed_since(damaged: Path, fails: Fails) -> None:
+    """``eval`` on other text than the run's would give a figure that compares to nothing."""
+    config = damaged / "checkpoints" / "step-00000004" / "config.yaml"
+    config.write_text(config.read_text().replace("max_bytes: null", "max_bytes: 3000"))
+    assert "the data has changed" in fails("eval", "--run", damaged)
+
+
+def test_report_of_a_run_with_a_broken_line(damaged: Path, fails: Fails) -> None:
+    metrics = damaged / "metrics.jsonl"
+    metrics.write_text("not json\n" + metrics.read_text())
+    assert "metrics.jsonl line 1 is not a JSON object" in fails("report", "--run", damaged)
+
+
+# The same as whole processes, where nothing of pytest's stands between.
+
+
+def test_as_processes(place: Path) -> None:
+    """The second process of a node says nothing: eight processes would tell the same mistake eight times."""
+    world = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    train = ["train", "--config", str(place / "config.yaml")]
+    cases: list[tuple[list[str], dict[str, str], str]] = [
+        (["--data.paths", f"[{place}/none.txt]"], {}, "none.txt"),
+        ([], world | {"RANK": "2"}, "train.global_batch_size is 8"),
+        ([], world | {"RANK": "1", "LOCAL_RANK": "1"}, ""),
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "inrank_dist", *train, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for words, environment, _ in cases
+    ]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    for process, (out, err), (_, _, says) in zip(processes, outputs, cases, strict=True):
+        assert out == ""
+        assert (says in the_error(process.returncode, err)) if says else (process.returncode, err) == (2, "")
+    nothing_half_written(place)
