@@ -65,8 +65,7 @@ def test_every_engine_gives_the_same_run(
 
 
 def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path) -> None:
-    """Widths 30 over 3 processes, vocabulary 301, 2 key heads, rank below the number of processes: shards are
-    uneven."""
+    """Widths 20 and 7 over 3 processes, vocabulary 301, rank 1: uneven shards, fewer ranks than processes."""
     config = small_config(
         corpus,
         model__name="llama",

@@ -124,8 +124,8 @@ class RankEvents:
     def _updates(self) -> dict[str, Factors]:
         """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
 
-        As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a small
-        update would drown in the rounding of its Grams.
+        As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a
+        small update would drown in the rounding of its Grams.
         """
         stacked = {}
         for name, now in self.engine.factors().items():
