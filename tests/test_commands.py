@@ -68,6 +68,8 @@ def test_inspect_shows_every_layer_beside_its_null_rank(run: Path, capsys: pytes
         row = next(line for line in out.splitlines() if line.startswith(name)).split()
         assert row[1:4] == [str(layer["shape"][0]), "x", str(layer["shape"][1])]
         assert [int(cell) for cell in row[4:7]] == [layer["rank"], layer["rank"], layer["null_rank"]]
+        (explained,) = (r["layers"][name]["explained"] for r in records(run, "rank_check") if r["step"] == 24)
+        assert float(row[7]) >= round(explained, 3)  # that of the rank so far, which the decision may have raised
         assert int(row[9]) == layer["rank"] * sum(layer["shape"])
     assert f"{summary['parameters']} parameters" in out
 

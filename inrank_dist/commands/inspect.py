@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..lowrank.criterion import effective_rank, explained_ratio
+from ..lowrank.criterion import effective_rank
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
+from ..train.monitors.ranks import equals_null
 from .common import add_run_arguments, load_trained, no_overrides
 
 
@@ -19,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print a table of the low-rank layers and the sizes of the model."""
+    """Print a table of the low-rank layers and the sizes of the model.
+
+    ``explained`` is the share of the measured spectrum that the rank explained at the last decision; ``eff. rank`` is of
+    ``U V^T`` as it is now.
+    """
     no_overrides(rest)
     trained = load_trained(arguments)
     state, settings = trained.checkpoint.state, trained.config.lowrank
@@ -36,9 +41,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         shape = (module.out_features, module.in_features)
         grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
         sigma = singular_values(grams[name])
-        ratio = explained_ratio(sigma, min(shape), settings.criterion)
         null_rank = null.of(shape) if null.checks else None
-        at_null += null_rank is not None and abs(layer.rank - null_rank) <= 0.02 * null_rank
+        at_null += null_rank is not None and equals_null(layer.rank, null_rank)
         parameters = (module.U.numel() + module.V.numel()) + (module.base.numel() if module.base is not None else 0)
         table.add_row(
             name,
@@ -46,7 +50,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             str(layer.rank),
             str(layer.modes),
             "-" if null_rank is None else str(null_rank),
-            f"{float(ratio[layer.rank]):.3f}",
+            f"{state.explained[name]:.3f}" if name in state.explained else "-",
             f"{effective_rank(sigma):.1f}",
             str(parameters),
             f"{parameters / (shape[0] * shape[1]):.0%}",
