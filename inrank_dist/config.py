@@ -74,9 +74,9 @@ class Config:
                 f"schedule.warmup_steps is {self.schedule.warmup_steps} of train.steps {steps}; "
                 f"write fewer than {steps}"
             )
-        if low.mode == "efficient" and low.freeze_at > steps:
+        if low.mode == "efficient" and low.freeze_at(steps) > steps:
             raise UserError(
-                f"lowrank freezes at step {low.freeze_at} but train.steps is {steps}; "
+                f"lowrank freezes at step {low.freeze_at(steps)} but train.steps is {steps}; "
                 f"write a lowrank.freeze_step of at most {steps}, or lowrank.mode: inrank"
             )
         if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
@@ -287,7 +287,7 @@ def _parse(text: str, expected: Any) -> Any:
     kinds = _alternatives(expected)
     if text == "null" and type(None) in kinds:
         return None
-    if any(kind is str or typing.get_origin(kind) is Literal for kind in kinds):
+    if all(kind in (str, type(None)) or typing.get_origin(kind) is Literal for kind in kinds):
         return text
     # In a list of texts, 1 and true are texts.
     is_list = any(typing.get_origin(kind) is list for kind in kinds)

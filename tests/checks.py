@@ -9,8 +9,8 @@ from torch import Tensor
 
 from inrank_dist.config import Config
 from inrank_dist.engine.context import Disagreement
+from inrank_dist.lowrank import spectrum
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
-from inrank_dist.train import ranks
 from inrank_dist.train.loop import Trainer
 
 
@@ -43,12 +43,12 @@ def growth_and_freeze(config: Config) -> list[str]:
     def hook(trainer: Trainer) -> None:
         after_step = trainer.ranks.after_step
 
-        def observed(step: int) -> list[dict[str, Any]]:
-            action = trainer.ranks.policy.action(step)
+        def observed(step: int, *batch: Any) -> list[dict[str, Any]]:
+            action = trainer.ranks.due(step)
             if action is None:
-                return after_step(step)
+                return after_step(step, *batch)
             before, modes = function_of(trainer), [layer.modes for layer in trainer.engine.layout.values()]
-            records = after_step(step)
+            records = after_step(step, *batch)
             layout = trainer.engine.layout
             if modes == [layer.modes for layer in layout.values()]:
                 return records
@@ -86,10 +86,10 @@ def every_parameter_moves(config: Config) -> int:
         after_step, move = trainer.ranks.after_step, engine.step
         still: dict[str, Tensor] = {}
 
-        def after(step: int) -> list[dict[str, Any]]:
+        def after(step: int, *batch: Any) -> list[dict[str, Any]]:
             nonlocal rebuilt
             module = engine.module
-            records = after_step(step)
+            records = after_step(step, *batch)
             if engine.module is not module:
                 rebuilt += 1
                 assert not still
@@ -140,7 +140,7 @@ def disagreement(config: Config, liar: int) -> str:
             grams[name] = Grams(grams[name].U, grams[name].V * weights * weights[:, None])
         return grams
 
-    with patch.object(ranks, "gram_matrices", tampered):
+    with patch.object(spectrum, "gram_matrices", tampered):
         try:
             train(config, hook=hook)
         except Disagreement as error:
@@ -149,3 +149,73 @@ def disagreement(config: Config, liar: int) -> str:
             assert {layer.rank for layer in engine.layout.values()} == {1}
             return str(error)
     raise AssertionError("nobody noticed")
+
+
+def aims_at_the_gradient(config: Config) -> float:
+    """New columns of V are orthonormal, orthogonal to the old ones, and hold the top directions of the dense gradient.
+
+    Returns:
+        The least share, over layers and events, of the best possible gradient energy that the fresh columns hold.
+    """
+    shares: list[float] = []
+
+    def hook(trainer: Trainer) -> None:
+        engine, after_step = trainer.engine, trainer.ranks.after_step
+
+        def observed(step: int, *batch: Any) -> list[dict[str, Any]]:
+            before = {name: layer.modes for name, layer in engine.layout.items()}
+            logits = function_of(trainer)["logits"] if trainer.ranks.due(step) else None
+            records = after_step(step, *batch)
+            grown = {n: layer.modes for n, layer in engine.layout.items() if layer.modes > before[n]}
+            if not grown or trainer.ranks.frozen:
+                return records
+            assert logits is not None
+            torch.testing.assert_close(function_of(trainer)["logits"], logits, rtol=0, atol=1e-6)
+            parameters = engine.parameters()
+            dense = dense_gradients(trainer, list(grown), *batch)
+            for name in grown:
+                old = before[name]
+                U, V = (whole(parameters[f"{name}.{factor}"]).double() for factor in "UV")
+                assert not U[:, old:].any()
+                fresh = V[:, old:]
+                overlap = V.T @ fresh
+                expected = torch.zeros_like(overlap)
+                expected[old:] = torch.eye(fresh.shape[1])
+                scale = V.norm(dim=0)[:, None]
+                torch.testing.assert_close(overlap / scale, expected, rtol=0, atol=1e-5)
+                basis = torch.linalg.qr(V[:, :old])[0]
+                outside = dense[name] - dense[name] @ basis @ basis.T
+                best = torch.linalg.svdvals(outside)[: fresh.shape[1]].square().sum()
+                shares.append(float((dense[name] @ fresh).square().sum() / best))
+            return records
+
+        trainer.ranks.after_step = observed  # type: ignore[method-assign]
+
+    train(config, hook=hook)
+    return min(shares)
+
+
+def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: int) -> dict[str, Tensor]:
+    """Gradients of whole weights, float64: ``sum dy x^T`` over all micro-batches and processes."""
+    engine = trainer.engine
+    gradients: dict[str, Tensor] = {}
+    hooks = []
+    for name in layers:
+        inputs: list[Tensor] = []
+
+        def forward(module: Any, arguments: Any, output: Any, inputs: list[Tensor] = inputs) -> None:
+            inputs.append(arguments[0].detach().flatten(0, -2).double())
+
+        def backward(module: Any, into: Any, out: Any, name: str = name, inputs: list[Tensor] = inputs) -> None:
+            product = out[0].flatten(0, -2).double().T @ inputs.pop()
+            gradients[name] = gradients.get(name, torch.zeros_like(product)) + product
+
+        module = engine.module.get_submodule(name)
+        hooks += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
+    engine.accumulate(batches, tokens, training=False)
+    engine.optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    for name in layers:
+        engine.context.sum(gradients[name])
+    return gradients

@@ -164,3 +164,23 @@ def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_pat
     changed = small_config(corpus, run__dir=tmp_path, data__paths=f"[{corpus}/corpus/0*.txt]", **DROPOUT)
     with pytest.raises(UserError, match="the data is now"):
         train(changed, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__name": "sgd", "optimizer__lr": 0.1},
+        {"lowrank__freeze_step": "auto", "lowrank__freeze_patience": 1, "lowrank__growth_init": "gradient"},
+    ],
+    ids=["sgd", "auto, gradient"],
+)
+def test_resume_of_other_ways_is_bit_identical(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The momentum of SGD, and how long no layer has grown, are part of the checkpoint."""
+    changes |= {"checkpoint__interval": 4, "checkpoint__keep": STEPS}
+    recorder, table = train(small_config(corpus, run__dir=tmp_path / "straight", **changes))
+    for step in (8, 20, 28):
+        run = cut(tmp_path / "straight", tmp_path / str(step), step)
+        resumed, again = train(small_config(corpus, run__dir=run, **changes), resume=True)
+        assert resumed.losses() == recorder.losses()[step:]
+        assert again == table
+        assert tensors(run) == tensors(tmp_path / "straight")

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inrank_dist.lowrank.event import RankEvent, freeze, grow, map_factors, orthogonalise
-from inrank_dist.lowrank.spectrum import Factors, Grams, gram_matrices
+from inrank_dist.lowrank.division import ALONE, Processes
+from inrank_dist.lowrank.event import RankEvent, freeze, freeze_all, grow, map_factors, orthogonalise
+from inrank_dist.lowrank.spectrum import Factors, Spectra, measure_spectra
 
 
 def directions(rows: int, count: int, seed: int = 99) -> Tensor:
@@ -19,11 +20,11 @@ def directions(rows: int, count: int, seed: int = 99) -> Tensor:
 def apply(U: Tensor, V: Tensor, plan, Z: Tensor | None = None) -> tuple[RankEvent, Factors]:
     """One event in one process; ``plan(grams)`` makes it."""
     factors = {"layer": Factors(U, V)}
-    grams = gram_matrices(factors, reference.alone)
-    event = plan(grams["layer"])
+    spectra = measure_spectra(factors, ALONE)
+    event = plan(spectra.grams["layer"])
     if event.fresh:
         Z = directions(len(V), event.fresh) if Z is None else Z
-        event = orthogonalise({"layer": event}, factors, grams, {"layer": Z}, reference.alone)["layer"]
+        event = orthogonalise({"layer": event}, factors, spectra, {"layer": Z}, ALONE)["layer"]
     return event, map_factors(event, U, V, Z if event.fresh else None)
 
 
@@ -230,9 +231,13 @@ PLAN = {
 }
 
 
-def plan(grams: dict[str, Grams]) -> dict[str, RankEvent]:
+FROZEN = {name: modes if action == "freeze" else 1 for name, (action, modes) in PLAN.items()}
+
+
+def plan(spectra: Spectra, processes: Processes) -> dict[str, RankEvent]:
+    frozen = freeze_all(spectra, FROZEN, processes)
     return {
-        name: grow(len(grams[name].U), modes) if action == "grow" else freeze(grams[name], modes)
+        name: grow(len(spectra.sigma[name]), modes) if action == "grow" else frozen[name]
         for name, (action, modes) in PLAN.items()
     }
 
@@ -250,34 +255,37 @@ def test_shards_give_the_unsharded_result(count: int, seed: int) -> None:
         for name, layer in whole.items()
     }
 
-    def events(factors, all_reduce, part):
-        grams = gram_matrices(factors, all_reduce)
-        planned = plan(grams)
+    def events(factors, processes, part):
+        spectra = measure_spectra(factors, processes)
+        planned = plan(spectra, processes)
         fresh = {name: part(Z[name][:, : event.fresh], name) for name, event in planned.items() if event.fresh}
-        completed = orthogonalise(planned, factors, grams, fresh, all_reduce)
+        completed = orthogonalise(planned, factors, spectra, fresh, processes)
         mapped = {
             name: map_factors(event, factors[name].U, factors[name].V, fresh.get(name))
             for name, event in completed.items()
         }
         return completed, mapped
 
-    expected_events, expected = events(whole, reference.alone, lambda tensor, name: tensor)
+    expected_events, expected = events(whole, ALONE, lambda tensor, name: tensor)
     processes = reference.Processes(count)
 
     def process(index, all_reduce):
         mine = {
             name: Factors(layer.U[rows[name][0][index]], layer.V[rows[name][1][index]]) for name, layer in whole.items()
         }
-        return events(mine, all_reduce, lambda tensor, name: tensor[rows[name][1][index]])
+        return events(mine, Processes(index, count, all_reduce), lambda tensor, name: tensor[rows[name][1][index]])
 
     answers = processes.run(process)
     fresh_bytes = 8 * sum(whole[name].modes * event.fresh + event.fresh**2 for name, event in expected_events.items())
-    assert processes.calls == [8 * sum(layer.modes * (layer.modes + 1) for layer in whole.values()), fresh_bytes]
+    gram_bytes = 8 * sum(layer.modes * (layer.modes + 1) for layer in whole.values())
+    sigma_bytes = 8 * sum(layer.modes for layer in whole.values())
+    frozen_bytes = 8 * sum(1 + 2 * layer.modes * FROZEN[name] for name, layer in whole.items())
+    assert processes.calls == [gram_bytes, sigma_bytes, frozen_bytes, fresh_bytes, fresh_bytes]
     assert {name for name, event in expected_events.items() if event.fresh} == {"layer0", "layer1", "layer4"}
     for name, layer in expected.items():
         U, V = (torch.cat([getattr(mapped[name], factor) for _, mapped in answers]) for factor in "UV")
         assert torch.allclose(reference.product(U, V), reference.product(layer.U, layer.V), rtol=0, atol=1e-11)
-        signs = (V * layer.V).sum(0).sign()
+        signs = (V * layer.V).sum(0).sign()  # of singular and of fresh directions; each is one process's choice
         assert torch.allclose(V * signs, layer.V, rtol=0, atol=1e-9)
         assert torch.allclose(U * signs, layer.U, rtol=0, atol=1e-9)
         # The maps themselves are the same bits in every process; otherwise shards of one layer would not fit together.
@@ -294,9 +302,9 @@ def test_no_fresh_modes_call_no_collective() -> None:
 
     U, V = graded(20, 10, 4, seed=0)
     factors = {"layer": Factors(U, V)}
-    grams = gram_matrices(factors, reference.alone)
-    planned = {"layer": freeze(grams["layer"], 2)}
-    assert orthogonalise(planned, factors, grams, {}, forbidden) == planned
+    spectra = measure_spectra(factors, ALONE)
+    planned = {"layer": freeze(spectra.grams["layer"], 2)}
+    assert orthogonalise(planned, factors, spectra, {}, Processes(0, 1, forbidden)) == planned
 
 
 def test_an_event_leaves_the_old_factors_alone() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inrank_dist.engine.optimizer import map_moments
+from inrank_dist.lowrank.division import ALONE
 from inrank_dist.lowrank.event import (
     RankEvent,
     freeze,
@@ -17,7 +18,7 @@ from inrank_dist.lowrank.event import (
     map_second_moment,
     orthogonalise,
 )
-from inrank_dist.lowrank.spectrum import Factors, gram_matrices
+from inrank_dist.lowrank.spectrum import Factors, gram_matrices, measure_spectra
 
 BETAS = (0.9, 0.95)
 
@@ -66,8 +67,8 @@ def test_gradients_move_with_the_other_factors_map(pair: tuple[Tensor, Tensor], 
 def test_gradients_of_a_grown_layer_are_the_old_ones(pair: tuple[Tensor, Tensor]) -> None:
     U, V = pair
     factors = {"layer": Factors(U, V)}
-    grams, Z = gram_matrices(factors, reference.alone), reference.normal(15, 3, 9)
-    event = orthogonalise({"layer": grow(6, 9)}, factors, grams, {"layer": Z}, reference.alone)["layer"]
+    Z = reference.normal(15, 3, 9)
+    event = orthogonalise({"layer": grow(6, 9)}, factors, measure_spectra(factors, ALONE), {"layer": Z}, ALONE)["layer"]
     new = map_factors(event, U, V, Z)
     before, after = reference.gradients(U, V, curved), reference.gradients(new.U, new.V, curved)
     assert torch.allclose(map_first_moment(event, before[0], event.M)[:, :6], after[0][:, :6], rtol=1e-12, atol=1e-12)

@@ -109,19 +109,25 @@ def test_rule_follows_the_settings() -> None:
     ],
 )
 def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> None:
-    assert LowRankSettings(**changes).policy == policy
+    assert LowRankSettings(**changes).policy(1000) == policy
+
+
+UNUSED = {"freeze_patience", "freeze_fraction", "final_budget"}
+FREEZING = UNUSED | {"freeze_step", "final"}
 
 
 @pytest.mark.parametrize(
     ("changes", "idle"),
     [
-        ({"mode": "efficient"}, {"measure"}),
-        ({"mode": "efficient", "base": "none"}, set()),
-        ({"mode": "efficient", "base": "none", "freeze_step": 90}, {"warmup_steps"}),
-        ({"mode": "efficient", "base": "frozen"}, {"measure"}),
-        ({"mode": "inrank"}, {"freeze_step", "measure"}),
-        ({"mode": "inrank", "base": "frozen"}, {"freeze_step", "measure", "warmup_steps"}),
-        ({"mode": "inrank", "base": "none"}, {"freeze_step", "warmup_steps"}),
+        ({"mode": "efficient"}, {"measure", *UNUSED}),
+        ({"mode": "efficient", "base": "none"}, UNUSED),
+        ({"mode": "efficient", "base": "none", "freeze_step": "auto"}, {"warmup_steps", "final_budget"}),
+        ({"mode": "efficient", "base": "none", "final": "budget"}, UNUSED - {"final_budget"}),
+        ({"mode": "efficient", "base": "none", "freeze_step": 90}, {"warmup_steps", *UNUSED}),
+        ({"mode": "efficient", "base": "frozen"}, {"measure", *UNUSED}),
+        ({"mode": "inrank"}, {*FREEZING, "measure"}),
+        ({"mode": "inrank", "base": "frozen"}, {*FREEZING, "measure", "warmup_steps"}),
+        ({"mode": "inrank", "base": "none"}, {*FREEZING, "warmup_steps"}),
     ],
 )
 def test_settings_without_effect_are_named(changes: dict, idle: set[str]) -> None:
@@ -133,8 +139,8 @@ def test_settings_without_effect_are_named(changes: dict, idle: set[str]) -> Non
 
 def test_settings_without_effect_in_mode_fixed() -> None:
     growth = {
-        "buffer", "threshold", "criterion", "measure", "interval", "freeze_step", "max_rank_fraction", "multiple_of",
-    }  # fmt: skip
+        "buffer", "threshold", "criterion", "measure", "interval", "max_rank_fraction", "multiple_of", "growth_init",
+    } | FREEZING  # fmt: skip
     assert {key for key, _ in LowRankSettings(mode="fixed").without_effect()} == growth
     still = LowRankSettings(mode="fixed", base="none").without_effect()
     assert {key for key, _ in still} == growth | {"warmup_steps"}
@@ -183,3 +189,18 @@ def test_base_fades_linearly_and_is_gone_where_it_is_zero() -> None:
 def test_base_that_does_not_fade_stays() -> None:
     policy = RankPolicy(interval=10, freeze_step=40, decay_steps=None)
     assert all(policy.base_scale(step) == 1 and not policy.removes_base(step) for step in range(100))
+
+
+def test_patience_ends_growth_once_the_base_is_gone() -> None:
+    policy = RankPolicy(interval=10, freeze_step=100, decay_steps=50, patience=2)
+    assert policy.action(30, quiet=5) == "grow"  # the base still carries weight
+    assert policy.action(60, quiet=1) == "grow"
+    assert policy.action(60, quiet=2) == "freeze"
+    assert policy.action(61, quiet=2) is None
+    assert policy.action(100, quiet=0) == "freeze"
+
+
+def test_auto_freezes_at_the_fraction_at_the_latest_and_never_in_the_fade() -> None:
+    settings = {"mode": "efficient", "freeze_step": "auto", "freeze_fraction": 0.3, "freeze_patience": 4}
+    assert LowRankSettings(**settings, base="none").policy(1000) == RankPolicy(25, 300, None, 4)
+    assert LowRankSettings(**settings, warmup_steps=400).policy(1000) == RankPolicy(25, 400, 400, 4)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inrank_dist.lowrank.spectrum import Factors, gram_matrices, gram_root, singular_values, sum_over_processes
+from inrank_dist.lowrank.division import sum_over_processes
+from inrank_dist.lowrank.spectrum import Factors, gram_matrices, gram_root, singular_values
 
 EPS = torch.finfo(torch.float64).eps
 DECADES = torch.logspace(0, -8, 16, dtype=torch.float64)

@@ -22,14 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print a table of the low-rank layers and the sizes of the model.
 
-    ``explained`` is the share of the measured spectrum that the rank explained at the last decision; ``eff. rank`` is of
-    ``U V^T`` as it is now.
+    ``explained`` is the share of the measured spectrum that the rank explained at the last decision; ``eff. rank`` is
+    of ``U V^T`` as it is now.
     """
     no_overrides(rest)
     trained = load_trained(arguments)
     state, settings = trained.checkpoint.state, trained.config.lowrank
     null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
-    null.load_state_dict(state.null_ranks)
+    null.load_state_dict(state.ranks["null"])
+    explained = state.ranks["explained"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")
     for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             str(layer.rank),
             str(layer.modes),
             "-" if null_rank is None else str(null_rank),
-            f"{state.explained[name]:.3f}" if name in state.explained else "-",
+            f"{explained[name]:.3f}" if name in explained else "-",
             f"{effective_rank(sigma):.1f}",
             str(parameters),
             f"{parameters / (shape[0] * shape[1]):.0%}",

@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,10 @@ from .optimizer import MOMENTS, OptimizerSettings, build_optimizer, map_moments
 
 Values = Callable[[str], Tensor]
 """Parameter name -> its whole start value on CPU, the same on every process."""
+
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+"""Micro-batches of inputs and targets, each ``(B, T)`` int64."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,14 @@ class Engine:
             tensors[names["U"]], tensors[names["V"]] = factors.U, factors.V
             for factor, name in names.items():
                 if moments[name]:
-                    betas = (self.optimizer_settings.beta1, self.optimizer_settings.beta2)
-                    moments[name] = map_moments(event, factor, moments[name], step=self.optimizer_steps, betas=betas)
+                    moments[name] = map_moments(
+                        event,
+                        factor,
+                        moments[name],
+                        step=self.optimizer_steps,
+                        betas=(self.optimizer_settings.beta1, self.optimizer_settings.beta2),
+                        rule=self.optimizer_settings.moments_on_event,
+                    )
         self._build(layout, lambda name, _: tensors[name])
         for name, parameter in self.parameters().items():
             self._set_moments(parameter, moments[name])
@@ -189,17 +199,18 @@ class Engine:
 
     # One optimizer step.
 
-    def accumulate(self, batches: list[tuple[Tensor, Tensor]], tokens: int) -> Tensor:
+    def accumulate(self, batches: Batches, tokens: int, *, training: bool = True) -> Tensor:
         """Forward and backward of this process's share of a global batch.
 
         Args:
-            batches: micro-batches of inputs and targets, each ``(B, T)`` int64.
+            batches: micro-batches of this process.
             tokens: tokens of the whole global batch, by which the loss is divided.
+            training: with dropout; without, the gradient is that of the model as it is.
 
         Returns:
             This process's summed loss in nats, a float32 scalar on the device (no synchronisation).
         """
-        self.model.train()
+        self.model.train(training)
         total = torch.zeros((), device=self.device)
         for index, (inputs, targets) in enumerate(batches):
             with self._accumulating(last=index == len(batches) - 1):
@@ -276,18 +287,42 @@ class Engine:
             for layer in self.layout
         }
 
-    def _counted(self, parameter: nn.Parameter) -> Tensor:
-        size = parameter.shape[0]
+    def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
+        """Gradients of every layer's factors on a global batch, all rows that this process holds; nothing is moved."""
+        self.accumulate(batches, tokens, training=False)
+        parameters = self.parameters()
+        held = {name: self._local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+        gradients = {layer: Factors(held[f"{layer}.U"], held[f"{layer}.V"]) for layer in self.layout}
+        self.optimizer.zero_grad()
+        return gradients
+
+    @torch.no_grad()
+    def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
+        """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""
+        parameters = self.parameters()
+        for factor, columns in (("U", U), ("V", V)):
+            self._local(parameters[f"{layer}.{factor}"])[:, first:] = columns
+
+    def held_rows(self, layer: str) -> Factors:
+        """All rows of a layer's factors that this process holds, counted or not; they share memory with the engine."""
+        parameters = self.parameters()
+        return Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV"))
+
+    def counted(self, rows: Tensor, size: int) -> Tensor:
+        """Of the rows that this process holds of something with ``size`` rows, those that it alone counts."""
         offset, (start, end) = self.rows(size)[0], self.counted_rows(size)
-        return self._local(parameter)[start - offset : end - offset]
+        return rows[start - offset : end - offset]
+
+    def _counted(self, parameter: nn.Parameter) -> Tensor:
+        return self.counted(self._local(parameter), parameter.shape[0])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: parameters under their own names, moments under ``optimizer.exp_avg.NAME`` and
-        ``optimizer.exp_avg_sq.NAME``. Sharded ones are DTensors. They share memory with the engine."""
+        """Everything to save, by name: parameters under their own names, moments under names such as
+        ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They share memory with the engine."""
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
             saved[name] = parameter.detach()
-            for moment in MOMENTS if self.optimizer.state.get(parameter) else ():
+            for moment in self._moments(parameter):
                 saved[f"optimizer.{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return saved
 
@@ -297,18 +332,24 @@ class Engine:
         for parameter in self.parameters().values():
             if parameter.requires_grad:
                 local = self._local(parameter)
-                self._set_moments(parameter, {name: torch.zeros_like(local) for name in MOMENTS})
+                self._set_moments(parameter, {name: torch.zeros_like(local) for name in self._remembered})
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter)
-        return {name: self._local(state[name]) for name in MOMENTS} if state else {}
+        return {name: self._local(state[name]) for name in self._remembered} if state else {}
+
+    @property
+    def _remembered(self) -> tuple[str, ...]:
+        """Names of the moments; SGD without momentum has none."""
+        settings = self.optimizer_settings
+        return () if settings.name == "sgd" and settings.beta1 == 0 else MOMENTS[settings.name]
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         if moments:
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.optimizer_steps), device=self.device),
-                **{name: self._wrap(moment, parameter) for name, moment in moments.items()},
-            }
+            state = {name: self._wrap(moment, parameter) for name, moment in moments.items()}
+            if self.optimizer_settings.name == "adamw":
+                state["step"] = torch.tensor(float(self.optimizer_steps), device=self.device)
+            self.optimizer.state[parameter] = state
 
     def parameter_count(self) -> int:
         """Parameters of the model as it is now, a fading or frozen base included."""

@@ -1,7 +1,8 @@
-"""AdamW: its settings, its parameter groups, and how its moments follow a rank event."""
+"""The optimizer: its settings, its parameter groups, and how its moments follow a rank event."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +10,32 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..lowrank.event import RankEvent, map_first_moment, map_second_moment
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""Optimizer -> what it remembers of each parameter, under torch's names."""
+
+MomentRule = Literal["transport", "slice", "reset"]
 
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
-    """AdamW. Norms, biases and embeddings take no weight decay."""
+    """The optimizer. Norms, biases and embeddings take no weight decay."""
 
+    name: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum beta1 (weight decay is then L2). Others are refused: a rank event must know how their
+    moments move."""
     lr: float = 6e-4
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices."""
     beta1: float = 0.9
-    """Decay rate of the first moment."""
+    """Decay rate of the first moment; for sgd the momentum."""
     beta2: float = 0.95
-    """Decay rate of the second moment."""
+    """Decay rate of the second moment (adamw)."""
     eps: float = 1e-8
-    """Added to the square root of the second moment."""
+    """Added to the square root of the second moment (adamw)."""
+    moments_on_event: MomentRule = "transport"
+    """What becomes of the moments of factors at a rank event: transport moves them with the maps; slice keeps the first
+    columns, as the published code does; reset starts from zero."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps"):
@@ -41,8 +51,8 @@ class OptimizerSettings:
             raise UserError(f"optimizer.weight_decay is {self.weight_decay}; write 0 or a positive number")
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, decay_factors: bool) -> torch.optim.AdamW:
-    """AdamW over the parameters of ``model`` that take gradients, in two groups: with and without weight decay.
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, decay_factors: bool) -> torch.optim.Optimizer:
+    """The optimizer over the parameters of ``model`` that take gradients, in two groups: with and without weight decay.
 
     Args:
         decay_factors: False where the factors have a decay of their own (``lowrank.frobenius_decay``).
@@ -60,28 +70,41 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, decay_fact
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
-    )
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.beta1)  # DTensor knows no fused SGD
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
 
 
 def map_moments(
-    event: RankEvent, factor: str, moments: Mapping[str, Tensor], *, step: float, betas: tuple[float, float]
+    event: RankEvent,
+    factor: str,
+    moments: Mapping[str, Tensor],
+    *,
+    step: float,
+    betas: tuple[float, float],
+    rule: MomentRule = "transport",
 ) -> dict[str, Tensor]:
     """Moments of one factor after a rank event, from the rows that this process holds.
 
     Args:
         factor: ``U`` or ``V``; the moments of one move with the map of the other.
-        moments: ``exp_avg`` and ``exp_avg_sq``, each ``(rows, R)``.
+        moments: those of ``MOMENTS``, each ``(rows, R)``.
         step: optimizer steps so far.
+        rule: ``slice`` and ``reset`` are there to measure what ``transport`` is worth; fresh columns start from zero in
+            both.
     """
+    if rule != "transport":
+        kept = min(next(iter(moments.values())).shape[1], event.modes) if rule == "slice" else 0
+        return {
+            name: torch.nn.functional.pad(moment[:, :kept], (0, event.modes - kept)) for name, moment in moments.items()
+        }
     other = event.M if factor == "U" else event.N
-    first, second = (moments[name] for name in MOMENTS)
-    return {
-        "exp_avg": map_first_moment(event, first, other),
-        "exp_avg_sq": map_second_moment(event, first, second, other, step=step, betas=betas),
-    }
+    mapped = {}
+    for name, moment in moments.items():
+        if name == "exp_avg_sq":
+            mapped[name] = map_second_moment(event, moments["exp_avg"], moment, other, step=step, betas=betas)
+        else:
+            mapped[name] = map_first_moment(event, moment, other)
+    return mapped

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spectrum import AllReduce, Factors, Grams, gram_root, sum_over_processes
+from .division import Processes, solve_once, sum_over_processes
+from .spectrum import Factors, Grams, Spectra, gram_root
 
 
 @dataclass(frozen=True)
@@ -64,39 +65,70 @@ def freeze(grams: Grams, rank: int) -> RankEvent:
     return RankEvent(N, M, fresh=rank - kept)
 
 
+def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes) -> dict[str, RankEvent]:
+    """``freeze`` of every layer, each solved by its owner; one collective of ``8 * sum (1 + 2 * R * rank)`` bytes."""
+
+    def solve(name: str) -> list[Tensor]:
+        event = freeze(spectra.grams[name], ranks[name])
+        pad = (0, event.fresh)  # the number of surviving modes is the owner's finding; shapes must be known to all
+        kept = torch.tensor([event.N.shape[1]], dtype=torch.float64)
+        return [kept, torch.nn.functional.pad(event.N, pad), torch.nn.functional.pad(event.M, pad)]
+
+    shapes = {
+        name: [(1,), (len(sigma), ranks[name]), (len(sigma), ranks[name])] for name, sigma in spectra.sigma.items()
+    }
+    events = {}
+    for name, (count, N, M) in solve_once(shapes, solve, spectra.owner, processes).items():
+        kept = int(count)
+        events[name] = RankEvent(N[:, :kept], M[:, :kept], fresh=ranks[name] - kept)
+    return events
+
+
 def orthogonalise(
     events: Mapping[str, RankEvent],
     factors: Mapping[str, Factors],
-    grams: Mapping[str, Grams],
+    spectra: Spectra,
     directions: Mapping[str, Tensor],
-    all_reduce: AllReduce,
+    processes: Processes,
 ) -> dict[str, RankEvent]:
-    """Complete events that have fresh modes; one all-reduce for all layers, ``8 * sum (R * F + F * F)`` bytes.
+    """Complete events that have fresh modes: columns that span what ``directions`` add to ``V @ M``.
+
+    One all-reduce of the overlaps, ``8 * sum (R * F + F * F)`` bytes over the layers that have fresh modes, and one of
+    the owners' answers, as many.
 
     Args:
         factors: rows that this process alone counts.
+        spectra: of ``factors``.
         directions: layer -> rows of its ``Z: (in, F)``, the same rows as those of ``factors[layer].V``.
 
     Returns:
-        All events; those without fresh modes unchanged.
+        All events; those without fresh modes unchanged. The fresh columns are ordered by how much of ``Z`` lies along
+        them.
     """
     layers = [name for name, event in events.items() if event.fresh]
     products = []
     for name in layers:
         Z = directions[name].double()
         products += [factors[name].V.detach().double().T @ Z, Z.T @ Z]
-    summed = iter(sum_over_processes(products, all_reduce))
-    completed = dict(events)
-    for name in layers:
-        event, overlap, gram = events[name], next(summed), next(summed)
-        M = event.M.to(overlap.device)
+    summed = iter(sum_over_processes(products, processes.sum))
+    overlaps = {name: (next(summed).cpu(), next(summed).cpu()) for name in layers}
+
+    def solve(name: str) -> list[Tensor]:
+        overlap, gram = overlaps[name]
+        M = events[name].M
         # Project Z on the orthogonal complement of V @ M, then make what is left orthonormal.
-        root = gram_root(M.T @ grams[name].V @ M)
-        basis = M @ root.inverse  # (R, k): V @ basis is orthonormal and spans V @ M
+        basis = M @ gram_root(M.T @ spectra.grams[name].V @ M).inverse  # V @ basis: orthonormal columns that span V @ M
         shadow = basis.T @ overlap
-        rest = torch.linalg.cholesky(gram - shadow.T @ shadow)
-        from_new = torch.linalg.inv(rest).T
-        completed[name] = RankEvent(event.N, event.M, event.fresh, -basis @ shadow @ from_new, from_new)
+        values, vectors = torch.linalg.eigh(gram - shadow.T @ shadow)
+        floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding may leave less than nothing
+        from_new = (vectors / values.clamp_min(floor).sqrt()).flip(1)
+        return [-basis @ shadow @ from_new, from_new]
+
+    shapes = {name: [tuple(overlap.shape), tuple(gram.shape)] for name, (overlap, gram) in overlaps.items()}
+    completed = dict(events)
+    for name, (from_old, from_new) in solve_once(shapes, solve, spectra.owner, processes).items():
+        event = events[name]
+        completed[name] = RankEvent(event.N, event.M, event.fresh, from_old, from_new)
     return completed
 
 

@@ -12,19 +12,29 @@ class RankPolicy:
 
     Attributes:
         interval: steps between decisions, or None: the rank never changes.
-        freeze_step: after this many steps the rank is frozen, or None: it may grow to the end.
+        freeze_step: after this many steps the rank is frozen at the latest, or None: it may grow to the end.
         decay_steps: the base's factor ``a`` goes linearly from 1 to 0 over this many steps, or None: no decaying base.
+        patience: the rank is also frozen after this many decisions in a row in which no layer grew, or None. Not while
+            the base fades: it would be left without its weight.
     """
 
     interval: int | None
     freeze_step: int | None
     decay_steps: int | None
+    patience: int | None = None
 
-    def action(self, step: int) -> Action | None:
-        """What is due after ``step`` optimizer steps."""
+    def action(self, step: int, quiet: int = 0) -> Action | None:
+        """What is due after ``step`` optimizer steps, unless it was frozen before out of patience.
+
+        Args:
+            quiet: decisions in a row, up to now, in which no layer grew.
+        """
         if self.freeze_step is not None and step >= self.freeze_step:
             return "freeze" if step == self.freeze_step else None
-        return "grow" if self.interval and step > 0 and step % self.interval == 0 else None
+        if not self.interval or step == 0 or step % self.interval:
+            return None
+        is_quiet = self.patience is not None and quiet >= self.patience
+        return "freeze" if is_quiet and step >= (self.decay_steps or 0) else "grow"
 
     def base_scale(self, step: int) -> float:
         """``a`` for the forward passes of the step that follows ``step`` completed ones."""

@@ -1,9 +1,10 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from .criterion import Criterion, RankRule
+from .final import Final
 from .init import Init
 from .policy import RankPolicy
 
@@ -40,8 +41,21 @@ class LowRankSettings:
     """Optimizer steps between two decisions."""
     warmup_steps: int = 200
     """Optimizer steps over which a decaying base fades; also the default of freeze_step."""
-    freeze_step: int | None = None
-    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps."""
+    freeze_step: int | Literal["auto"] | None = None
+    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps; auto: after freeze_patience
+    decisions without growth, at the latest after freeze_fraction of train.steps."""
+    freeze_patience: int = 3
+    """With freeze_step auto: decisions in a row without growth in any layer after which the rank is frozen."""
+    freeze_fraction: float = 0.5
+    """With freeze_step auto: fraction of train.steps after which the rank is frozen at the latest."""
+    final: Final = "per_layer"
+    """Ranks at the freeze: per_layer as the rule found them; uniform: one rank of about as many parameters; budget: the
+    ranks that discard the least energy within final_budget."""
+    final_budget: float = 0.25
+    """With final budget: parameters of the factors after the freeze as a fraction of the dense layers'."""
+    growth_init: Literal["random", "gradient"] = "random"
+    """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
+    the span of the factors (costs two more backward passes a growth). Neither changes the function."""
     max_rank_fraction: float = 0.5
     """Largest active rank as a fraction of min(in, out)."""
     multiple_of: int = 1
@@ -50,9 +64,9 @@ class LowRankSettings:
     """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
 
     def __post_init__(self) -> None:
-        for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "multiple_of"):
+        for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "freeze_patience", "multiple_of"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"lowrank.{name} is {value}; write a whole number of at least 1")
         if self.buffer < 0 or (self.grows and self.buffer == 0):
             raise ValueError(
@@ -61,10 +75,9 @@ class LowRankSettings:
             )
         if not 0 < self.threshold < 1:
             raise ValueError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
-        if not 0 < self.max_rank_fraction <= 1:
-            raise ValueError(
-                f"lowrank.max_rank_fraction is {self.max_rank_fraction}; write a fraction above 0 and at most 1"
-            )
+        for name in ("max_rank_fraction", "freeze_fraction", "final_budget"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
         if not self.frobenius_decay >= 0:
             raise ValueError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
         if not self.targets:
@@ -84,7 +97,8 @@ class LowRankSettings:
                         f"{self.multiple_of}; "
                         f"write {-(-getattr(self, name) // self.multiple_of) * self.multiple_of}"
                     )
-        if self.mode == "efficient" and self.base == "decay" and self.freeze_at < self.warmup_steps:
+        fades_late = isinstance(self.freeze_step, int) and self.freeze_step < self.warmup_steps
+        if self.mode == "efficient" and self.base == "decay" and fades_late:
             raise ValueError(
                 f"lowrank.freeze_step is {self.freeze_step} but the base fades until lowrank.warmup_steps "
                 f"{self.warmup_steps}; "
@@ -96,9 +110,11 @@ class LowRankSettings:
         """Whether the rank can change."""
         return self.mode in ("inrank", "efficient")
 
-    @property
-    def freeze_at(self) -> int:
-        """Step of the freeze in mode ``efficient``."""
+    def freeze_at(self, steps: int) -> int:
+        """Latest step of the freeze in mode ``efficient``, in a run of ``steps``."""
+        if self.freeze_step == "auto":
+            latest = max(round(self.freeze_fraction * steps), 1)
+            return max(latest, self.warmup_steps) if self.base == "decay" else latest
         return self.warmup_steps if self.freeze_step is None else self.freeze_step
 
     @property
@@ -112,38 +128,31 @@ class LowRankSettings:
             multiple_of=self.multiple_of,
         )
 
-    @property
-    def policy(self) -> RankPolicy:
-        """The calendar."""
+    def policy(self, steps: int) -> RankPolicy:
+        """The calendar of a run of ``steps``."""
         return RankPolicy(
             interval=self.interval if self.grows else None,
-            freeze_step=self.freeze_at if self.mode == "efficient" else None,
+            freeze_step=self.freeze_at(steps) if self.mode == "efficient" else None,
             decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
+            patience=self.freeze_patience if self.freeze_step == "auto" else None,
         )
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Keys that do nothing in this mode, each with the reason."""
-        every = [
-            "targets", "initial_rank", "buffer", "threshold", "criterion", "measure", "base", "init", "interval",
-            "warmup_steps", "freeze_step", "max_rank_fraction", "multiple_of", "frobenius_decay",
-        ]  # fmt: skip
         if self.mode == "full":
-            return [(key, "lowrank.mode is full") for key in every]
+            return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name != "mode"]
         idle = []
+        freezing = ("freeze_step", "freeze_patience", "freeze_fraction", "final", "final_budget")
         if self.mode == "fixed":
-            growth = [
-                "buffer",
-                "threshold",
-                "criterion",
-                "measure",
-                "interval",
-                "freeze_step",
-                "max_rank_fraction",
-                "multiple_of",
-            ]
-            idle += [(key, "lowrank.mode is fixed") for key in growth]
+            growth = ["buffer", "threshold", "criterion", "measure", "interval"]
+            growth += ["max_rank_fraction", "multiple_of", "growth_init"]
+            idle += [(key, "lowrank.mode is fixed") for key in (*growth, *freezing)]
         if self.mode == "inrank":
-            idle.append(("freeze_step", "lowrank.mode inrank never freezes"))
+            idle += [(key, "lowrank.mode inrank never freezes") for key in freezing]
+        if self.mode == "efficient" and self.freeze_step != "auto":
+            idle += [(key, "lowrank.freeze_step is not auto") for key in ("freeze_patience", "freeze_fraction")]
+        if self.mode == "efficient" and self.final != "budget":
+            idle.append(("final_budget", f"lowrank.final is {self.final}"))
         if self.grows and self.base != "none":
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
         if self.base != "decay" and (self.mode != "efficient" or self.freeze_step is not None):

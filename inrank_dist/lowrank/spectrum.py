@@ -1,13 +1,15 @@
 """Spectra of every layer at once: local Grams, one all-reduce, small problems (METHOD section 2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-AllReduce = Callable[[Tensor], None]
-"""Sums a tensor in place over all processes that hold rows."""
+from .division import AllReduce, Processes, assign_owners, solve_once, sum_over_processes
+
+BUCKET_BYTES = 256 * 2**20
+"""Most bytes of packed triangles that one all-reduce carries; the Grams of GPT-2 large fit into one."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,6 @@ class Grams:
 
     U: Tensor
     V: Tensor
-
-
-def sum_over_processes(tensors: list[Tensor], all_reduce: AllReduce) -> list[Tensor]:
-    """Sum float64 tensors over processes with one collective, whatever their number."""
-    if not tensors:
-        return []
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def gram_matrices(factors: Mapping[str, Factors], all_reduce: AllReduce) -> dict[str, Grams]:
@@ -108,3 +100,61 @@ def singular_values(grams: Grams) -> Tensor:
         values = torch.linalg.svdvals(core)
         sigma[: len(values)] = values
     return sigma
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What one measurement found.
+
+    Attributes:
+        sigma: layer -> ``(R,)`` float64 singular values of ``U @ V.T``, descending; on CPU, equal bit for bit on every
+            process.
+        owner: layer -> the process that solved it and keeps its Grams.
+        grams: the Grams of this process's own layers, on CPU.
+        checksums: layer -> a checksum of the Grams that this process saw, to be compared over processes.
+    """
+
+    sigma: dict[str, Tensor]
+    owner: dict[str, int]
+    grams: dict[str, Grams]
+    checksums: dict[str, int]
+
+
+def measure_spectra(
+    factors: Mapping[str, Factors], processes: Processes, *, bucket_bytes: int = BUCKET_BYTES
+) -> Spectra:
+    """Singular values of all layers: Grams by one all-reduce a bucket, every layer solved once, answers by one more.
+
+    The collectives carry ``8 * sum R * (R + 1)`` bytes of Grams and ``8 * sum R`` of singular values. Beyond the Grams
+    of its own layers a process needs at most four times ``bucket_bytes`` (or four times the largest layer's triangles):
+    the triangles, their sum's view of them, and the unpacked matrices.
+
+    Args:
+        factors: this process's rows, same names in the same order everywhere.
+    """
+    owner = assign_owners({name: layer.modes for name, layer in factors.items()}, processes.count)
+    own: dict[str, Grams] = {}
+    checksums: dict[str, int] = {}
+    for bucket in _buckets(factors, bucket_bytes):
+        for name, grams in gram_matrices(bucket, processes.sum).items():
+            checksums[name] = int(grams.U.view(torch.int64).sum() - grams.V.view(torch.int64).sum())
+            if owner[name] == processes.rank:
+                own[name] = Grams(grams.U.cpu(), grams.V.cpu())
+    shapes = {name: [(layer.modes,)] for name, layer in factors.items()}
+    answers = solve_once(shapes, lambda name: [singular_values(own[name])], owner, processes)
+    return Spectra({name: sigma for name, (sigma,) in answers.items()}, owner, own, checksums)
+
+
+def _buckets(factors: Mapping[str, Factors], most: int) -> Iterator[dict[str, Factors]]:
+    """Consecutive layers whose packed triangles fit into ``most`` bytes; at least one layer each."""
+    bucket: dict[str, Factors] = {}
+    size = 0
+    for name, layer in factors.items():
+        needed = 8 * layer.modes * (layer.modes + 1)
+        if bucket and size + needed > most:
+            yield bucket
+            bucket, size = {}, 0
+        bucket[name] = layer
+        size += needed
+    if bucket:
+        yield bucket

@@ -35,8 +35,7 @@ class TrainState:
         tokens: tokens trained on.
         seconds: training time so far.
         layout: the rank table; the model is built from it before a tensor is read.
-        null_ranks, loader: their states.
-        explained: layer -> share of the spectrum that its rank explained at the last decision.
+        ranks, loader: their states.
         vocab_size, fingerprint, unigram_entropy: of tokenizer and data.
     """
 
@@ -44,8 +43,7 @@ class TrainState:
     tokens: int
     seconds: float
     layout: Layout
-    null_ranks: dict[str, Any]
-    explained: dict[str, float]
+    ranks: dict[str, Any]
     loader: dict[str, Any]
     vocab_size: int
     fingerprint: str

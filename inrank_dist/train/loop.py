@@ -10,6 +10,7 @@ import torch
 from ..config import Config
 from ..data import Loader, LoaderState, Prepared
 from ..engine.context import Context
+from ..engine.engine import Batches
 from ..errors import UserError
 from ..lowrank.init import generator_for
 from .checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
@@ -58,14 +59,13 @@ class Trainer:
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
         self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
-        self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed)
+        self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
         self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
         self.parameters_start = self.engine.parameter_count()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if checkpoint and saved:
             load_checkpoint(checkpoint, self.engine)
-            self.ranks.null.load_state_dict(saved.null_ranks)
-            self.ranks.explained = dict(saved.explained)
+            self.ranks.load_state_dict(saved.ranks)
             self.step, self.tokens, self.seconds = saved.step, saved.tokens, saved.seconds
         self.train_loss: float | None = None
         self.validation: float | None = None
@@ -84,9 +84,10 @@ class Trainer:
         clock = _Clock(self.seconds, self.tokens)
         self._announce()
         while self.step < train.steps:
-            loss, norm, rate = self._train_step()
+            batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
+            loss, norm, rate = self._train_step(batches)
             self.step += 1
-            records = self.ranks.after_step(self.step)
+            records = self.ranks.after_step(self.step, batches, self._tokens_per_step)
             self.seconds = clock.seconds
 
             logs = self._is_due(self.config.log.interval)
@@ -107,14 +108,13 @@ class Trainer:
         self._summarise()
         self._save()
 
-    def _train_step(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _train_step(self, batches: Batches) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step; returns this process's summed loss, the gradient norm and the learning rate."""
         # Dropout depends on seed, step and rank alone, so a resumed run needs no saved random state.
         seed = generator_for(self.config.run.seed, "step", self.step, self.context.rank).initial_seed()
         torch.manual_seed(seed)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.ranks.before_step(self.step)
-        batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         loss = self.engine.accumulate(batches, self._tokens_per_step)
         norm = self.engine.step(rate)
         self.tokens += self._tokens_per_step
@@ -170,8 +170,7 @@ class Trainer:
             tokens=self.tokens,
             seconds=self.seconds,
             layout=self.engine.layout,
-            null_ranks=self.ranks.null.state_dict(),
-            explained=self.ranks.explained,
+            ranks=self.ranks.state_dict(),
             loader=self.loader.state().to_dict(),
             vocab_size=self.data.tokenizer.vocab_size,
             fingerprint=self.data.fingerprint,

@@ -3,22 +3,26 @@
 import dataclasses
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.engine import Engine
+from ..engine.engine import Batches, Engine
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision
-from ..lowrank.event import RankEvent, freeze, grow, orthogonalise
+from ..lowrank.division import Processes
+from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
+from ..lowrank.final import budget_ranks, uniform_ranks
 from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.policy import Action
 from ..lowrank.settings import LowRankSettings
-from ..lowrank.spectrum import Factors, Grams, gram_matrices, singular_values
+from ..lowrank.spectrum import Factors, Spectra, measure_spectra
+from .directions import aim_at_gradient
 from .start import StartValues
 
-Record = dict
+Record = dict[str, Any]
 
 
 class RankEvents:
@@ -27,65 +31,95 @@ class RankEvents:
     Attributes:
         null: the null ranks so far.
         explained: layer -> share of the spectrum that its rank explained at the last decision.
+        quiet: decisions in a row in which no layer grew.
+        frozen: whether the rank is frozen.
 
     Args:
         engine: holds the model.
         values: knows how factors were born (for ``measure: update`` without a base, and the null rank).
         settings: section ``lowrank``.
         seed: of the run; fresh directions come from it.
+        steps: of the run.
     """
 
-    def __init__(self, engine: Engine, values: StartValues, settings: LowRankSettings, seed: int) -> None:
+    def __init__(self, engine: Engine, values: StartValues, settings: LowRankSettings, seed: int, steps: int) -> None:
         self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
-        self.rule, self.policy, self.shapes = settings.rule, settings.policy, values.shapes
+        self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
+        self.processes = Processes(engine.context.rank, engine.context.world_size, engine.context.sum)
         born = self._born if settings.base == "none" and settings.measure == "product" else None
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born)
         self.explained: dict[str, float] = {}
+        self.quiet, self.frozen = 0, False
+
+    def due(self, step: int) -> Action | None:
+        """What is due after ``step`` completed optimizer steps."""
+        return self.policy.action(step, self.quiet) if self.shapes and not self.frozen else None
 
     def before_step(self, step: int) -> None:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
         self.engine.set_base_scale(self.policy.base_scale(step))
 
-    def after_step(self, step: int) -> list[Record]:
+    def after_step(self, step: int, batches: Batches, tokens: int) -> list[Record]:
         """Do what is due after ``step`` completed optimizer steps.
+
+        Args:
+            batches, tokens: the global batch of that step, for ``growth_init: gradient``.
 
         Returns:
             Records for the monitors, none when nothing was due.
 
         Raises:
-            Disagreement: processes decided differently; nothing was touched.
+            Disagreement: processes measured or decided differently; nothing was touched.
         """
         began = time.perf_counter()
+        action = self.due(step)
         layout = dict(self.engine.layout)
-        action = self.policy.action(step) if self.shapes else None
         removes_base = self.policy.removes_base(step) and any(layer.base for layer in layout.values())
         if removes_base:
             layout = {name: dataclasses.replace(layer, base=False) for name, layer in layout.items()}
         decisions: dict[str, Decision] = {}
         events: dict[str, RankEvent] = {}
         if action:
-            grams = gram_matrices(self.engine.factors(), self.engine.context.sum)
-            decisions = self._decide(grams)
-            self.null.advance(set(self.shapes.values()))
-            self.explained = {name: decision.reached for name, decision in decisions.items()}
+            spectra = measure_spectra(self.engine.factors(), self.processes)
+            decisions = self._decide(spectra, action)
             layout = self._new_layout(layout, decisions, action)
-            events = self._plan(layout, grams, action, step)
+            events = self._plan(layout, spectra, action, step)
         if layout != self.engine.layout:
             self.engine.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
+            fresh = {name: event.fresh for name, event in events.items() if event.fresh}
+            if fresh and action == "grow" and self.settings.growth_init == "gradient":
+                aim_at_gradient(self.engine, fresh, self.processes, batches, tokens)
+        if action:
+            self._remember(decisions, action)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
 
-    def _decide(self, grams: Mapping[str, Grams]) -> dict[str, Decision]:
-        measured = grams
+    def _decide(self, spectra: Spectra, action: Action) -> dict[str, Decision]:
+        measured = spectra
         if self.settings.base == "none" and self.settings.measure == "update":
-            measured = gram_matrices(self._updates(), self.engine.context.sum)
+            measured = measure_spectra(self._updates(), self.processes)
         decisions = {
-            name: self.rule.decide(singular_values(gram), self.engine.layout[name].rank, min(self.shapes[name]))
-            for name, gram in measured.items()
+            name: self.rule.decide(sigma, self.engine.layout[name].rank, min(self.shapes[name]))
+            for name, sigma in measured.sigma.items()
         }
+        if action == "freeze" and self.settings.final != "per_layer":
+            final = self._final_ranks(measured, decisions)
+            decisions = {name: dataclasses.replace(d, after=final[name]) for name, d in decisions.items()}
         self.engine.context.agree(
-            "the ranks", {name: [d.before, d.after, d.explained.hex()] for name, d in decisions.items()}
+            "the ranks",
+            {
+                name: [spectra.checksums[name], measured.checksums[name], d.before, d.after, d.explained.hex()]
+                for name, d in decisions.items()
+            },
         )
         return decisions
+
+    def _final_ranks(self, measured: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
+        multiple = self.settings.multiple_of
+        if self.settings.final == "uniform":
+            return uniform_ranks({name: d.after for name, d in decisions.items()}, self.shapes, multiple)
+        # No layer keeps more modes than it has trained.
+        trained = {name: sigma[: self.engine.layout[name].modes] for name, sigma in measured.sigma.items()}
+        return budget_ranks(trained, self.shapes, self.settings.final_budget, multiple)
 
     def _new_layout(
         self, layout: dict[str, LayerLayout], decisions: Mapping[str, Decision], action: Action
@@ -98,23 +132,20 @@ class RankEvents:
         return {**layout, **changed}
 
     def _plan(
-        self, layout: Mapping[str, LayerLayout], grams: Mapping[str, Grams], action: Action, step: int
+        self, layout: Mapping[str, LayerLayout], spectra: Spectra, action: Action, step: int
     ) -> dict[str, RankEvent]:
-        """The maps of the layers that change; one more all-reduce where there are fresh modes."""
-        events = {}
-        for name, gram in grams.items():
-            before, after = self.engine.layout[name].modes, layout[name].modes
-            if action == "freeze":
-                events[name] = freeze(gram, after)
-            elif after > before:
-                events[name] = grow(before, after)
-        factors = self.engine.factors()
-        fresh = {}
+        """The maps of the layers that change, the same in every process."""
+        if action == "freeze":
+            events = freeze_all(spectra, {name: layout[name].modes for name in spectra.sigma}, self.processes)
+        else:
+            modes = {name: (self.engine.layout[name].modes, layout[name].modes) for name in spectra.sigma}
+            events = {name: grow(before, after) for name, (before, after) in modes.items() if after > before}
+        directions = {}
         for name, event in events.items():
             if event.fresh:
                 rows = self.engine.counted_rows(self.shapes[name][1])
-                fresh[name] = self._directions(name, step, event.fresh)[slice(*rows)].to(self.engine.device)
-        return orthogonalise(events, factors, grams, fresh, self.engine.context.sum)
+                directions[name] = self._directions(name, step, event.fresh)[slice(*rows)].to(self.engine.device)
+        return orthogonalise(events, self.engine.factors(), spectra, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
         """The whole random ``Z: (in, F)`` of a layer, the same in every process; drawn again rather than kept."""
@@ -142,6 +173,12 @@ class RankEvents:
         generator = generator_for(self.seed, "null born", out_features, in_features)
         return start_factors(out_features, in_features, modes, self.settings.init, 1.0, generator)
 
+    def _remember(self, decisions: Mapping[str, Decision], action: Action) -> None:
+        self.null.advance(set(self.shapes.values()))
+        self.explained = {name: decision.reached for name, decision in decisions.items()}
+        self.quiet = 0 if any(d.after > d.before for d in decisions.values()) else self.quiet + 1
+        self.frozen = action == "freeze"
+
     def _records(
         self,
         step: int,
@@ -164,15 +201,28 @@ class RankEvents:
                 for name, d in decisions.items()
             }
             records.append({"kind": "rank_check", "step": step, "seconds": seconds, "layers": layers})
-        if events or any(d.after > d.before for d in decisions.values()):
-            changes = {
-                name: {"from": d.before, "to": d.after, "explained": d.explained, "null_rank": null[name]}
-                for name, d in decisions.items()
-                if name in events or d.after > d.before
-            }
-            records.append(
-                {"kind": "rank_event", "step": step, "action": action, "seconds": seconds, "layers": changes}
-            )
+        changes = {
+            name: {"from": d.before, "to": d.after, "explained": d.explained, "null_rank": null[name]}
+            for name, d in decisions.items()
+            if name in events or d.after != d.before
+        }
+        if changes:
+            event = {"kind": "rank_event", "step": step, "action": action, "seconds": seconds, "layers": changes}
+            records.append(event)
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state beside the layout; ``load_state_dict`` continues from it."""
+        return {
+            "null": self.null.state_dict(),
+            "explained": self.explained,
+            "quiet": self.quiet,
+            "frozen": self.frozen,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.null.load_state_dict(state["null"])
+        self.explained = dict(state["explained"])
+        self.quiet, self.frozen = state["quiet"], state["frozen"]

@@ -1,0 +1,61 @@
+"""Final ranks: one rank for all, or a budget spent where it saves the most energy."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inrank_dist.lowrank.final import budget_ranks, uniform_ranks
+
+SHAPES = {"a": (12, 8), "b": (8, 8), "c": (30, 10)}
+
+
+def test_uniform_keeps_the_number_of_parameters() -> None:
+    shapes = {"up": (400, 100), "down": (100, 400), "out": (100, 100)}
+    ranks = {"up": 30, "down": 10, "out": 16}
+    (rank,) = set(uniform_ranks(ranks, shapes, 1).values())
+    before = sum(ranks[name] * sum(shapes[name]) for name in ranks)
+    after = rank * sum(map(sum, shapes.values()))
+    assert abs(after - before) <= sum(map(sum, shapes.values())) / 2
+
+
+def test_uniform_is_rounded_and_fits_the_smallest_layer() -> None:
+    assert set(uniform_ranks({"a": 5, "b": 6}, SHAPES, 4).values()) == {4}
+    assert set(uniform_ranks({"a": 1, "b": 1}, SHAPES, 4).values()) == {4}
+    assert set(uniform_ranks({"b": 8, "c": 10}, {"b": (8, 8), "c": (300, 10)}, 1).values()) == {8}
+
+
+def discarded(ranks: dict[str, int], sigmas: dict[str, torch.Tensor]) -> float:
+    return sum(float(sigma[ranks[name] :].square().sum()) for name, sigma in sigmas.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 0.9))
+def test_budget_discards_the_least_energy_where_all_layers_cost_the_same(seed: int, fraction: float) -> None:
+    """The greedy choice is then optimal: no other ranks within the budget do better (all are tried)."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x": (6, 6), "y": (6, 6), "z": (6, 6)}
+    sigmas = {name: torch.rand(4, generator=generator).double().sort(descending=True).values for name in shapes}
+    got = budget_ranks(sigmas, shapes, fraction, 1)
+    budget = fraction * 108
+    cost = 12 * sum(got.values())
+    assert cost <= max(budget, 36)
+    every = (dict(zip(shapes, ranks, strict=True)) for ranks in itertools.product(range(1, 5), repeat=3))
+    best = min(discarded(ranks, sigmas) for ranks in every if 12 * sum(ranks.values()) <= max(budget, 36))
+    assert discarded(got, sigmas) == pytest.approx(best)
+
+
+def test_budget_weighs_energy_by_cost() -> None:
+    """Equal spectra: the cheap layer gets the modes."""
+    sigma = torch.linspace(2, 1, 8, dtype=torch.float64)
+    ranks = budget_ranks({"a": sigma, "c": sigma}, SHAPES, 0.45, 1)
+    assert ranks["a"] > ranks["c"]
+
+
+def test_budget_gives_multiples_and_at_least_one_group() -> None:
+    sigmas = {name: torch.ones(8, dtype=torch.float64) for name in SHAPES}
+    assert budget_ranks(sigmas, SHAPES, 1e-9, 2) == {"a": 2, "b": 2, "c": 2}
+    assert all(rank % 2 == 0 for rank in budget_ranks(sigmas, SHAPES, 0.5, 2).values())
+    assert budget_ranks(sigmas, SHAPES, 1e9, 2) == {"a": 8, "b": 8, "c": 8}
