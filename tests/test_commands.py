@@ -124,3 +124,24 @@ def test_prepare_says_where_the_data_is(run: Path, capsys: pytest.CaptureFixture
     folder = Path(re.search(r"folder\s+(\S+)", out)[1])  # type: ignore[index]
     assert folder.is_dir()
     assert "unigram entropy" in out
+
+
+def test_the_published_choices_find_the_null_rank(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Product with its random start, variance, random new modes: ranks of factors that have learned next to nothing,
+    and the run says so by itself. It converges in about a dozen checks, inside the learning rate's warm-up."""
+    config = small_config(
+        corpus, run__dir=tmp_path / "run", model__hidden_size=192, lowrank__targets="[mlp]", lowrank__initial_rank=2,
+        lowrank__buffer=24, lowrank__threshold=0.9, lowrank__criterion="variance", lowrank__measure="product",
+        lowrank__base="none", lowrank__init="kaiming", lowrank__growth_init="published", lowrank__interval=2,
+        optimizer__lr=6e-4, schedule__warmup_steps=25, checkpoint__interval=0,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert "no more than it finds on untrained factors" in capsys.readouterr().out
+    assert main(["inspect", "--run", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "in 4 of 4 layers the rank is the null rank within 2%" in out
+    for layer in records(tmp_path / "run", "summary")[0]["ranks"].values():
+        assert layer["rank"] > 40

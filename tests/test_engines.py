@@ -125,6 +125,14 @@ def test_new_modes_look_along_the_gradient(pool: Pool, corpus: Path, engine: str
 
 VARIANTS = {
     "gradient directions": {"lowrank__growth_init": "gradient"},
+    "published growth": {
+        "lowrank__base": "none",
+        "lowrank__init": "kaiming",
+        "lowrank__measure": "product",
+        "lowrank__criterion": "variance",
+        "lowrank__growth_init": "published",
+        "lowrank__buffer": 4,
+    },
     "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
     "sliced moments": {"optimizer__moments_on_event": "slice"},
     "reset moments": {"optimizer__moments_on_event": "reset"},

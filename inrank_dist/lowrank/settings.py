@@ -53,9 +53,10 @@ class LowRankSettings:
     ranks that discard the least energy within final_budget."""
     final_budget: float = 0.25
     """With final budget: parameters of the factors after the freeze as a fraction of the dense layers'."""
-    growth_init: Literal["random", "gradient"] = "random"
+    growth_init: Literal["random", "gradient", "published"] = "random"
     """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
-    the span of the factors (costs two more backward passes a growth). Neither changes the function."""
+    the span of the factors (costs two more backward passes a growth); neither changes the function. published: both
+    factors random as at the start, as in the published code, so that the function jumps; only to reproduce it."""
     max_rank_fraction: float = 0.5
     """Largest active rank as a fraction of min(in, out)."""
     multiple_of: int = 1
@@ -88,6 +89,12 @@ class LowRankSettings:
             raise ValueError(
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
+            )
+        if self.grows and self.growth_init == "published" and self.base != "none":
+            raise ValueError(
+                f"lowrank.growth_init is published but lowrank.base is {self.base}, and the published code has "
+                "no base; "
+                "write lowrank.base: none or lowrank.growth_init: random"
             )
         if self.grows:
             for name in ("initial_rank", "buffer"):

@@ -86,9 +86,11 @@ class RankEvents:
             events = self._plan(layout, spectra, action, step)
         if layout != self.engine.layout:
             self.engine.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
-            fresh = {name: event.fresh for name, event in events.items() if event.fresh}
-            if fresh and action == "grow" and self.settings.growth_init == "gradient":
+            fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
+            if fresh and self.settings.growth_init == "gradient":
                 aim_at_gradient(self.engine, fresh, self.processes, batches, tokens)
+            if self.settings.growth_init == "published":
+                self._open_as_published(fresh, step)
         if action:
             self._remember(decisions, action)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
@@ -151,6 +153,14 @@ class RankEvents:
         """The whole random ``Z: (in, F)`` of a layer, the same in every process; drawn again rather than kept."""
         generator = generator_for(self.seed, layer, "growth", step)
         return torch.randn(self.shapes[layer][1], count, generator=generator)
+
+    def _open_as_published(self, fresh: Mapping[str, int], step: int) -> None:
+        """Give fresh modes random values in both factors, as the first ones had; the function jumps."""
+        for name, count in fresh.items():
+            generator = generator_for(self.seed, name, "published growth", step)
+            whole = start_factors(*self.shapes[name], count, self.settings.init, self.values.std(name), generator)
+            U, V = (rows[slice(*self.engine.rows(len(rows)))].to(self.engine.device) for rows in (whole.U, whole.V))
+            self.engine.set_columns(name, self.engine.layout[name].modes - count, U, V)
 
     def _updates(self) -> dict[str, Factors]:
         """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.

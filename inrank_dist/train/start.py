@@ -79,7 +79,7 @@ class StartValues:
         layer, _, leaf = name.rpartition(".")
         if leaf == "base" and layer in self.shapes:
             generator = generator_for(self.seed, layer, "base")
-            return start_base(*self.shapes[layer], self.settings.init, self._std(layer), generator)
+            return start_base(*self.shapes[layer], self.settings.init, self.std(layer), generator)
         if leaf in ("U", "V") and layer in self.shapes:
             return getattr(self.factors(layer), leaf)
         shape, rule = self._dense[name].shape, self.skeleton.init_std(name)
@@ -93,9 +93,10 @@ class StartValues:
         modes = self.settings.rule.modes(self.settings.initial_rank, min(out_features, in_features))
         init = self.settings.init if self.settings.base == "none" else None
         generator = generator_for(self.seed, layer, "factors")
-        return start_factors(out_features, in_features, modes, init, self._std(layer), generator)
+        return start_factors(out_features, in_features, modes, init, self.std(layer), generator)
 
-    def _std(self, layer: str) -> float:
+    def std(self, layer: str) -> float:
+        """Standard deviation with which the model starts the dense weight of a layer."""
         return self.skeleton.init_std(f"{layer}.weight").std
 
 
