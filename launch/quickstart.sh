@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first command: makes the environment, then trains configs/quickstart.yaml on two processes with FSDP2, and shows
-# what came of it. Words after the script's name are passed to train: launch/quickstart.sh --train.steps 100
+# what came of it. Words after the script's name are passed to train: launch/quickstart.sh --train.steps 200
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -8,6 +8,9 @@ make_environment ""
 
 run=runs/quickstart
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+if [ "$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -lt 2 ]; then
+    export CUDA_VISIBLE_DEVICES=  # two processes need two GPUs; without, they run on the CPU
+fi
 if [ -d $run ]; then
     echo "== $run is there from an earlier start: going on with it (remove it to start anew)"
 fi

@@ -3,6 +3,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests start more processes than a machine has GPUs
+
 import pytest
 import torch
 

@@ -211,7 +211,7 @@ def test_an_unknown_key_names_the_nearest_known_one(written: str, meant: str) ->
         ("lowrank: {targets: mlp}", "lowrank.targets is mlp; write a list such as [a,b]"),
         ("lowrank: {targets: [1]}", "lowrank.targets is [1]; write a list such as [a,b]"),
         ("lowrank: {mode: fancy}", "lowrank.mode is fancy; write one of full, fixed, inrank, efficient"),
-        ("lowrank: {freeze_step: x}", "lowrank.freeze_step is x; write a whole number or null"),
+        ("lowrank: {freeze_step: x}", "lowrank.freeze_step is x; write a whole number or one of auto or null"),
     ],
 )
 def test_what_is_wrong_in_a_file(tmp_path: Path, text: str, says: str) -> None:

@@ -6,6 +6,8 @@ import pytest
 from pool import Pool
 from runs import small_config, train
 
+from inrank_dist.errors import UserError
+
 TOLERANCE = 1e-5
 
 
@@ -156,6 +158,7 @@ VARIANTS = {
     "activation checkpointing": {"train__activation_checkpointing": "true"},
     "no clipping, wsd": {"train__grad_clip": 0, "schedule__name": "wsd", "schedule__warmup_steps": 3},
     "untied head": {"model__tie_embeddings": "false"},
+    "factored head": {"model__tie_embeddings": "false", "lowrank__targets": "['mlp','head']"},
 }
 
 
@@ -191,3 +194,30 @@ def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
     config = small_config(corpus, train__compile="true", parallel__engine=engine)
     result = pool.run("runs:train_in_worker", config, world_size=2, timeout=600)
     assert_same_run(result, (recorder.records, table, recorder.samples), 2)
+
+
+def test_budget_and_uniform_stay_below_the_cap_and_show_what_they_explain(corpus: Path) -> None:
+    """The explained ratio that is kept is that of the rank that was chosen, not of the rule's."""
+    for final in ("uniform", "budget"):
+        config = small_config(
+            corpus, lowrank__final=final, lowrank__final_budget=1.0, lowrank__max_rank_fraction=0.1, train__steps=24
+        )
+        kept = []
+        recorder, table = train(config, hook=kept.append)
+        assert {rank for rank, _, _ in table.values()} <= {1, 2, 3}
+        check = [record for record in recorder.records if record["kind"] == "rank_check"][-1]["layers"]
+        for name, share in kept[0].ranks.explained.items():
+            assert share >= check[name]["explained"] or check[name]["rank"] < 3
+
+
+def test_a_tied_head_is_not_factored(corpus: Path) -> None:
+    with pytest.raises(UserError, match="tied to the embedding"):
+        train(small_config(corpus, lowrank__targets="[head]"))
+    _, table = train(small_config(corpus, lowrank__targets="['.*']", model__tie_embeddings="false", train__steps=24))
+    assert "head" in table
+
+
+def test_divergence_is_told_before_a_decision(corpus: Path) -> None:
+    """Spectra of factors that are not finite would stop one process in its eigensolver and leave the others waiting."""
+    with pytest.raises(UserError, match="the gradient norm is"):
+        train(small_config(corpus, optimizer__lr=1e30, log__interval=100))

@@ -10,21 +10,22 @@ from hypothesis import strategies as st
 from inrank_dist.lowrank.final import budget_ranks, uniform_ranks
 
 SHAPES = {"a": (12, 8), "b": (8, 8), "c": (30, 10)}
+CAPS = {"a": 8, "b": 8, "c": 10}
 
 
 def test_uniform_keeps_the_number_of_parameters() -> None:
     shapes = {"up": (400, 100), "down": (100, 400), "out": (100, 100)}
     ranks = {"up": 30, "down": 10, "out": 16}
-    (rank,) = set(uniform_ranks(ranks, shapes, 1).values())
+    (rank,) = set(uniform_ranks(ranks, shapes, dict.fromkeys(shapes, 100), 1).values())
     before = sum(ranks[name] * sum(shapes[name]) for name in ranks)
     after = rank * sum(map(sum, shapes.values()))
     assert abs(after - before) <= sum(map(sum, shapes.values())) / 2
 
 
 def test_uniform_is_rounded_and_fits_the_smallest_layer() -> None:
-    assert set(uniform_ranks({"a": 5, "b": 6}, SHAPES, 4).values()) == {4}
-    assert set(uniform_ranks({"a": 1, "b": 1}, SHAPES, 4).values()) == {4}
-    assert set(uniform_ranks({"b": 8, "c": 10}, {"b": (8, 8), "c": (300, 10)}, 1).values()) == {8}
+    assert set(uniform_ranks({"a": 5, "b": 6}, SHAPES, CAPS, 4).values()) == {4}
+    assert set(uniform_ranks({"a": 1, "b": 1}, SHAPES, CAPS, 4).values()) == {4}
+    assert set(uniform_ranks({"b": 8, "c": 10}, {"b": (8, 8), "c": (300, 10)}, CAPS, 1).values()) == {8}
 
 
 def discarded(ranks: dict[str, int], sigmas: dict[str, torch.Tensor]) -> float:

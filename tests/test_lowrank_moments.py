@@ -1,5 +1,7 @@
 """Adam's moments through a rank event: what they must become for the optimizer to go on as if nothing had happened."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -24,7 +26,8 @@ BETAS = (0.9, 0.95)
 
 
 def event_of(Q: Tensor, fresh: int = 0) -> RankEvent:
-    return RankEvent(Q, Q, fresh)
+    """A symmetric event; the columns of ``V @ M`` have squared lengths 1, 2, 3 ..."""
+    return RankEvent(Q, Q, fresh, lengths=torch.arange(1, Q.shape[1] + 1, dtype=torch.float64))
 
 
 def moments(rows: int, R: int, seed: int, steps: int = 7) -> tuple[Tensor, Tensor]:
@@ -105,16 +108,18 @@ def test_second_moment_equals_the_formula(
     rows: int, R: int, K: int, fresh: int, step: int, scale: float, betas: tuple[float, float], seed: int
 ) -> None:
     # Any map, any step, gradients from vanishing to huge, shards without rows: LDAdam's formula, never negative, and
-    # the mean of the mapped columns where there is no history.
+    # in new columns of U the mean of the mapped ones by their partner's squared length, in those of V nothing.
     m, v = moments(rows, R, seed)
     m, v = (m * scale).double(), (v * scale**2).double()
     Q = reference.normal(R, K, seed + 1).double()
-    mapped = map_second_moment(event_of(Q, fresh), m, v, Q, step=step, betas=betas)
+    mapped = map_second_moment(event_of(Q, fresh), m, v, "U", step=step, betas=betas)
     expected = reference.second_moment(m, v, Q, step, betas)
     assert mapped.shape == (rows, K + fresh)
     assert (mapped >= 0).all()
     assert torch.allclose(mapped[:, :K], expected, rtol=1e-8, atol=1e-10 * scale**2)
-    assert torch.allclose(mapped[:, K:], mapped[:, :K].mean(1, keepdim=True).expand(rows, fresh), rtol=1e-12, atol=0)
+    per_length = (mapped[:, :K] / torch.arange(1, K + 1)).mean(1, keepdim=True)
+    assert torch.allclose(mapped[:, K:], per_length.expand(rows, fresh), rtol=1e-12, atol=0)
+    assert not map_second_moment(event_of(Q, fresh), m, v, "V", step=step, betas=betas)[:, K:].any()
 
 
 @settings(max_examples=30, deadline=None)
@@ -123,7 +128,7 @@ def test_second_moment_is_never_negative_in_float32(rows: int, R: int, step: int
     # A negative entry would make NaN of the next step. m^2 > v happens: the two averages remember differently.
     m, v = reference.normal(rows, R, seed), reference.normal(rows, R, seed + 1).square() * 1e-3
     Q = reference.orthonormal(R, R, seed + 2)
-    mapped = map_second_moment(event_of(Q), m, v, Q, step=step, betas=BETAS)
+    mapped = map_second_moment(event_of(Q), m, v, "U", step=step, betas=BETAS)
     assert mapped.isfinite().all()
     assert (mapped >= 0).all()
 
@@ -134,12 +139,12 @@ def test_growth_keeps_both_moments_to_the_bit(fresh: int) -> None:
     # where m^2 is far larger.
     m, v = moments(10, 5, seed=0)
     m[0] *= 1e12
-    event = grow(5, 5 + fresh)
+    event = replace(grow(5, 5 + fresh), lengths=torch.full((5,), 4.0, dtype=torch.float64))
     mapped = map_moments(event, "U", {"exp_avg": m, "exp_avg_sq": v}, step=7, betas=BETAS)
     assert torch.equal(mapped["exp_avg"][:, :5], m)
     assert torch.equal(mapped["exp_avg_sq"][:, :5], v)
     assert torch.equal(mapped["exp_avg"][:, 5:], torch.zeros(10, fresh))
-    assert torch.allclose(mapped["exp_avg_sq"][:, 5:], v.mean(1, keepdim=True).expand(10, fresh))
+    assert torch.allclose(mapped["exp_avg_sq"][:, 5:], v.mean(1, keepdim=True).expand(10, fresh) / 4)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
@@ -148,7 +153,7 @@ def test_after_one_step_the_moments_are_those_of_the_mapped_gradient(betas: tupl
     gradient = reference.normal(12, 5, 0)
     m, v = (1 - betas[0]) * gradient, (1 - betas[1]) * gradient.square()
     Q = reference.normal(5, 3, 1).double()
-    mapped = map_second_moment(event_of(Q), m, v, Q, step=1, betas=betas)
+    mapped = map_second_moment(event_of(Q), m, v, "U", step=1, betas=betas)
     expected = (1 - betas[1]) * (gradient.double() @ Q).square()
     assert torch.allclose(mapped.double(), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
     assert torch.allclose(
@@ -160,7 +165,7 @@ def test_rotation_leaves_isotropic_moments_alone() -> None:
     # Pure noise of equal strength in every mode looks the same in any basis.
     strength = reference.normal(9, 1, 0).square().expand(9, 6).contiguous()
     Q = reference.orthonormal(6, 6, 1)
-    mapped = map_second_moment(event_of(Q), torch.zeros(9, 6), strength, Q, step=50, betas=BETAS)
+    mapped = map_second_moment(event_of(Q), torch.zeros(9, 6), strength, "U", step=50, betas=BETAS)
     assert torch.allclose(mapped, strength, rtol=1e-6)
 
 
@@ -169,7 +174,7 @@ def test_permutation_with_signs_permutes_the_moments() -> None:
     m, v = moments(7, 4, seed=2)
     order = [2, 0, 3, 1]
     Q = torch.eye(4, dtype=torch.float64)[:, order] * torch.tensor([1.0, -1.0, -1.0, 1.0])
-    assert torch.allclose(map_second_moment(event_of(Q), m, v, Q, step=7, betas=BETAS), v[:, order], rtol=1e-5)
+    assert torch.allclose(map_second_moment(event_of(Q), m, v, "U", step=7, betas=BETAS), v[:, order], rtol=1e-5)
     assert torch.equal(map_first_moment(event_of(Q), m, Q), m[:, order] * torch.tensor([1.0, -1.0, -1.0, 1.0]))
 
 
@@ -178,7 +183,7 @@ def test_maps_scale_moments_as_gradients_scale() -> None:
     m, v = moments(7, 4, seed=2)
     Q = torch.eye(4, dtype=torch.float64) / 8
     assert torch.allclose(map_first_moment(event_of(Q), m, Q), m / 8)
-    assert torch.allclose(map_second_moment(event_of(Q), m, v, Q, step=7, betas=BETAS), v / 64, rtol=1e-5)
+    assert torch.allclose(map_second_moment(event_of(Q), m, v, "U", step=7, betas=BETAS), v / 64, rtol=1e-5)
 
 
 def test_nothing_kept_takes_the_mean_of_the_old_columns() -> None:
@@ -187,7 +192,7 @@ def test_nothing_kept_takes_the_mean_of_the_old_columns() -> None:
     Q = torch.zeros(4, 0, dtype=torch.float64)
     event = event_of(Q, fresh=3)
     assert torch.equal(map_first_moment(event, m, Q), torch.zeros(7, 3))
-    mapped = map_second_moment(event, m, v, Q, step=7, betas=BETAS)
+    mapped = map_second_moment(event, m, v, "U", step=7, betas=BETAS)
     assert torch.allclose(mapped, v.mean(1, keepdim=True).expand(7, 3))
 
 
@@ -196,9 +201,9 @@ def test_rows_are_mapped_one_by_one() -> None:
     m, v = moments(11, 4, seed=2)
     Q = reference.normal(4, 3, 5).double()
     event = event_of(Q, fresh=2)
-    whole = map_moments(event, "V", {"exp_avg": m, "exp_avg_sq": v}, step=7, betas=BETAS)
+    whole = map_moments(event, "U", {"exp_avg": m, "exp_avg_sq": v}, step=7, betas=BETAS)
     parts = [
-        map_moments(event, "V", {"exp_avg": m[rows], "exp_avg_sq": v[rows]}, step=7, betas=BETAS)
+        map_moments(event, "U", {"exp_avg": m[rows], "exp_avg_sq": v[rows]}, step=7, betas=BETAS)
         for rows in reference.cut(11, 6, seed=1)
     ]
     for name, moment in whole.items():
@@ -211,7 +216,8 @@ def test_first_step_of_fresh_columns_is_not_too_long() -> None:
     betas, lr = (0.9, 0.999), 1e-3
     gradient = torch.ones(6, 4)
     held = {"exp_avg": gradient.clone(), "exp_avg_sq": gradient.square()}
-    mapped = map_moments(grow(4, 6), "U", held, step=5000, betas=betas)
+    event = replace(grow(4, 6), lengths=torch.ones(4, dtype=torch.float64))
+    mapped = map_moments(event, "U", held, step=5000, betas=betas)
 
     def first_step(exp_avg_sq: Tensor) -> Tensor:
         parameter = torch.nn.Parameter(torch.zeros(6, 6))

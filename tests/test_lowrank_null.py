@@ -195,3 +195,18 @@ def test_state_survives_json_and_continues_identically() -> None:
 
 def test_before_any_check_it_is_the_initial_rank() -> None:
     assert NullRanks(small_rule(), 7, seed=0).of((96, 48)) == 7
+
+
+@pytest.mark.parametrize("criterion", ["energy", "variance"])
+def test_modes_that_open_at_zero_add_nothing_to_the_null(criterion: str) -> None:
+    """A run whose new modes start at zero and that learns nothing keeps the spectrum it was born with."""
+    rule = RankRule(threshold=0.9, criterion=criterion, buffer=6, max_rank_fraction=0.5, multiple_of=1)  # type: ignore[arg-type]
+    null = NullRanks(rule, 2, 0, kaiming, opens_at_random=False)
+    born = kaiming(96, 48, 8)
+    rank = 2
+    for _ in range(5):
+        null.advance({(96, 48)})
+        modes = rule.modes(rank, 48)
+        U, V = (torch.nn.functional.pad(factor, (0, modes - 8)) for factor in (born.U, born.V))
+        rank = rule.decide(torch.linalg.svdvals(U.double() @ V.double().T)[:modes], rank, 48).after
+        assert null.of((96, 48)) == rank

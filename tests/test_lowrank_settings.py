@@ -153,15 +153,16 @@ def test_nothing_has_an_effect_in_mode_full() -> None:
 
 
 def test_calendar_of_a_run() -> None:
-    # Step 0 is the start, no decision; the freeze comes once, takes the place of the growth due with it, and ends all.
+    # Step 0 is the start, no decision; the freeze takes the place of the growth due with it and stays due until it is
+    # done (a run whose steps were cut may resume behind it).
     policy = RankPolicy(interval=25, freeze_step=100, decay_steps=None)
-    due = {step: policy.action(step) for step in range(301) if policy.action(step)}
+    due = {step: policy.action(step) for step in range(101) if policy.action(step)}
     assert due == {25: "grow", 50: "grow", 75: "grow", 100: "freeze"}
 
 
 def test_calendar_whose_freeze_falls_between_two_decisions() -> None:
     policy = RankPolicy(interval=30, freeze_step=70, decay_steps=None)
-    assert {step: policy.action(step) for step in range(200) if policy.action(step)} == {
+    assert {step: policy.action(step) for step in range(71) if policy.action(step)} == {
         30: "grow",
         60: "grow",
         70: "freeze",

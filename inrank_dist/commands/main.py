@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "samples of text from a checkpoint",
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
     "report": "one self-contained HTML file with plots",
+    "bench": "time and memory of a decision against the published route",
 }
 
 

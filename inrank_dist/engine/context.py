@@ -38,14 +38,19 @@ class Context:
                 f"RANK is {self.rank} but WORLD_SIZE is {self.world_size}; start with torchrun, or unset both "
                 "for one process"
             )
+        tasks = _from_environment("SLURM_NTASKS", 1)
+        if tasks > 1 and "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ:
+            raise UserError(f"srun started {tasks} tasks but not WORLD_SIZE; write srun torchrun, one task per node")
         if self.world_size > 1:
             for name in ("MASTER_ADDR", "MASTER_PORT"):
                 if name not in os.environ:
                     raise UserError(f"WORLD_SIZE is {self.world_size} but {name} is not set; start with torchrun")
         if torch.cuda.is_available():
-            if self.local_rank >= torch.cuda.device_count():
+            # By the number of processes of the node, so that all of them see the mistake and none waits for the others.
+            here = _from_environment("LOCAL_WORLD_SIZE", self.local_rank + 1)
+            if max(here, self.local_rank + 1) > torch.cuda.device_count():
                 raise UserError(
-                    f"LOCAL_RANK is {self.local_rank} but this node has {torch.cuda.device_count()} GPU(s); "
+                    f"{here} processes were started on this node, which has {torch.cuda.device_count()} GPU(s); "
                     f"start at most {torch.cuda.device_count()} processes per node"
                 )
             self.device = torch.device("cuda", self.local_rank)

@@ -66,7 +66,7 @@ class FSDPEngine(Engine):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in module.blocks:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        if module.head.weight is not module.tok_embed.weight:
+        if getattr(module.head, "weight", None) is not module.tok_embed.weight:
             fully_shard(module.tok_embed, mesh=self.mesh, mp_policy=policy)
             fully_shard(module.head, mesh=self.mesh, mp_policy=policy)
         fully_shard(module, mesh=self.mesh, mp_policy=policy)

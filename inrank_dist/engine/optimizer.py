@@ -104,7 +104,7 @@ def map_moments(
     mapped = {}
     for name, moment in moments.items():
         if name == "exp_avg_sq":
-            mapped[name] = map_second_moment(event, moments["exp_avg"], moment, other, step=step, betas=betas)
+            mapped[name] = map_second_moment(event, moments["exp_avg"], moment, factor, step=step, betas=betas)
         else:
             mapped[name] = map_first_moment(event, moment, other)
     return mapped

@@ -23,6 +23,7 @@ class RankEvent:
         fresh: number of new modes ``F``; the new number of modes is ``K + F``.
         from_old, from_new: ``(R, F)`` and ``(F, F)``: the fresh columns of ``V`` are ``V @ from_old + Z @ from_new``
             with ``Z`` the ``(in, F)`` random directions. None until ``orthogonalise``, and where ``fresh`` is 0.
+        lengths: ``(K,)`` squared lengths of the columns of ``V @ M``; None likewise.
     """
 
     N: Tensor
@@ -30,6 +31,7 @@ class RankEvent:
     fresh: int = 0
     from_old: Tensor | None = None
     from_new: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def modes(self) -> int:
@@ -94,7 +96,7 @@ def orthogonalise(
     """Complete events that have fresh modes: columns that span what ``directions`` add to ``V @ M``.
 
     One all-reduce of the overlaps, ``8 * sum (R * F + F * F)`` bytes over the layers that have fresh modes, and one of
-    the owners' answers, as many.
+    the owners' answers, ``8 * sum (R * F + F * F + K)``.
 
     Args:
         factors: rows that this process alone counts.
@@ -122,13 +124,16 @@ def orthogonalise(
         values, vectors = torch.linalg.eigh(gram - shadow.T @ shadow)
         floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding may leave less than nothing
         from_new = (vectors / values.clamp_min(floor).sqrt()).flip(1)
-        return [-basis @ shadow @ from_new, from_new]
+        return [-basis @ shadow @ from_new, from_new, (M * (spectra.grams[name].V @ M)).sum(0)]
 
-    shapes = {name: [tuple(overlap.shape), tuple(gram.shape)] for name, (overlap, gram) in overlaps.items()}
+    shapes = {
+        name: [tuple(overlap.shape), tuple(gram.shape), (events[name].M.shape[1],)]
+        for name, (overlap, gram) in overlaps.items()
+    }
     completed = dict(events)
-    for name, (from_old, from_new) in solve_once(shapes, solve, spectra.owner, processes).items():
+    for name, (from_old, from_new, lengths) in solve_once(shapes, solve, spectra.owner, processes).items():
         event = events[name]
-        completed[name] = RankEvent(event.N, event.M, event.fresh, from_old, from_new)
+        completed[name] = RankEvent(event.N, event.M, event.fresh, from_old, from_new, lengths)
     return completed
 
 
@@ -168,20 +173,27 @@ def map_second_moment(
     event: RankEvent,
     first: Tensor,
     second: Tensor,
-    other: Tensor,
+    factor: str,
     *,
     step: float,
     betas: tuple[float, float],
 ) -> Tensor:
     """Second moment of Adam under ``m -> m Q``: ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` on bias-corrected moments
-    (LDAdam, arXiv 2410.16103). Fresh columns take each row's mean over the mapped ones: from zero, their first step
-    under a large ``step`` would be ``(1 - b1) / sqrt(1 - b2)``, about three, learning rates.
+    (LDAdam, arXiv 2410.16103).
+
+    Fresh columns start from the mean over the mapped ones: from zero, their first step under a large ``step`` would be
+    ``(1 - b1) / sqrt(1 - b2)``, about three, learning rates. The mean is of the moment for each unit of the partner's
+    squared length, since the gradient of a column of ``U`` is ``G`` times its column of ``V``: fresh columns of ``V``
+        have
+    length one, those of ``U`` zero. So the fresh columns of ``V`` start from zero; from the plain mean they would stand
+    still for as long as the optimizer remembers (README, Measured).
 
     Args:
         first, second: ``(rows, R)``, as the optimizer keeps them (not bias-corrected).
-        other: the other factor's map ``Q: (R, K)``.
+        factor: whose moments these are, ``U`` or ``V``; they move with the map of the other.
         step: optimizer steps so far, at least 1.
     """
+    other = event.M if factor == "U" else event.N
     kept = other.shape[1]
     mapped = second.new_zeros(second.shape[0], event.modes)
     if _is_identity(other):
@@ -193,9 +205,13 @@ def map_second_moment(
         v = second.double() / correction
         exact = ((v - m.square()) @ Q.square() + (m @ Q).square()).abs()
         mapped[:, :kept] = (exact * correction).to(second.dtype)
-    if event.fresh:
-        source = mapped[:, :kept] if kept else second
-        mapped[:, kept:] = source.mean(dim=1, keepdim=True)
+    if event.fresh and factor == "U":
+        per_length = second.double()  # where nothing is kept, the old columns are all there is to go by
+        if kept:
+            assert event.lengths is not None
+            lengths = event.lengths.to(mapped.device).clamp_min(torch.finfo(torch.float32).tiny)
+            per_length = mapped[:, :kept].double() / lengths
+        mapped[:, kept:] = per_length.mean(dim=1, keepdim=True).to(mapped.dtype)
     return mapped
 
 

@@ -9,14 +9,15 @@ Final = Literal["per_layer", "uniform", "budget"]
 Shape = tuple[int, int]
 
 
-def uniform_ranks(ranks: Mapping[str, int], shapes: Mapping[str, Shape], multiple_of: int) -> dict[str, int]:
+def uniform_ranks(
+    ranks: Mapping[str, int], shapes: Mapping[str, Shape], caps: Mapping[str, int], multiple_of: int
+) -> dict[str, int]:
     """One rank for all layers with about as many parameters as ``ranks``: their mean weighted by ``in + out``, rounded
-    to ``multiple_of``, at most the smallest ``min(in, out)``."""
+    to ``multiple_of``, at most the smallest of ``caps``."""
     weights = {name: sum(shapes[name]) for name in ranks}
     mean = sum(ranks[name] * weights[name] for name in ranks) / sum(weights.values())
     rank = max(round(mean / multiple_of), 1) * multiple_of
-    smallest = min(min(shapes[name]) for name in ranks)
-    return dict.fromkeys(ranks, min(rank, smallest))
+    return dict.fromkeys(ranks, min(rank, *(caps[name] for name in ranks)))
 
 
 def budget_ranks(

@@ -24,13 +24,13 @@ class RankPolicy:
     patience: int | None = None
 
     def action(self, step: int, quiet: int = 0) -> Action | None:
-        """What is due after ``step`` optimizer steps, unless it was frozen before out of patience.
+        """What is due after ``step`` optimizer steps, as long as the rank is not frozen yet.
 
         Args:
             quiet: decisions in a row, up to now, in which no layer grew.
         """
         if self.freeze_step is not None and step >= self.freeze_step:
-            return "freeze" if step == self.freeze_step else None
+            return "freeze"
         if not self.interval or step == 0 or step % self.interval:
             return None
         is_quiet = self.patience is not None and quiet >= self.patience

@@ -42,8 +42,8 @@ class LowRankSettings:
     warmup_steps: int = 200
     """Optimizer steps over which a decaying base fades; also the default of freeze_step."""
     freeze_step: int | Literal["auto"] | None = None
-    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps; auto: after freeze_patience
-    decisions without growth, at the latest after freeze_fraction of train.steps."""
+    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps; auto: at the decision after
+    freeze_patience decisions without growth, at the latest after freeze_fraction of train.steps."""
     freeze_patience: int = 3
     """With freeze_step auto: decisions in a row without growth in any layer after which the rank is frozen."""
     freeze_fraction: float = 0.5
@@ -90,7 +90,14 @@ class LowRankSettings:
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
-        if self.grows and self.growth_init == "published" and self.base != "none":
+        published = self.grows and self.growth_init == "published"
+        if published and self.measure != "product":
+            raise ValueError(
+                f"lowrank.growth_init is published but lowrank.measure is {self.measure}, which would take the "
+                "random new "
+                "modes for learned ones; write lowrank.measure: product or lowrank.growth_init: random"
+            )
+        if published and self.base != "none":
             raise ValueError(
                 f"lowrank.growth_init is published but lowrank.base is {self.base}, and the published code has "
                 "no base; "
@@ -141,7 +148,7 @@ class LowRankSettings:
             interval=self.interval if self.grows else None,
             freeze_step=self.freeze_at(steps) if self.mode == "efficient" else None,
             decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
-            patience=self.freeze_patience if self.freeze_step == "auto" else None,
+            patience=self.freeze_patience if self.mode == "efficient" and self.freeze_step == "auto" else None,
         )
 
     def without_effect(self) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Spectra of every layer at once: local Grams, one all-reduce, small problems (METHOD section 2)."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .division import AllReduce, Processes, assign_owners, solve_once, sum_over_processes
+
+STRIPS = 4
+"""Parts in which a Gram is multiplied; only its upper triangle is, 5/8 of the work with four."""
 
 BUCKET_BYTES = 256 * 2**20
 """Most bytes of packed triangles that one all-reduce carries; the Grams of GPT-2 large fit into one."""
@@ -47,13 +51,22 @@ def gram_matrices(factors: Mapping[str, Factors], all_reduce: AllReduce) -> dict
     for layer in factors.values():
         rows, columns = torch.triu_indices(layer.modes, layer.modes, device=layer.U.device)
         for factor in (layer.U, layer.V):
-            wide = factor.detach().double()
-            packed.append((wide.T @ wide)[rows, columns])
+            packed.append(_upper_gram(factor.detach().double())[rows, columns])
     summed = iter(sum_over_processes(packed, all_reduce))
     return {
         name: Grams(_unpack(next(summed), layer.modes), _unpack(next(summed), layer.modes))
         for name, layer in factors.items()
     }
+
+
+def _upper_gram(factor: Tensor) -> Tensor:
+    """``factor.T @ factor``; of what lies below the diagonal, only some is computed (PyTorch has no ``syrk``)."""
+    size = factor.shape[1]
+    gram = factor.new_empty(size, size)
+    edges = [size * strip // STRIPS for strip in range(STRIPS + 1)]
+    for first, last in itertools.pairwise(edges):
+        gram[first:last, first:] = factor[:, first:last].T @ factor[:, first:]
+    return gram
 
 
 def _unpack(triangle: Tensor, size: int) -> Tensor:
@@ -79,13 +92,31 @@ def gram_root(gram: Tensor) -> Root:
     The columns are first scaled to unit length (``G = D C D``): factors whose columns differ by many orders of
     magnitude keep their small directions, which an eigensolver of ``G`` itself would lose.
     """
-    length = gram.diagonal().clamp_min(0).sqrt()
-    inverse = torch.where(length > 0, 1 / length, torch.zeros_like(length))
+    length, inverse = _column_lengths(gram)
     values, vectors = torch.linalg.eigh(gram * inverse * inverse[:, None])
     floor = values[-1:].clamp_min(0) * gram.shape[0] * torch.finfo(gram.dtype).eps
     kept = values > floor
     values, vectors = values[kept].sqrt(), vectors[:, kept]
     return Root((vectors * values).T * length, vectors / values * inverse[:, None])
+
+
+def _any_root(gram: Tensor) -> Tensor:
+    """``(k, R)`` with ``G = root.T @ root``, by whichever way is fastest.
+
+    A Cholesky factor (a tenth of the time) where every column, scaled to unit length, is at least ``eps^{1/4}`` away
+    from the span of those before it: nothing is near rounding then, and no direction has to be dropped.
+    """
+    length, inverse = _column_lengths(gram)
+    factor, failed = torch.linalg.cholesky_ex(gram * inverse * inverse[:, None])
+    if not failed and factor.diagonal().square().min() > torch.finfo(gram.dtype).eps ** 0.5:
+        return factor.T * length
+    return gram_root(gram).root
+
+
+def _column_lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths of the columns that the Gram is of, and their inverses; 0 for a column of zeros."""
+    length = gram.diagonal().clamp_min(0).sqrt()
+    return length, torch.where(length > 0, 1 / length, torch.zeros_like(length))
 
 
 def singular_values(grams: Grams) -> Tensor:
@@ -94,7 +125,7 @@ def singular_values(grams: Grams) -> Tensor:
     ``U = Qu @ Ru`` and ``V = Qv @ Rv`` with roots of the Grams, so the product has the singular values of ``Ru @
     Rv.T``.
     """
-    core = gram_root(grams.U).root @ gram_root(grams.V).root.T
+    core = _any_root(grams.U) @ _any_root(grams.V).T
     sigma = grams.U.new_zeros(grams.U.shape[0])
     if core.numel():
         values = torch.linalg.svdvals(core)

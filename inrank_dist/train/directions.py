@@ -10,9 +10,10 @@ algorithm 4.4) in two backward passes.
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ..engine.engine import Batches, Engine
-from ..lowrank.division import Processes
+from ..lowrank.division import Processes, assign_owners, solve_once
 from ..lowrank.event import RankEvent, map_factors, orthogonalise
 from ..lowrank.spectrum import Factors, gram_matrices, gram_root, measure_spectra
 
@@ -27,7 +28,8 @@ def aim_at_gradient(
     others.
 
     Their columns of ``U`` are zero before and after, so the function does not change. Beside the two backward passes
-    there travel ``8 * sum F * (F + 1)`` bytes of Grams, then those of ``measure_spectra`` and ``orthogonalise``.
+    there travel ``8 * sum F * (F + 1)`` bytes of Grams and ``8 * sum F * F`` of their solutions, then those of
+    ``measure_spectra`` and ``orthogonalise``.
 
     Args:
         fresh: layer -> number ``F`` of fresh columns, the last ones; ``V`` is orthonormal there and ``U`` zero.
@@ -41,10 +43,15 @@ def aim_at_gradient(
     shapes = {layer: _sizes(engine, layer) for layer in fresh}
     mine = {layer: engine.counted(rows, shapes[layer][0]) for layer, rows in sketch.items()}
     grams = gram_matrices({layer: Factors(rows, rows) for layer, rows in mine.items()}, processes.sum)
+
+    def solve(layer: str) -> list[Tensor]:
+        inverse = gram_root(grams[layer].U.cpu()).inverse  # (F, k): k < F where the gradient's rank is less
+        return [torch.nn.functional.pad(inverse, (0, fresh[layer] - inverse.shape[1]))]
+
+    owner = assign_owners(fresh, processes.count)
+    inverses = solve_once({layer: [(count, count)] for layer, count in fresh.items()}, solve, owner, processes)
     for layer, rows in sketch.items():
-        inverse = gram_root(grams[layer].U).inverse  # (F, k): k < F where the gradient's rank is less
-        basis = torch.zeros_like(rows)
-        basis[:, : inverse.shape[1]] = rows @ inverse
+        basis = rows @ inverses[layer][0].to(rows.device)
         engine.set_columns(layer, first[layer], basis.to(random[layer].dtype), 0.0)
 
     gradients = engine.factor_gradients(batches, tokens)

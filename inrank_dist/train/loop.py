@@ -12,6 +12,7 @@ from ..data import Loader, LoaderState, Prepared
 from ..engine.context import Context
 from ..engine.engine import Batches
 from ..errors import UserError
+from ..lowrank.convert import convert
 from ..lowrank.init import generator_for
 from .checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from .evaluation import validation_loss
@@ -61,7 +62,8 @@ class Trainer:
         self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
         self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
         self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
-        self.parameters_start = self.engine.parameter_count()
+        start = convert(skeleton, start_layout(shapes, config.lowrank))
+        self.parameters_start = sum(parameter.numel() for parameter in start.parameters())
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if checkpoint and saved:
             load_checkpoint(checkpoint, self.engine)
@@ -87,6 +89,8 @@ class Trainer:
             batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
             loss, norm, rate = self._train_step(batches)
             self.step += 1
+            if self.ranks.due(self.step):
+                self._check_finite(norm)
             records = self.ranks.after_step(self.step, batches, self._tokens_per_step)
             self.seconds = clock.seconds
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..engine.engine import Batches, Engine
 from ..lowrank.convert import LayerLayout
-from ..lowrank.criterion import Decision
+from ..lowrank.criterion import Decision, explained_ratio
 from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
 from ..lowrank.final import budget_ranks, uniform_ranks
@@ -47,7 +47,8 @@ class RankEvents:
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
         self.processes = Processes(engine.context.rank, engine.context.world_size, engine.context.sum)
         born = self._born if settings.base == "none" and settings.measure == "product" else None
-        self.null = NullRanks(self.rule, settings.initial_rank, seed, born)
+        at_random = settings.growth_init == "published"
+        self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
         self.explained: dict[str, float] = {}
         self.quiet, self.frozen = 0, False
 
@@ -104,8 +105,10 @@ class RankEvents:
             for name, sigma in measured.sigma.items()
         }
         if action == "freeze" and self.settings.final != "per_layer":
-            final = self._final_ranks(measured, decisions)
-            decisions = {name: dataclasses.replace(d, after=final[name]) for name, d in decisions.items()}
+            for name, rank in self._final_ranks(spectra, decisions).items():
+                ratio = explained_ratio(measured.sigma[name], min(self.shapes[name]), self.rule.criterion)
+                reached = float(ratio[min(rank, len(ratio) - 1)])
+                decisions[name] = dataclasses.replace(decisions[name], after=rank, reached=reached)
         self.engine.context.agree(
             "the ranks",
             {
@@ -115,13 +118,15 @@ class RankEvents:
         )
         return decisions
 
-    def _final_ranks(self, measured: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
-        multiple = self.settings.multiple_of
+    def _final_ranks(self, spectra: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
+        """Ranks of ``final`` uniform or budget; at most each layer's cap. The budget looks at the product, which the
+        freeze truncates, whatever the rule measures."""
+        caps = {name: self.rule.cap(min(shape)) for name, shape in self.shapes.items()}
         if self.settings.final == "uniform":
-            return uniform_ranks({name: d.after for name, d in decisions.items()}, self.shapes, multiple)
-        # No layer keeps more modes than it has trained.
-        trained = {name: sigma[: self.engine.layout[name].modes] for name, sigma in measured.sigma.items()}
-        return budget_ranks(trained, self.shapes, self.settings.final_budget, multiple)
+            ranks = {name: decision.after for name, decision in decisions.items()}
+            return uniform_ranks(ranks, self.shapes, caps, self.rule.multiple_of)
+        allowed = {name: sigma[: caps[name]] for name, sigma in spectra.sigma.items()}
+        return budget_ranks(allowed, self.shapes, self.settings.final_budget, self.rule.multiple_of)
 
     def _new_layout(
         self, layout: dict[str, LayerLayout], decisions: Mapping[str, Decision], action: Action

@@ -47,7 +47,7 @@ class ScheduleSettings:
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the last step as a fraction of the peak."""
+    """Learning rate that the decay reaches after the last step, as a fraction of the peak."""
     decay_fraction: float = 0.2
     """Part of the steps over which wsd decays (linearly)."""
 

@@ -36,6 +36,14 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
         targets = find_targets(skeleton, settings.targets)
     except ValueError as error:
         raise UserError(f"lowrank.targets: {error}") from None
+    embedding = skeleton.get_submodule("tok_embed").weight
+    for name, layer in targets.items():
+        if layer.weight is embedding:
+            raise UserError(
+                f"lowrank.targets {settings.targets} match {name}, which is tied to the embedding and cannot be "
+                "factored; "
+                "write targets that leave it out, or model.tie_embeddings: false"
+            )
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in targets.items()}
     for name, shape in shapes.items():
         limit = settings.rule.cap(min(shape)) if settings.grows else min(shape)

@@ -1,0 +1,1 @@
+"""Measurements of parts of the trainer against what others do; behind ``inrank bench``."""

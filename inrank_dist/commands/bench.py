@@ -1,0 +1,116 @@
+"""``inrank bench``: measurements on the machine at hand."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..bench.decision import SHAPES, ModelShape, Result, Workload, measure_decision
+from ..bench.decision_table import as_record, as_table, notes
+from ..data.store import write_atomically
+from ..engine.context import Context
+from ..errors import UserError
+from .common import no_overrides
+
+TIMEOUT_SECONDS = 4 * 3600
+"""How long processes wait for process 0, which alone measures the dense route."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``SUBJECT [options]``."""
+    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", dest="subject", required=True)
+    decision = subjects.add_parser(
+        "decision",
+        help="time and extra memory of one rank decision against the dense SVD of the published code",
+        description="One rank decision: our Grams against the float32 svdvals of the dense product, as published. "
+        "The two MLP matrices of every block are factored; factors are random with a decaying spectrum. Starts in one "
+        "process or under torchrun, on GPUs where there are any.",
+        allow_abbrev=False,
+    )
+    decision.add_argument(
+        "--shapes",
+        metavar="NAMES",
+        default=",".join(SHAPES),
+        help=f"comma-separated, of {', '.join(SHAPES)} (default: all; 1.3b is 24 blocks of width 2048)",
+    )
+    decision.add_argument("--rank", metavar="R", type=int, default=150, help="active rank before it (default 150)")
+    decision.add_argument(
+        "--buffer", metavar="B", type=int, default=100, help="modes beyond the active rank (default 100, as published)"
+    )
+    decision.add_argument("--repeats", metavar="N", type=int, default=3, help="rounds of both routes (default 3)")
+    decision.add_argument(
+        "--dense-layers",
+        metavar="N",
+        default="8",
+        help="layers to measure the dense route on, or all (default 8); with fewer than all, its time for the whole "
+        "model is extrapolated, marked with ~",
+    )
+    decision.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured there as well")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Measure and print one table."""
+    no_overrides(rest)
+    shapes, workload = _shapes(arguments.shapes), _workload(arguments)
+    _refuse_misfit(workload, shapes)
+    _refuse_unwritable(arguments.json)
+    context = Context()
+    context.start(TIMEOUT_SECONDS)
+    results = [measure_decision(shape, workload, context) for shape in shapes]
+    context.main_does(_show, [result for result in results if result], workload, context, arguments.json)
+    context.stop()
+
+
+def _show(results: Sequence[Result], workload: Workload, context: Context, file: Path | None) -> None:
+    # A table that is piped is not squeezed into 80 columns.
+    console = Console() if Console().is_terminal else Console(width=200)
+    console.print(as_table(results))
+    for line in notes(results, workload, context):
+        console.print(line, highlight=False, soft_wrap=True)
+    if file:
+        write_atomically(file, (json.dumps(as_record(results, workload, context), indent=1) + "\n").encode())
+
+
+def _shapes(text: str) -> list[ModelShape]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in SHAPES:
+            raise UserError(f"--shapes has {name!r}; write a comma-separated list of {', '.join(SHAPES)}")
+    return [SHAPES[name] for name in dict.fromkeys(names)]
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    for name in ("rank", "buffer", "repeats"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
+    count = None
+    if arguments.dense_layers != "all":
+        text = arguments.dense_layers
+        count = int(text) if text.isascii() and text.isdecimal() else 0
+        if count < 2 or count % 2:
+            raise UserError(f"--dense-layers is {text!r}; write an even number (a block has two layers) or all")
+    return Workload(arguments.rank, arguments.buffer, arguments.repeats, count)
+
+
+def _refuse_misfit(workload: Workload, shapes: Sequence[ModelShape]) -> None:
+    narrow = min(shapes, key=lambda shape: shape.hidden)
+    cap = workload.rule.cap(narrow.hidden)
+    if workload.rank > cap or workload.rank + workload.buffer > narrow.hidden:
+        raise UserError(
+            f"--rank is {workload.rank} and --buffer {workload.buffer}, but layers of {narrow.name} have "
+            f"min(in, out) = {narrow.hidden}; write a rank of at most {cap}, and at most {narrow.hidden} with "
+            "the buffer"
+        )
+
+
+def _refuse_unwritable(file: Path | None) -> None:
+    """Found before minutes are spent on measuring."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"--json is {file}, which is a folder; write the name of a file")
+    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"--json is {file}, but {file.parent} is no folder that can be written; write one that can")

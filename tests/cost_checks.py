@@ -1,0 +1,286 @@
+"""What workers of the pool count while the model changes: collectives, their bytes, allocated memory."""
+
+import gc
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from runs import train
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.tensor import DTensor, Shard
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from inrank_dist.config import Config
+from inrank_dist.engine.context import Context
+from inrank_dist.engine.engine import Engine, chunk
+from inrank_dist.lowrank.division import Processes
+from inrank_dist.lowrank.spectrum import Factors, measure_spectra
+from inrank_dist.train.loop import Trainer
+
+Counted = tuple[str, int]
+"""An operation and the bytes of the tensors that it was given."""
+
+
+class Collectives(TorchDispatchMode):
+    """Every operation on a process group meanwhile, whoever calls it: they all pass torch's dispatcher."""
+
+    NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
+    SILENT = ("wait_tensor", "wrap_tensor_autograd")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Counted] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor comes back with what it does to its parts, collectives among it
+        name = func.overloadpacket.__name__
+        if func.namespace in self.NAMESPACES and name not in self.SILENT:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+            self.seen.append((name.strip("_"), sum(tensor.nbytes for tensor in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def all_seen() -> dict[str, list[Counted]]:
+    """Each way to reach another process, and what ``Collectives`` saw of it."""
+    context = Context()
+    context.start(60)
+    rank, count = context.rank, context.world_size
+    ways: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(torch.ones(3)),
+        "reduce": lambda: dist.reduce(torch.ones(3), 0),
+        "broadcast": lambda: dist.broadcast(torch.ones(3), 0),
+        "all_gather": lambda: dist.all_gather([torch.ones(3) for _ in range(count)], torch.ones(3)),
+        "all_gather_into_tensor": lambda: dist.all_gather_into_tensor(torch.ones(3 * count), torch.ones(3)),
+        "reduce_scatter": lambda: dist.reduce_scatter(torch.ones(3), [torch.ones(3) for _ in range(count)]),
+        "reduce_scatter_tensor": lambda: dist.reduce_scatter_tensor(torch.ones(3), torch.ones(3 * count)),
+        "gather": lambda: dist.gather(torch.ones(3), [torch.ones(3) for _ in range(count)] if rank == 0 else None),
+        "scatter": lambda: dist.scatter(torch.ones(3), [torch.ones(3) for _ in range(count)] if rank == 0 else None),
+        "all_to_all_single": lambda: dist.all_to_all_single(torch.ones(count), torch.ones(count)),
+        "send, recv": lambda: dist.send(torch.ones(3), 1) if rank == 0 else dist.recv(torch.ones(3), 0),
+        "barrier": lambda: dist.barrier(),
+        "all_gather_object": lambda: dist.all_gather_object([None] * count, "object"),
+        "broadcast_object_list": lambda: dist.broadcast_object_list(["object"], 0),
+        "functional all_reduce": lambda: functional.all_reduce(torch.ones(3), "sum", dist.group.WORLD).sum(),
+        "functional all_gather": lambda: functional.all_gather_tensor(torch.ones(3), 0, dist.group.WORLD).sum(),
+        "a DTensor in one piece": lambda: DTensor.from_local(torch.ones(3), mesh, [Shard(0)]).full_tensor(),
+    }
+    try:
+        mesh = dist.init_device_mesh("cpu", (count,))
+        seen = {}
+        for name, way in ways.items():
+            with warnings.catch_warnings(), Collectives() as collectives:
+                warnings.simplefilter("ignore", FutureWarning)  # the newest torch has other names for some
+                way()
+            seen[name] = collectives.seen
+        return seen
+    finally:
+        context.stop()
+
+
+class Allocations:
+    """What is allocated meanwhile, in bytes, from torch's profiler: every call of torch's allocator in this thread,
+    those inside kernels as well. What a thread of gloo frees (buffers of FSDP2's passes) is not seen."""
+
+    def __enter__(self) -> "Allocations":
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        assert self._profile.profiler is not None and self._profile.profiler.kineto_results is not None
+        events = self._profile.profiler.kineto_results.events()
+        self._memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        self._regions = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events}
+
+    def extra(self, region: str) -> tuple[int, int]:
+        """Most bytes beyond those at the start of ``record_function(region)`` while it ran, and how many at its end."""
+        start, end = self._regions[region]
+        live = peak = 0
+        for time, size in self._memory:
+            if start <= time <= end:
+                live += size
+                peak = max(peak, live)
+        return peak, live
+
+
+@dataclass
+class Event:
+    """What one rank event cost.
+
+    Attributes:
+        modes: layer -> ``R`` before and after.
+        collectives: of the event.
+        step, next_step: collectives of the forward and backward passes before and after it.
+    """
+
+    action: str
+    modes: dict[str, tuple[int, int]]
+    collectives: list[Counted]
+    step: list[Counted]
+    next_step: list[Counted] = field(default_factory=list)
+
+
+def collectives_of_events(config: Config) -> list[Event]:
+    """Train, and count what travels at every event and in the training steps around it."""
+    events: list[Event] = []
+
+    def hook(trainer: Trainer) -> None:
+        after_step, accumulate = trainer.ranks.after_step, trainer.engine.accumulate
+        steps: list[list[Counted]] = []
+        inside = False
+
+        def counted_step(*arguments: Any, **options: Any) -> Tensor:
+            if inside:
+                return accumulate(*arguments, **options)
+            with Collectives() as collectives:
+                loss = accumulate(*arguments, **options)
+            steps.append(collectives.seen)
+            if events and not events[-1].next_step:
+                events[-1].next_step = collectives.seen
+            return loss
+
+        def counted_event(step: int, *batch: Any) -> list[dict[str, Any]]:
+            nonlocal inside
+            action, before = trainer.ranks.due(step), trainer.engine.layout
+            inside = True
+            with Collectives() as collectives:
+                records = after_step(step, *batch)
+            inside = False
+            if action is None:
+                assert collectives.seen == []
+                return records
+            modes = {name: (before[name].modes, layer.modes) for name, layer in trainer.engine.layout.items()}
+            events.append(Event(action, modes, collectives.seen, steps[-1]))
+            return records
+
+        trainer.engine.accumulate, trainer.ranks.after_step = counted_step, counted_event  # type: ignore
+
+    train(config, hook=hook)
+    return events
+
+
+@dataclass
+class Memory:
+    """Bytes of one process around one event.
+
+    Attributes:
+        peak, change: most extra memory during the event, and what is left of it (less, where it is below zero).
+        before, after: parameters and moments that this process holds, before and after the event.
+        factors: those of the factors alone, before or after the event, whichever is more.
+        buckets: four times the packed Grams of one measurement.
+        layer: three float64 copies of both whole factors of the largest layer.
+    """
+
+    action: str
+    peak: int
+    change: int
+    before: int
+    after: int
+    factors: int
+    buckets: int
+    layer: int
+
+
+def memory_of_events(config: Config) -> list[Memory]:
+    """Train, and count the memory that every event takes."""
+    events: dict[int, Memory] = {}
+
+    def hook(trainer: Trainer) -> None:
+        after_step = trainer.ranks.after_step
+
+        def counted(step: int, *batch: Any) -> list[dict[str, Any]]:
+            engine, action = trainer.engine, trainer.ranks.due(step)
+            if action is None:
+                return after_step(step, *batch)
+            (before, old), old_layout = _held(engine), engine.layout
+            gc.collect()
+            with record_function(f"event {step}"):
+                records = after_step(step, *batch)
+                gc.collect()
+            after, new = _held(engine)
+            modes = {name: max(layer.modes, old_layout[name].modes) for name, layer in engine.layout.items()}
+            events[step] = Memory(
+                action=action,
+                peak=0,
+                change=0,
+                before=before,
+                after=after,
+                factors=max(old, new),
+                buckets=4 * sum(8 * layer.modes * (layer.modes + 1) for layer in old_layout.values()),
+                layer=3 * max(8 * sum(trainer.ranks.shapes[name]) * R for name, R in modes.items()),
+            )
+            return records
+
+        trainer.ranks.after_step = counted  # type: ignore[method-assign]
+
+    with Allocations() as allocations:
+        train(config, hook=hook)
+    for step, event in events.items():
+        event.peak, event.change = allocations.extra(f"event {step}")
+    return list(events.values())
+
+
+def _held(engine: Engine) -> tuple[int, int]:
+    """Bytes of this process's rows of all parameters and moments, and of those of the factors alone."""
+    sizes = {
+        name: tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+        for name, tensor in engine.tensors().items()
+    }
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if name.endswith((".U", ".V")))
+
+
+@dataclass
+class Measured:
+    """One measurement of spectra.
+
+    Attributes:
+        sigma: layer -> its singular values.
+        collectives: what travelled.
+        peak: most extra memory beside the Grams that are kept.
+    """
+
+    sigma: dict[str, list[float]]
+    collectives: list[Counted]
+    peak: int
+
+
+def measure(factors: Mapping[str, Factors], processes: Processes, bucket_bytes: int) -> Measured:
+    """``measure_spectra`` with its costs; one run for the bytes, one for the memory."""
+    with Collectives() as collectives:
+        measure_spectra(factors, processes, bucket_bytes=bucket_bytes)
+    # Under a dispatch mode torch computes singular vectors too, by another algorithm: the values are of this run.
+    with Allocations() as allocations, record_function("measure"):
+        spectra = measure_spectra(factors, processes, bucket_bytes=bucket_bytes)
+    kept = sum(gram.nbytes for grams in spectra.grams.values() for gram in (grams.U, grams.V))
+    sigma = {name: values.tolist() for name, values in spectra.sigma.items()}
+    return Measured(sigma, collectives.seen, allocations.extra("measure")[0] - kept)
+
+
+def random_factors(modes: Mapping[str, int], rows: int) -> dict[str, Factors]:
+    """Factors with ``rows`` rows, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: Factors(torch.randn(rows, R, generator=generator), torch.randn(rows, R, generator=generator))
+        for name, R in modes.items()
+    }
+
+
+def measured_in_buckets(modes: dict[str, int], rows: int, sizes: list[int]) -> list[Measured]:
+    """``measure`` of the same factors for several sizes of a bucket, rows divided among the processes."""
+    context = Context()
+    context.start(60)
+    try:
+        cut = slice(*chunk(rows, context.rank, context.world_size))
+        mine = {name: Factors(each.U[cut], each.V[cut]) for name, each in random_factors(modes, rows).items()}
+        processes = Processes(context.rank, context.world_size, context.sum)
+        return [measure(mine, processes, size) for size in sizes]
+    finally:
+        context.stop()

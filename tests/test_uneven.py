@@ -1,0 +1,57 @@
+"""Shards that differ in size or are empty give the run of one process: an empty shard that is skipped where the others
+take part in a collective hangs, and a padded row that is counted changes a Gram."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pool import Pool
+from runs import small_config, train
+from test_engines import assert_same_run
+
+VOCABULARY = 1001
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of made-up words, enough of them to fill the vocabulary."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "corpus").mkdir()
+    generator = torch.Generator().manual_seed(1)
+    letters = torch.randint(26, (1000, 6), generator=generator) + ord("a")
+    known = ["".join(map(chr, word)) for word in letters.tolist()]
+    for index in range(20):
+        picks = torch.randint(len(known), (400,), generator=generator).tolist()
+        (folder / "corpus" / f"{index:02d}.txt").write_text(" ".join(known[i] for i in picks))
+    return folder
+
+
+WIDTHS = {
+    "10 and 7": {"model__hidden_size": 10, "model__intermediate_size": 7, "lowrank__max_rank_fraction": 0.3},
+    "64": {"model__hidden_size": 64, "lowrank__max_rank_fraction": 0.05},
+}
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS.keys())
+def test_uneven_and_empty_shards_give_the_run_of_one_process(
+    pool: Pool, words: Path, widths: dict[str, object]
+) -> None:
+    """Vocabulary 1,001 over 3 and 5 processes, ranks 1 to 3. 7 rows over 5 processes are 2, 2, 2, 1 and none; 64 over 5
+    are 13 each and 12; 1,001 over 5 are 201 each and 197."""
+    config = small_config(
+        words,
+        **widths,
+        tokenizer__vocab_size=VOCABULARY,
+        lowrank__interval=4,
+        lowrank__warmup_steps=8,
+        train__steps=10,
+        train__global_batch_size=15,
+        train__micro_batch_size=1,
+    )
+    recorder, table = train(config)
+    actions = [record["action"] for record in recorder.records if record["kind"] == "rank_event"]
+    assert actions == ["grow", "freeze"]
+    assert {rank for rank, _, _ in table.values()} <= {1, 2, 3}
+    for world_size in (3, 5):
+        result = pool.run("runs:train_in_worker", config, world_size=world_size, timeout=100)
+        assert_same_run(result, (recorder.records, table, recorder.samples), world_size)
