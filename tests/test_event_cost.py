@@ -39,7 +39,8 @@ def travels(event: Event, *, update: bool = False, gradient: bool = False) -> li
     """Bytes of every all-reduce of an event, in order, by the formulas of the docstrings. Widths do not occur.
 
     With ``R`` modes before, ``F`` fresh ones and rank ``r`` after the freeze: ``measure_spectra`` 8 * sum R(R+1) and
-    8 * sum R; the hash 16; ``orthogonalise`` 8 * sum (RF + FF) twice; ``freeze_all`` 8 * sum (1 + 2Rr).
+    8 * sum R; the hash 16; ``orthogonalise`` 8 * sum (RF + FF) and 8 * sum (RF + FF + R); ``freeze_all``
+    8 * sum (1 + 2Rr).
     """
 
     def measured(modes: list[int]) -> list[int]:
@@ -53,11 +54,11 @@ def travels(event: Event, *, update: bool = False, gradient: bool = False) -> li
     if event.action == "freeze":
         return [*bytes_, 8 * sum(1 + 2 * old * rank for old, rank in event.modes.values())]
     grown = [(old, new - old) for old, new in event.modes.values() if new > old]
-    overlaps = [8 * sum(R * F + F * F for R, F in grown)] * 2
-    bytes_ += overlaps
-    if gradient:  # ``aim_at_gradient``: Grams of the sketches and one norm a layer, then the spectra of the others
-        bytes_ += [8 * sum(F * (F + 1) for _, F in grown), 8 * len(grown)]
-        bytes_ += measured([R for R, _ in grown]) + overlaps
+    orthogonal = [8 * sum(R * F + F * F for R, F in grown), 8 * sum(R * F + F * F + R for R, F in grown)]
+    bytes_ += orthogonal
+    if gradient:  # ``aim_at_gradient``: the sketches' Grams and their roots, one norm a layer, then as for any growth
+        bytes_ += [8 * sum(F * (F + 1) for _, F in grown), 8 * sum(F * F for _, F in grown), 8 * len(grown)]
+        bytes_ += measured([R for R, _ in grown]) + orthogonal
     return bytes_
 
 
@@ -77,8 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     [
         ("decay", 2, None),
         ("decay", 3, None),
-        ("update", 2, None),
-        ("gradient", 2, None),
+        pytest.param("update", 2, None, marks=pytest.mark.slow),
+        pytest.param("gradient", 2, None, marks=pytest.mark.slow),
         pytest.param("decay", 4, 2, marks=pytest.mark.slow),
     ],
 )
@@ -145,7 +146,15 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", MEMORY)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "decay",
+        "update",
+        pytest.param("decay, uneven", marks=pytest.mark.slow),
+        pytest.param("product", marks=pytest.mark.slow),
+    ],
+)
 def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool, corpus: Path, variant: str) -> None:
     """Beside the Grams and one layer at a time there is at most a second copy of parameters and moments; where shards
     are even, of the factors and their moments alone (FSDP2 pads a short last shard, which copies it)."""
@@ -157,7 +166,7 @@ def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool,
         assert [event.action for event in events] == ["grow", "freeze"]
         for event in events:
             # The control: the counter finds the change that the shapes tell.
-            assert event.change == pytest.approx(event.after - event.before, abs=50_000)
+            assert event.change == pytest.approx(event.after - event.before, abs=0.02 * event.before)
             extra = event.peak - event.buckets - event.layer
             message = f"process {rank}, {event}: {event.peak / event.before:.2f} local shards"
             assert extra <= max(event.before, event.after), message
@@ -268,40 +277,42 @@ class Compilations:
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     torch.compiler.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
         yield
     torch.compiler.reset()
 
 
-COMPILED: dict[str, Any] = {
+COMPILED: dict[str, Any] = SHORT | {
+    "parallel__engine": "local",
     "train__compile": "true",
-    "train__steps": 14,
-    "eval__interval": 2,
-    "lowrank__interval": 4,
-    "lowrank__warmup_steps": 12,
+    "train__steps": 6,
+    "eval__interval": 1,
+    "eval__batches": 1,
 }
+"""Three rank tables: at the start, after step 2, after step 4."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["none", "decay"])
 def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path, base: str) -> None:
-    """Two blocks whose ranks come to differ. A rank that dynamo took for a changing number, or a base that fades, would
-    compile again and again."""
+    """A rank that dynamo took for a changing number, or a base that fades, would compile again and again."""
     watched: list[Compilations] = []
-    config = small_config(corpus, **COMPILED, lowrank__base=base)
+    config = small_config(corpus, **COMPILED, lowrank__base=base, lowrank__targets=r"['blocks\.0\.mlp','blocks\.1\.']")
     train(config, hook=lambda trainer: watched.append(Compilations(trainer)))
     watched[0].check()
-    assert any(len(table) == 2 for table in watched[0].tables)
+    assert [len(table) for table in watched[0].tables] == [2, 2, 2]
 
 
-def test_many_rank_tables_stay_compiled(dynamo: None, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More distinct blocks than dynamo compiles of one piece of code by default (8): beyond its limit it would run the
-    rest of the training uncompiled. Dynamo counts as ever; only what it does with a graph is left out, which would take
-    seconds each."""
+def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and evaluation more graphs than dynamo makes of one piece of code by default (8): beyond its limit it
+    would run the rest of the training uncompiled. Dynamo counts as ever; only what it does with a graph is left out,
+    which would take seconds each."""
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_(block, backend="eager"))
     watched: list[Compilations] = []
-    changes = {"model__num_layers": 5, "lowrank__threshold": 0.97, "lowrank__initial_rank": 2}
-    train(small_config(corpus, **COMPILED | changes), hook=lambda trainer: watched.append(Compilations(trainer)))
+    parts = ["mlp", "attention", r"mlp\.up", r"attention\.q", r"(mlp|attention)\."]
+    targets = ",".join(rf"'blocks\.{index}\.{part}'" for index, part in enumerate(parts))
+    config = small_config(corpus, **COMPILED, model__num_layers=len(parts), lowrank__targets=f"[{targets}]")
+    train(config, hook=lambda trainer: watched.append(Compilations(trainer)))
     watched[0].check()
-    assert len(set().union(*watched[0].tables)) > 8
+    assert [len(table) for table in watched[0].tables] == [5, 5, 5]
