@@ -181,12 +181,11 @@ def map_second_moment(
     """Second moment of Adam under ``m -> m Q``: ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` on bias-corrected moments
     (LDAdam, arXiv 2410.16103).
 
-    Fresh columns of ``U`` start, row by row, from the least of the mapped ones for each unit of the partner's squared
-    length: the gradient of a column of ``U`` is ``G`` times its column of ``V``, of length one where it is fresh, and
-    ``G`` is weaker along new directions than along learned ones. From zero, their first step under a large ``step``
-    would be ``(1 - b1) / sqrt(1 - b2)``, about three, learning rates; from the mean they would hardly move for as long as the
-    optimizer remembers. Fresh columns of ``V`` have a partner of length zero and start from zero. The README has the
-    losses that these choices lead to.
+    Fresh columns of ``U`` start from each row's mean over the mapped ones for each unit of the partner's squared
+    length: the gradient of a column of ``U`` is ``G`` times its column of ``V``, of length one where it is fresh. From
+    zero, their first step under a large ``step`` would be ``(1 - b1) / sqrt(1 - b2)``, about three, learning rates.
+    Fresh columns of ``V`` have a partner of length zero and start from zero. The README has the losses that these
+    choices lead to.
 
     Args:
         first, second: ``(rows, R)``, as the optimizer keeps them (not bias-corrected).
@@ -211,7 +210,7 @@ def map_second_moment(
             assert event.lengths is not None
             lengths = event.lengths.to(mapped.device).clamp_min(torch.finfo(torch.float32).tiny)
             per_length = mapped[:, :kept].double() / lengths
-        mapped[:, kept:] = per_length.amin(dim=1, keepdim=True).to(mapped.dtype)
+        mapped[:, kept:] = per_length.mean(dim=1, keepdim=True).to(mapped.dtype)
     return mapped
 
 
