@@ -86,7 +86,7 @@ def all_seen() -> dict[str, list[Counted]]:
 
 class Allocations:
     """What is allocated meanwhile, in bytes, from torch's profiler: every call of torch's allocator in this thread,
-    those inside kernels as well. What a thread of gloo frees (buffers of FSDP2's passes) is not seen."""
+    those inside kernels as well. What a thread of gloo frees last (the buffer of a collective) is not seen."""
 
     def __enter__(self) -> "Allocations":
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -175,7 +175,7 @@ class Memory:
         peak, change: most extra memory during the event, and what is left of it (less, where it is below zero).
         before, after: parameters and moments that this process holds, before and after the event.
         factors: those of the factors alone, before or after the event, whichever is more.
-        buckets: four times the packed Grams of one measurement.
+        grams: what the largest all-reduce of Grams carries.
         layer: three float64 copies of both whole factors of the largest layer.
     """
 
@@ -185,7 +185,7 @@ class Memory:
     before: int
     after: int
     factors: int
-    buckets: int
+    grams: int
     layer: int
 
 
@@ -207,6 +207,8 @@ def memory_of_events(config: Config) -> list[Memory]:
                 gc.collect()
             after, new = _held(engine)
             modes = {name: max(layer.modes, old_layout[name].modes) for name, layer in engine.layout.items()}
+            stacked = 2 if config.lowrank.base == "none" and config.lowrank.measure == "update" else 1
+            measured = [stacked * layer.modes for layer in old_layout.values()]
             events[step] = Memory(
                 action=action,
                 peak=0,
@@ -214,7 +216,7 @@ def memory_of_events(config: Config) -> list[Memory]:
                 before=before,
                 after=after,
                 factors=max(old, new),
-                buckets=4 * sum(8 * layer.modes * (layer.modes + 1) for layer in old_layout.values()),
+                grams=sum(8 * R * (R + 1) for R in measured),
                 layer=3 * max(8 * sum(trainer.ranks.shapes[name]) * R for name, R in modes.items()),
             )
             return records

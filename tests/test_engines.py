@@ -188,6 +188,7 @@ def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(620)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
     recorder, table = train(small_config(corpus))
