@@ -155,7 +155,7 @@ def aims_at_the_gradient(config: Config) -> float:
     """New columns of V are orthonormal, orthogonal to the old ones, and hold the top directions of the dense gradient.
 
     Returns:
-        The least share, over layers and events, of the best possible gradient energy that the fresh columns hold.
+        The mean share, over layers and events, of the best possible gradient energy that the fresh columns hold.
     """
     shares: list[float] = []
 
@@ -192,7 +192,7 @@ def aims_at_the_gradient(config: Config) -> float:
         trainer.ranks.after_step = observed  # type: ignore[method-assign]
 
     train(config, hook=hook)
-    return min(shares)
+    return sum(shares) / len(shares)
 
 
 def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: int) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from cost_checks import Allocations, Counted, Event, measure, random_factors
 from pool import Pool
 from runs import small_config, train
@@ -228,7 +229,6 @@ class Compilations:
         self.trainer = trainer
         self.counts: list[tuple[str, bool, int]] = []
         self.tables: list[set[Any]] = [self.layouts()]
-        self.changed = True
         train_step, evaluate, after_step = trainer._train_step, trainer._evaluate, trainer.ranks.after_step
         self.first = {"train": True, "eval": True}
 
@@ -291,6 +291,7 @@ COMPILED: dict[str, Any] = SHORT | {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("base", ["none", "decay"])
 def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path, base: str) -> None:
     """A rank that dynamo took for a changing number, or a base that fades, would compile again and again."""
