@@ -171,7 +171,7 @@ class RankEvents:
         """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
 
         As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a
-        small update would drown in the rounding of its Grams. All layers at once: eight times the bytes of the factors.
+        small update would drown in the rounding of its Grams. All layers at once: four times the bytes of the factors.
         """
         stacked = {}
         for name, now in self.engine.factors().items():
