@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from .. import __version__
 from ..errors import UserError
 
@@ -63,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(0)
     except Exception:
-        if not torch.distributed.is_initialized():
+        if not _in_process_group():
             raise
         traceback.print_exc()
         return _leave(1)
@@ -71,11 +69,17 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _leave(status: int) -> int:
     """End at once where there is a process group: to take it down in order would mean to wait for the others."""
-    if torch.distributed.is_initialized():
+    if _in_process_group():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _in_process_group() -> bool:
+    """Without importing torch, which takes seconds and which help and most mistakes do not need."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _command(words: list[str]) -> tuple[str | None, list[str]]:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import cast
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -127,11 +126,13 @@ class Engine:
     def _build(self, layout: Layout, local: Callable[[str, nn.Parameter], Tensor]) -> None:
         module = convert(self.skeleton, layout)
         if self.options.compile:
+            from torch import _dynamo  # slow to import, and of use here alone
+
             # Blocks share their code, so each layout of a block, in train and in eval mode, is one more compilation of
             # the same function; past torch's limit of 8 it would go on without compiling, and say so to nobody.
             torch.compiler.reset()
             limit = 4 * len(module.blocks) + 8
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+            _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, limit)
         for block in module.blocks:
             if self.options.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

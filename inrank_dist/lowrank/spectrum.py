@@ -157,8 +157,8 @@ def measure_spectra(
     """Singular values of all layers: Grams by one all-reduce a bucket, every layer solved once, answers by one more.
 
     The collectives carry ``8 * sum R * (R + 1)`` bytes of Grams and ``8 * sum R`` of singular values. Beyond the Grams
-    of its own layers a process needs at most four times ``bucket_bytes`` (or four times the largest layer's triangles):
-    the triangles, their sum's view of them, and the unpacked matrices.
+    of its own layers a process needs at most four times ``bucket_bytes`` (the triangles, their sum's view of them, and
+    the unpacked matrices), four times the largest layer's triangles, and that layer's rows in float64.
 
     Args:
         factors: this process's rows, same names in the same order everywhere.

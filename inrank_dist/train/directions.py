@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..engine.engine import Batches, Engine
 from ..lowrank.division import Processes, assign_owners, solve_once
-from ..lowrank.event import RankEvent, map_factors, orthogonalise
+from ..lowrank.event import grow, map_factors, orthogonalise
 from ..lowrank.spectrum import Factors, gram_matrices, gram_root, measure_spectra
 
 RANDOM_SHARE = 1e-6
@@ -28,8 +28,8 @@ def aim_at_gradient(
     others.
 
     Their columns of ``U`` are zero before and after, so the function does not change. Beside the two backward passes
-    there travel ``8 * sum F * (F + 1)`` bytes of Grams and ``8 * sum F * F`` of their solutions, then those of
-    ``measure_spectra`` and ``orthogonalise``.
+    there travel ``8 * sum F * (F + 1)`` bytes of Grams and ``8 * sum F * F`` of their solutions, 8 bytes a
+    layer of norms, then those of ``measure_spectra`` and ``orthogonalise``.
 
     Args:
         fresh: layer -> number ``F`` of fresh columns, the last ones; ``V`` is orthonormal there and ``U`` zero.
@@ -72,10 +72,7 @@ def aim_at_gradient(
         layer: Factors(engine.counted(rows.U, shapes[layer][0]), engine.counted(rows.V, shapes[layer][1]))
         for layer, rows in old.items()
     }
-    events = {}
-    for layer, count in fresh.items():
-        identity = torch.eye(first[layer], dtype=torch.float64)
-        events[layer] = RankEvent(identity, identity, fresh=count)
+    events = {layer: grow(first[layer], engine.layout[layer].modes) for layer in fresh}
     spectra = measure_spectra(counted, processes)
     overlapping = {layer: engine.counted(rows, shapes[layer][1]) for layer, rows in directions.items()}
     for layer, event in orthogonalise(events, counted, spectra, overlapping, processes).items():

@@ -89,15 +89,13 @@ class Trainer:
             batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
             loss, norm, rate = self._train_step(batches)
             self.step += 1
-            if self.ranks.due(self.step):
+            logs = self._is_due(self.config.log.interval)
+            saves = checkpoint.interval > 0 and self.step % checkpoint.interval == 0
+            if logs or saves or self.ranks.due(self.step):
                 self._check_finite(norm)
             records = self.ranks.after_step(self.step, batches, self._tokens_per_step)
             self.seconds = clock.seconds
 
-            logs = self._is_due(self.config.log.interval)
-            saves = checkpoint.interval > 0 and self.step % checkpoint.interval == 0
-            if logs or saves:
-                self._check_finite(norm)
             if logs:
                 self._log(loss, norm, rate, clock)
             for record in records:

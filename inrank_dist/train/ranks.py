@@ -151,7 +151,9 @@ class RankEvents:
         for name, event in events.items():
             if event.fresh:
                 rows = self.engine.counted_rows(self.shapes[name][1])
-                directions[name] = self._directions(name, step, event.fresh)[slice(*rows)].to(self.engine.device)
+                directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
+                # A copy of the rows: a view would keep every layer's whole Z alive at once.
+                directions[name] = directions[name].to(self.engine.device, copy=True)
         return orthogonalise(events, self.engine.factors(), spectra, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:

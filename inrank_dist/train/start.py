@@ -41,8 +41,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
         if layer.weight is embedding:
             raise UserError(
                 f"lowrank.targets {settings.targets} match {name}, which is tied to the embedding and cannot be "
-                "factored; "
-                "write targets that leave it out, or model.tie_embeddings: false"
+                "factored; write targets that leave it out, or model.tie_embeddings: false"
             )
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in targets.items()}
     for name, shape in shapes.items():
