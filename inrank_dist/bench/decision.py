@@ -18,7 +18,6 @@ import torch
 
 from ..engine.context import Context
 from ..lowrank.criterion import Decision, RankRule
-from ..lowrank.division import Processes
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import Factors, measure_spectra
 from .memory import peak_extra_bytes
@@ -143,10 +142,9 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
     }
     rows = {name: _rows(whole, context) for name, whole in factors.items()}
     sample = sample_layers(list(layers), workload.dense_layers)
-    processes = Processes(context.rank, context.world_size, context.sum)
 
     def ours(names: Iterable[str]) -> dict[str, int]:
-        spectra = measure_spectra({name: rows[name] for name in names}, processes)
+        spectra = measure_spectra({name: rows[name] for name in names}, context.processes)
         decisions = {
             name: workload.rule.decide(sigma, workload.rank, min(layers[name])) for name, sigma in spectra.sigma.items()
         }

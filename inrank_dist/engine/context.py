@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError
+from ..lowrank.division import Processes
 
 Result = TypeVar("Result")
 
@@ -61,6 +62,11 @@ class Context:
     def is_main(self) -> bool:
         """Whether this process writes the logs."""
         return self.rank == 0
+
+    @property
+    def processes(self) -> Processes:
+        """All processes, as those who solve the small problems of a rank decision together."""
+        return Processes(self.rank, self.world_size, self.sum)
 
     def start(self, timeout_seconds: int, *, always: bool = False) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``."""

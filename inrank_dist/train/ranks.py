@@ -11,7 +11,6 @@ from torch import Tensor
 from ..engine.engine import Batches, Engine
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
-from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
 from ..lowrank.final import budget_ranks, uniform_ranks
 from ..lowrank.init import generator_for, start_factors
@@ -45,7 +44,7 @@ class RankEvents:
     def __init__(self, engine: Engine, values: StartValues, settings: LowRankSettings, seed: int, steps: int) -> None:
         self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
-        self.processes = Processes(engine.context.rank, engine.context.world_size, engine.context.sum)
+        self.processes = engine.context.processes
         born = self._born if settings.base == "none" and settings.measure == "product" else None
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
