@@ -142,6 +142,8 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
     "decay": (2, {}),
     "decay, uneven": (3, {}),
     "product": (2, {"lowrank__base": "none", "lowrank__measure": "product"}),
+    "product, uneven": (3, {"lowrank__base": "none", "lowrank__measure": "product"}),
+    "update": (2, {"lowrank__base": "none", "lowrank__measure": "update"}),
 }
 
 
@@ -151,6 +153,8 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
         "decay",
         pytest.param("decay, uneven", marks=pytest.mark.slow),
         pytest.param("product", marks=pytest.mark.slow),
+        pytest.param("product, uneven", marks=pytest.mark.slow),
+        "update",
     ],
 )
 def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool, corpus: Path, variant: str) -> None:

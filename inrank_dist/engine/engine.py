@@ -193,10 +193,11 @@ class Engine:
                         betas=(self.optimizer_settings.beta1, self.optimizer_settings.beta2),
                         rule=self.optimizer_settings.moments_on_event,
                     )
+        del self.module, self.model, self.optimizer
+        gc.collect()  # the old model is a web of cycles; its memory is wanted before FSDP2 pads short shards
         self._build(layout, lambda name, _: tensors[name])
         for name, parameter in self.parameters().items():
             self._set_moments(parameter, moments[name])
-        gc.collect()  # the old model is a web of cycles; its memory is wanted now
         self.check()
 
     def check(self) -> None:

@@ -1,8 +1,9 @@
 """Spectra of every layer at once: local Grams, one all-reduce, small problems (METHOD section 2)."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,9 +17,21 @@ BUCKET_BYTES = 256 * 2**20
 """Most bytes of packed triangles that one all-reduce carries; the Grams of GPT-2 large fit into one."""
 
 
+class FactorRows(Protocol):
+    """Rows of two matrices whose product has a spectrum: ``U: (rows of out, R)``, ``V: (rows of in, R)``, ``R`` being
+    ``modes``; either may be empty."""
+
+    @property
+    def U(self) -> Tensor: ...
+    @property
+    def V(self) -> Tensor: ...
+    @property
+    def modes(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Factors:
-    """Rows of a layer's factors: ``U: (rows of out, R)``, ``V: (rows of in, R)``; either may be empty."""
+    """Rows of a layer's factors, as they are held."""
 
     U: Tensor
     V: Tensor
@@ -29,6 +42,42 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
+
+    As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a
+    small update would drown in the rounding of its Grams. Each is made when it is asked for and kept by nobody: all
+    layers at once would be four times the bytes of the factors.
+
+    Attributes:
+        now: the factors.
+        born: makes the same rows of them as they were born; columns that it lacks came by growth and were born zero.
+    """
+
+    now: Factors
+    born: Callable[[], Factors]
+
+    @property
+    def U(self) -> Tensor:
+        now, born = self.now.U.detach().double(), _widen(self.born().U, self.now.U)
+        return torch.cat([now - born, born], dim=1)
+
+    @property
+    def V(self) -> Tensor:
+        now, born = self.now.V.detach().double(), _widen(self.born().V, self.now.V)
+        return torch.cat([now, now - born], dim=1)
+
+    @property
+    def modes(self) -> int:
+        return 2 * self.now.modes
+
+
+def _widen(born: Tensor, like: Tensor) -> Tensor:
+    """Append columns of zeros; float64, on the device of ``like``."""
+    return torch.nn.functional.pad(born.to(like.device, torch.float64), (0, like.shape[1] - born.shape[1]))
+
+
+@dataclass(frozen=True)
 class Grams:
     """``U.T @ U`` and ``V.T @ V`` over all rows, each ``(R, R)`` float64, equal bit for bit on every process."""
 
@@ -36,7 +85,7 @@ class Grams:
     V: Tensor
 
 
-def gram_matrices(factors: Mapping[str, Factors], all_reduce: AllReduce) -> dict[str, Grams]:
+def gram_matrices(factors: Mapping[str, FactorRows], all_reduce: AllReduce) -> dict[str, Grams]:
     """Grams of all layers with one all-reduce.
 
     Each process passes the rows that it alone counts (every row of a factor on exactly one process). The collective
@@ -49,9 +98,7 @@ def gram_matrices(factors: Mapping[str, Factors], all_reduce: AllReduce) -> dict
     """
     packed = []
     for layer in factors.values():
-        rows, columns = torch.triu_indices(layer.modes, layer.modes, device=layer.U.device)
-        for factor in (layer.U, layer.V):
-            packed.append(_upper_gram(factor.detach().double())[rows, columns])
+        packed += [_packed_gram(layer.U), _packed_gram(layer.V)]
     summed = iter(sum_over_processes(packed, all_reduce))
     return {
         name: Grams(_unpack(next(summed), layer.modes), _unpack(next(summed), layer.modes))
@@ -59,14 +106,16 @@ def gram_matrices(factors: Mapping[str, Factors], all_reduce: AllReduce) -> dict
     }
 
 
-def _upper_gram(factor: Tensor) -> Tensor:
-    """``factor.T @ factor``; of what lies below the diagonal, only some is computed (PyTorch has no ``syrk``)."""
-    size = factor.shape[1]
+def _packed_gram(factor: Tensor) -> Tensor:
+    """Upper triangle of ``factor.T @ factor``, row by row; below the diagonal only some is computed (PyTorch has no
+    ``syrk``)."""
+    factor, size = factor.detach().double(), factor.shape[1]
     gram = factor.new_empty(size, size)
     edges = [size * strip // STRIPS for strip in range(STRIPS + 1)]
     for first, last in itertools.pairwise(edges):
         gram[first:last, first:] = factor[:, first:last].T @ factor[:, first:]
-    return gram
+    rows, columns = torch.triu_indices(size, size, device=factor.device)
+    return gram[rows, columns]
 
 
 def _unpack(triangle: Tensor, size: int) -> Tensor:
@@ -152,13 +201,14 @@ class Spectra:
 
 
 def measure_spectra(
-    factors: Mapping[str, Factors], processes: Processes, *, bucket_bytes: int = BUCKET_BYTES
+    factors: Mapping[str, FactorRows], processes: Processes, *, bucket_bytes: int = BUCKET_BYTES
 ) -> Spectra:
     """Singular values of all layers: Grams by one all-reduce a bucket, every layer solved once, answers by one more.
 
     The collectives carry ``8 * sum R * (R + 1)`` bytes of Grams and ``8 * sum R`` of singular values. Beyond the Grams
-    of its own layers a process needs at most four times ``bucket_bytes`` (the triangles, their sum's view of them, and
-    the unpacked matrices), four times the largest layer's triangles, and that layer's rows in float64.
+    of its own layers a process needs at most four times a bucket (the triangles, their sum's view of them, and the
+    unpacked matrices), which is ``bucket_bytes`` or the largest layer's triangles, four times the latter, and that
+    layer's rows in float64.
 
     Args:
         factors: this process's rows, same names in the same order everywhere.
@@ -176,9 +226,9 @@ def measure_spectra(
     return Spectra({name: sigma for name, (sigma,) in answers.items()}, owner, own, checksums)
 
 
-def _buckets(factors: Mapping[str, Factors], most: int) -> Iterator[dict[str, Factors]]:
+def _buckets(factors: Mapping[str, FactorRows], most: int) -> Iterator[dict[str, FactorRows]]:
     """Consecutive layers whose packed triangles fit into ``most`` bytes; at least one layer each."""
-    bucket: dict[str, Factors] = {}
+    bucket: dict[str, FactorRows] = {}
     size = 0
     for name, layer in factors.items():
         needed = 8 * layer.modes * (layer.modes + 1)

@@ -4,7 +4,9 @@ GLRL's greedy choice (Li, Luo, Lyu, arXiv 2012.09839; METHOD section 6) for fact
 gradient ``G: (out, in)`` of a weight is never formed. With ``U`` zero in the fresh columns, the gradient of those of
 ``U`` is ``G @ V_fresh``, a random sketch of its range, and with an orthonormal basis ``Q`` of that in their place the
 gradient of those of ``V`` is ``G.T @ Q``: one step of a randomised SVD (Halko, Martinsson, Tropp, arXiv 0909.4061,
-algorithm 4.4) in two backward passes.
+algorithm 4.4) in two backward passes. There are no columns to oversample with, so a start that is far from the top
+direction can miss it: on the tests' model the fresh columns hold 0.93 of the best possible energy on average (random
+ones 0.05) and 0.48 in the worst layer; a second step would make the average 0.95, for twice the cost.
 """
 
 from collections.abc import Mapping

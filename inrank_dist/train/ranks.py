@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.policy import Action
 from ..lowrank.settings import LowRankSettings
-from ..lowrank.spectrum import Factors, Spectra, measure_spectra
+from ..lowrank.spectrum import Factors, Learned, Spectra, measure_spectra
 from .directions import aim_at_gradient
 from .start import StartValues
 
@@ -45,6 +46,9 @@ class RankEvents:
         self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
         self.processes = engine.context.processes
+        self._born, self._born_rows = self._draw_born, self._draw_born_rows
+        if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
+            self._born, self._born_rows = cache(self._born), cache(self._born_rows)
         born = self._born if settings.base == "none" and settings.measure == "product" else None
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
@@ -168,23 +172,16 @@ class RankEvents:
             U, V = (rows[slice(*self.engine.rows(len(rows)))].to(self.engine.device) for rows in (whole.U, whole.V))
             self.engine.set_columns(name, self.engine.layout[name].modes - count, U, V)
 
-    def _updates(self) -> dict[str, Factors]:
-        """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
+    def _updates(self) -> dict[str, Learned]:
+        """What was learned, where the factors were not born zero."""
+        return {name: Learned(now, partial(self._born_rows, name)) for name, now in self.engine.factors().items()}
 
-        As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a
-        small update would drown in the rounding of its Grams. All layers at once: four times the bytes of the factors.
-        """
-        stacked = {}
-        for name, now in self.engine.factors().items():
-            born = self.values.factors(name)
-            U, V = now.U.double(), now.V.double()
-            U0, V0 = torch.zeros_like(U), torch.zeros_like(V)  # columns that came by growth were born zero
-            for whole, mine, size in ((born.U, U0, self.shapes[name][0]), (born.V, V0, self.shapes[name][1])):
-                mine[:, : whole.shape[1]] = whole[slice(*self.engine.counted_rows(size))]
-            stacked[name] = Factors(torch.cat([U - U0, U0], dim=1), torch.cat([V, V - V0], dim=1))
-        return stacked
+    def _draw_born_rows(self, layer: str) -> Factors:
+        """The rows of ``engine.factors()`` as they were born."""
+        whole = self.values.factors(layer)
+        return Factors(*(rows[slice(*self.engine.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
 
-    def _born(self, out_features: int, in_features: int, modes: int) -> Factors:
+    def _draw_born(self, out_features: int, in_features: int, modes: int) -> Factors:
         """Factors of a shape as they are born; the explained ratio does not see their scale."""
         generator = generator_for(self.seed, "null born", out_features, in_features)
         return start_factors(out_features, in_features, modes, self.settings.init, 1.0, generator)
