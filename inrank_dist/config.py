@@ -88,7 +88,16 @@ class Config:
     def to_yaml(self) -> str:
         """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
         # In ASCII: the same in every locale, and PyYAML itself reads a raw U+0085 back as a space.
-        return yaml.dump(dataclasses.asdict(self), Dumper=_Dumper, sort_keys=False)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value, under the names that a YAML file has."""
+        return {
+            section: {
+                key_of(setting): getattr(getattr(self, section), setting.name) for setting in dataclasses.fields(kind)
+            }
+            for section, kind in SECTIONS.items()
+        }
 
     def without_effect(self, given: Iterable[str]) -> list[str]:
         """Sentences about the dotted keys in ``given`` that do nothing in this configuration.
@@ -122,17 +131,22 @@ class Config:
             no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
         if source == "stdlib":
             no_effect("data.source is stdlib", "data", "text_column", "join_rows")
-        values = dataclasses.asdict(self)
+        values = self.to_dict()
         for section, kind in SECTIONS.items():
             for setting in dataclasses.fields(kind):
-                if values[section][setting.name] == default_of(setting):
-                    idle.pop(f"{section}.{setting.name}", None)
+                if values[section][key_of(setting)] == default_of(setting):
+                    idle.pop(f"{section}.{key_of(setting)}", None)
         return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given))]
+
+
+def key_of(setting: "dataclasses.Field[Any]") -> str:
+    """What a YAML file calls a setting: ``async`` is no name in Python, so its field is ``async_``."""
+    return setting.name.rstrip("_")
 
 
 def _types(section: type) -> dict[str, Any]:
     hints = typing.get_type_hints(section)
-    return {key.name: hints[key.name] for key in dataclasses.fields(section)}
+    return {key_of(setting): hints[setting.name] for setting in dataclasses.fields(section)}
 
 
 SECTIONS: dict[str, Any] = _types(Config)
@@ -176,18 +190,22 @@ def _build(values: dict[str, Any]) -> Config:
     for section, kind in SECTIONS.items():
         present = sections.setdefault(section, {})
         missing = [
-            key.name
-            for key in dataclasses.fields(kind)
-            if key.name not in present and default_of(key) is dataclasses.MISSING
+            key_of(setting)
+            for setting in dataclasses.fields(kind)
+            if key_of(setting) not in present and default_of(setting) is dataclasses.MISSING
         ]
         if missing:
             names = ", ".join(f"{section}.{name}" for name in missing)
             are, each = ("is", "") if len(missing) == 1 else ("are", " for each")
             raise UserError(f"{names} {are} missing; write {in_words(SETTINGS[f'{section}.{missing[0]}'])}{each}")
     try:
-        return Config(**{section: kind(**sections[section]) for section, kind in SECTIONS.items()})
+        return Config(**{section: _fill(kind, sections[section]) for section, kind in SECTIONS.items()})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _fill(kind: Any, values: dict[str, Any]) -> Any:
+    return kind(**{s.name: values[key_of(s)] for s in dataclasses.fields(kind) if key_of(s) in values})
 
 
 def default_of(key: "dataclasses.Field[Any]") -> Any:

@@ -219,3 +219,44 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
     for name in layers:
         engine.context.sum(gradients[name])
     return gradients
+
+
+def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Train with NaN in one process's loss or in its part of the gradient at one step.
+
+    Returns:
+        The records, and what changed in the step: names of parameters and moments.
+    """
+    recorded: list[list[dict[str, Any]]] = []
+    changed: list[str] = []
+
+    def hook(trainer: Trainer) -> None:
+        engine, train_step = trainer.engine, trainer._train_step
+        accumulate, gradient_norm = engine.accumulate, engine.gradient_norm
+
+        def bad() -> bool:
+            return trainer.step == step and trainer.context.rank == process
+
+        def norm() -> tuple[Tensor, Tensor]:
+            if where == "gradient" and bad():
+                next(rows for rows in engine._gradients() if rows.numel()).fill_(float("nan"))
+            return gradient_norm()
+
+        def loss(batches: Any, tokens: int, **options: Any) -> Tensor:
+            total = accumulate(batches, tokens, **options)
+            return total * float("nan") if where == "loss" and bad() else total
+
+        def observed(batches: Any) -> Any:
+            before = {name: whole(tensor).clone() for name, tensor in engine.tensors().items()}
+            verdict = train_step(batches)
+            if trainer.step == step:
+                after = {name: whole(tensor) for name, tensor in engine.tensors().items()}
+                changed.extend(name for name in after if not torch.equal(after[name], before[name]))
+                assert all(p.grad is None for p in engine.parameters().values())
+            return verdict
+
+        engine.accumulate, engine.gradient_norm, trainer._train_step = loss, norm, observed  # type: ignore
+
+    recorder, _ = train(config, hook=hook)
+    recorded.append(recorder.records)
+    return recorded[0], changed

@@ -9,7 +9,7 @@ import torch
 from inrank_dist.config import Config, load_config
 from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
-from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints
+from inrank_dist.train.checkpoint import resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
 
@@ -91,7 +91,7 @@ def train(
     try:
         data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
         recorder = Recorder()
-        checkpoint = find_checkpoint(config.run.folder) if resume and list_checkpoints(config.run.folder) else None
+        checkpoint = resumable(config.run.folder, context) if resume else None
         trainer = Trainer(config, context, data, checkpoint)
         next_batch = trainer.loader.next_batch
 

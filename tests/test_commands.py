@@ -112,9 +112,13 @@ def test_train_again_says_that_it_is_complete_and_more_steps_go_on(
     assert main(["train", "--config", config]) == 0
     assert "complete at step 30" in caplog.text
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert main(["train", "--config", config, "--train.steps", "33"]) == 0
+    more = ["train", "--config", config, "--train.steps", "33"]
+    assert main(more) == 2  # another learning rate at every step: only if that is meant
+    assert main([*more, "--allow-change", "train.steps", "--log.interval", "2", "--checkpoint.async", "true"]) == 0
+    for line in ("train.steps was 30 up to step 30, now it is 33", "log.interval was 1 up to step 30, now it is 2"):
+        assert line in caplog.text
     assert [record["step"] for record in records(run, "resume")] == [30]
-    assert [record["step"] for record in records(run, "step")] == list(range(1, 34))
+    assert [record["step"] for record in records(run, "step")] == [*range(1, 31), 32, 33]
     assert list_checkpoints(run)[-1].name == "step-00000033"
 
 

@@ -54,7 +54,7 @@ def test_one_step_moves_both_factors_by_the_gradient_at_the_same_point() -> None
             options=BuildOptions(frobenius_decay=strength),
         )
         engine.accumulate([(tokens, tokens)], tokens.numel())
-        engine.step(lr)
+        engine.step(lr, engine.gradient_norm()[0])
         after[strength] = {name: p.detach().cpu().double() for name, p in engine.module.named_parameters()}
     for layer in layout:
         U, V = start(f"{layer}.U"), start(f"{layer}.V")

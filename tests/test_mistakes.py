@@ -199,6 +199,8 @@ def test_config_file(place: Path, fails: Fails, command: str, spoil: Callable[[P
         ("eval --run x --train.steps 3", "'--train.steps'"),
         ("generate --run x hello", "'hello'"),
         ("report --run x --step 2", "'--step'"),
+        ("verify", "required: --run"),
+        ("verify --run x --step 2", "'--step'"),
         ("eval --run x --step two", "--step: invalid int value: 'two'"),
         ("generate --run x --tokens 0", "--tokens is 0"),
         ("generate --run x --samples 0", "--samples is 0"),
@@ -344,17 +346,17 @@ def test_tokenizer_that_changes_text(place: Path, fails: Fails) -> None:
 
 # Runs and checkpoints.
 
-RESUME = ("train", "--train.steps", 6, "--lowrank.warmup_steps", 4, "--config")
+RESUME = ("train", "--train.steps", 6, "--allow-change", "train.steps", "--lowrank.warmup_steps", 4, "--config")
 
 
 def test_the_run_that_others_damage_is_good(damaged: Path) -> None:
     """Else the tests below could fail for the wrong reason."""
     assert main([*map(str, RESUME), str(damaged.parent / "config.yaml")]) == 0
-    for command in ("eval", "inspect", "report"):
+    for command in ("eval", "inspect", "report", "verify"):
         assert main([command, "--run", str(damaged)]) == 0
 
 
-@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "report"])
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "report", "verify"])
 def test_a_folder_that_is_no_run(tmp_path: Path, fails: Fails, command: str) -> None:
     assert f"{tmp_path}/none" in fails(command, "--run", tmp_path / "none")
     assert str(tmp_path) in fails(command, "--run", tmp_path)
@@ -369,10 +371,10 @@ def test_a_step_without_checkpoint(trained: Path, fails: Fails, command: str) ->
     assert error == f"{trained} holds no checkpoint of step 3; write one of 2, 4"
 
 
-@pytest.mark.parametrize("command", ["eval", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["eval", "generate", "inspect", "verify"])
 def test_a_run_whose_checkpoints_were_removed(damaged: Path, fails: Fails, command: str) -> None:
     shutil.rmtree(damaged / "checkpoints")
-    assert fails(command, "--run", damaged).startswith(f"{damaged} holds no complete checkpoint")
+    assert fails(command, "--run", damaged) == f"{damaged} holds no checkpoint; train it first"
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,7 @@ def test_a_resumed_run_with_other_settings(damaged: Path, fails: Fails, words: s
 def test_a_resumed_run_with_other_data(damaged: Path, fails: Fails) -> None:
     """Found only once the data is prepared; the run folder is still as it was."""
     before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
-    words = ["--data.max_bytes", 3000]
+    words = ["--data.max_bytes", 3000, "--allow-change", "data.max_bytes"]
     assert "restore them" in fails(*RESUME, damaged.parent / "config.yaml", *words)
     assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
 
@@ -415,40 +417,63 @@ def change_format(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
+        ("manifest.json", change_format),
+        ("manifest.json", Path.unlink),
+        ("complete", Path.unlink),
         ("state.json", empty),
         ("state.json", halve),
-        ("state.json", change_format),
         ("state.json", Path.unlink),
         ("config.yaml", empty),
         ("config.yaml", Path.unlink),
+        ("tokenizer.model", halve),
         ("*.safetensors", empty),
         ("*.safetensors", halve),
         ("*.safetensors", Path.unlink),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "inspect"])
-def test_a_damaged_checkpoint(
+def test_damaged_checkpoints(
     damaged: Path, fails: Fails, command: str, name: str, damage: Callable[[Path], None]
 ) -> None:
-    checkpoint = damaged / "checkpoints" / "step-00000004"
-    (file,) = checkpoint.glob(name)
-    damage(file)
+    """Where the newest alone is damaged, the one before it is used; here both are."""
+    files = [*(damaged / "checkpoints").glob(f"*/{name}")]
+    assert len(files) == 2
+    for file in files:
+        damage(file)
+    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
     words = [*RESUME, damaged.parent / "config.yaml"] if command == "train" else [command, "--run", damaged]
-    assert str(checkpoint) in fails(*words)
+    error = fails(*words)
+    assert max(files).name in error and str(max(files).parent) in error
+    assert f"{damaged} holds no checkpoint that can be used: restore one, or write another run.dir" in error
+    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", [empty, halve, Path.unlink])
-def test_a_damaged_tokenizer(damaged: Path, fails: Fails, damage: Callable[[Path], None]) -> None:
-    file = damaged / "checkpoints" / "step-00000004" / "tokenizer.model"
-    damage(file)
-    assert f"tokenizer {file}" in fails("generate", "--run", damaged)
+def test_a_damaged_checkpoint_that_is_asked_for(damaged: Path, fails: Fails) -> None:
+    """No other is taken in its place."""
+    halve(damaged / "checkpoints" / "step-00000004" / "tokenizer.model")
+    assert "step-00000004/tokenizer.model is damaged" in fails("generate", "--run", damaged, "--step", 4)
+    assert main(["inspect", "--run", str(damaged), "--step", "2"]) == 0
 
 
-def test_text_that_changed_since(damaged: Path, fails: Fails) -> None:
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(
+    damaged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a loud line, and not from the start."""
+    empty(damaged / "checkpoints" / "step-00000004" / "state.json")
+    assert main([*map(str, RESUME), str(damaged.parent / "config.yaml")]) == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("step-00000004/state.json is damaged" in line for line in warnings)
+    records = [json.loads(line) for line in (damaged / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "resume"] == [2]
+    assert main(["verify", "--run", str(damaged)]) == 0
+
+
+def test_text_that_changed_since(place: Path, fails: Fails) -> None:
     """``eval`` on other text than the run's would give a figure that compares to nothing."""
-    config = damaged / "checkpoints" / "step-00000004" / "config.yaml"
-    config.write_text(config.read_text().replace("max_bytes: null", "max_bytes: 3000"))
-    assert "the data has changed" in fails("eval", "--run", damaged)
+    steps = ["--train.steps", "1", "--lowrank.warmup_steps", "1"]
+    assert main(["train", "--config", str(place / "config.yaml"), *steps]) == 0
+    (place / "corpus" / "a.txt").write_text(TEXT * 60)
+    assert "the data has changed" in fails("eval", "--run", place / "run")
 
 
 def test_report_of_a_run_with_a_broken_line(damaged: Path, fails: Fails) -> None:

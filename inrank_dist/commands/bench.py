@@ -6,10 +6,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from ..bench.checkpoint import WAYS, Cost, measure_checkpoints
+from ..bench.checkpoint import as_table as as_cost_table
 from ..bench.decision import SHAPES, ModelShape, Result, Workload, measure_decision
 from ..bench.decision_table import as_record, as_table, notes
+from ..config import Config, load_config
+from ..data import check_batch_sizes, prepare
 from ..data.store import write_atomically
 from ..engine.context import Context
 from ..errors import UserError
@@ -49,10 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model is extrapolated, marked with ~",
     )
     decision.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured there as well")
+    checkpoint = subjects.add_parser(
+        "checkpoint",
+        help="time per step while saving checkpoints against without",
+        description="Steps of a config's model with a save in step with the training (sync) and behind it (async), "
+        "against steps without, in alternating rounds. Starts in one process or under torchrun; other settings of the "
+        "config as --section.key VALUE.",
+        allow_abbrev=False,
+    )
+    checkpoint.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings")
+    checkpoint.add_argument("--interval", metavar="N", type=int, default=20, help="steps to a checkpoint (default 20)")
+    checkpoint.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of each way (default 5)")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Measure and print one table."""
+    if arguments.subject == "checkpoint":
+        _checkpoint(arguments, rest)
+        return
     no_overrides(rest)
     shapes, workload = _shapes(arguments.shapes), _workload(arguments)
     _refuse_misfit(workload, shapes)
@@ -62,6 +81,35 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     results = [measure_decision(shape, workload, context) for shape in shapes]
     context.main_does(_show, [result for result in results if result], workload, context, arguments.json)
     context.stop()
+
+
+def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    for name in ("interval", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
+    config, _ = load_config(arguments.config, overrides)
+    steps = (arguments.rounds + 1) * len(WAYS) * arguments.interval
+    config.train.steps = max(config.train.steps, steps)
+    context = Context()
+    engine = config.parallel.resolve(context.world_size)
+    check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
+    context.start(config.parallel.timeout_seconds, always=engine != "local")
+    data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
+    cost = measure_checkpoints(config, context, data, interval=arguments.interval, rounds=arguments.rounds)
+    context.main_does(_show_cost, cost, config, context)
+    context.stop()
+
+
+def _show_cost(cost: Cost, config: Config, context: Context) -> None:
+    console = Console() if Console().is_terminal else Console(width=200)
+    console.print(as_cost_table(cost))
+    console.print(
+        f"{config.model.name} {config.model.num_layers} x {config.model.hidden_size}, {context.world_size} process(es) "
+        f"on {context.device.type}, torch {torch.__version__}: a checkpoint of {cost.bytes / 1e6:.1f} MB every "
+        f"{cost.interval} steps, {len(cost.seconds['off'])} rounds",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _show(results: Sequence[Result], workload: Workload, context: Context, file: Path | None) -> None:

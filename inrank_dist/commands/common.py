@@ -71,7 +71,7 @@ def load_trained(arguments: argparse.Namespace) -> TrainedModel:
     skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
     model = convert(skeleton, checkpoint.state.layout).to_empty(device="cpu")
     model.reset_buffers()
-    load_parameters(checkpoint, {name: p.detach() for name, p in model.named_parameters()})
+    load_parameters(checkpoint.folder, {name: p.detach() for name, p in model.named_parameters()})
     set_base_scale(model, config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step))
     return TrainedModel(checkpoint, config, tokenizer, skeleton, model.eval())
 

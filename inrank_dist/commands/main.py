@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import UserError
@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "validation loss and perplexity of a checkpoint",
     "generate": "samples of text from a checkpoint",
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
+    "verify": "whether the checkpoints of a run are whole and can be resumed from",
     "report": "one self-contained HTML file with plots",
     "bench": "time and memory of a decision against the published route",
 }
@@ -54,26 +55,68 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except UserError as error:
+        line = " ".join(str(error).split())
         if speaks:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return _leave(2)
+            print("error:", line, file=sys.stderr)
+        return _leave(2, line)
     except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(0)
-    except Exception:
+    except Exception as error:
+        stop = sys.modules.get("inrank_dist.train.stop")
+        if stop is not None and isinstance(error, stop.Stopped):
+            if speaks:
+                print(error, file=sys.stderr)
+            return _leave(stop.EXIT_STOPPED)
         if not _in_process_group():
             raise
+        return _leave(1, _tell(error))
+
+
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+"""What the messages hold that a process gets when another one has gone."""
+
+
+def _tell(error: Exception) -> str:
+    """Print the traceback of a failure, unless another process failed first and this is its echo.
+
+    Returns:
+        One line for the other processes.
+    """
+    line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    watch = _watch()
+    echo = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_CONNECTION)
+    first = watch.failure_of_another(wait_seconds=2.0 if echo else 0.0) if watch else None
+    rank = os.environ.get("RANK", "0")
+    if first:
+        watch.leave(first[1], sys.modules["inrank_dist.engine.watch"].farewell(rank, first))
+    if echo:
+        print(
+            f"process {rank} lost another process, which was killed or whose machine is gone ({line})", file=sys.stderr
+        )
+    else:
+        print(f"process {rank} failed:", file=sys.stderr)
         traceback.print_exc()
-        return _leave(1)
+    return line
 
 
-def _leave(status: int) -> int:
+def _leave(status: int, line: str = "") -> int:
     """End at once where there is a process group: to take it down in order would mean to wait for the others."""
     if _in_process_group():
+        watch = _watch()
+        if watch:
+            if line:
+                watch.tell_failure(status, line)
+            watch.leave(status, "")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def _watch() -> Any:
+    module = sys.modules.get("inrank_dist.engine.watch")
+    return module.current() if module is not None else None
 
 
 def _in_process_group() -> bool:

@@ -5,7 +5,7 @@ import ast
 import dataclasses
 import inspect
 
-from ..config import SECTIONS, SETTINGS, default_of, in_words, shown
+from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of, shown
 
 
 def settings_help() -> str:
@@ -15,7 +15,7 @@ def settings_help() -> str:
         group = parser.add_argument_group(section)
         meanings = _meanings(kind)
         for key in dataclasses.fields(kind):
-            dotted = f"{section}.{key.name}"
+            dotted = f"{section}.{key_of(key)}"
             default = default_of(key)
             standard = "required" if default is dataclasses.MISSING else f"default {shown(default)}"
             text = f"{meanings[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"

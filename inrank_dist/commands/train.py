@@ -1,7 +1,6 @@
 """``inrank train``: the main job."""
 
 import argparse
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -9,21 +8,36 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config, load_config, shown
+from ..config import SETTINGS, Config, load_config, shown
 from ..data import check_batch_sizes, prepare
 from ..engine.context import Context
+from ..engine.watch import Watch, interrupt
 from ..errors import UserError
-from ..train.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
 from ..train.report import write_report
 from ..train.start import dense_skeleton, layer_shapes
+from ..train.stop import Stopped, StopRequest
 from .common import add_config_arguments, read_config
 
 log = logging.getLogger("inrank_dist")
 
-FIXED = ("model", "lowrank", "tokenizer", "run.seed", "train.global_batch_size")
-"""Sections and settings that a resumed run cannot change."""
+HARMLESS = (
+    "run.name",
+    "run.dir",
+    "run.deterministic",
+    "parallel",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.activation_checkpointing",
+    "train.max_skipped",
+    "data",  # other text has another fingerprint and is refused for that
+    "checkpoint",
+    "eval",
+    "log",
+)
+"""Sections and settings that change a run by rounding at most; a resumed run takes them as they are now."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the settings, say what would be trained, touch nothing"
     )
+    parser.add_argument(
+        "--allow-change",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="go on with another value of this setting than the run was trained with so far (may be repeated)",
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -39,6 +60,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = read_config(arguments, overrides)
     if config is None:
         return
+    for key in arguments.allow_change:
+        if key not in SETTINGS:
+            raise UserError(f"--allow-change {key} names no setting; write one such as optimizer.lr")
     context = Context()
     engine = config.parallel.resolve(context.world_size)
     # Everything that can be wrong without data is found before a minute is spent on data.
@@ -49,24 +73,59 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         print(_plan(config, skeleton, shapes))
         return
     _refuse_unwritable(config.run.folder)
-    checkpoint = _checkpoint_to_resume(config)
-    if checkpoint and checkpoint.state.step >= config.train.steps:
-        log.info("%s is complete at step %d; raise train.steps to train on", config.run.folder, checkpoint.state.step)
-        return
-    data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
+    seen = peek_checkpoint(config.run.folder)
+    if seen:
+        _refuse_changes(config, seen, arguments.allow_change)
+        if seen.state.step >= config.train.steps and not seen.state.evaluation_due:
+            more = "a larger train.steps with --allow-change train.steps trains on"
+            log.info("%s is complete at step %d; %s", config.run.folder, seen.state.step, more)
+            if context.is_main and not (config.run.folder / "report.html").exists():  # killed before it was written
+                _report(config.run.folder)
+            return
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
-    context.start(config.parallel.timeout_seconds, always=engine != "local")
-    trainer = Trainer(config, context, data, checkpoint)
+    stop = StopRequest()
+    stop.listen(config.checkpoint.grace_seconds)
+    try:
+        context.start(config.parallel.timeout_seconds, always=engine != "local")
+        watch = Watch(context, config.run.folder / "hang", interrupt)
+        stop.told = watch.tell_stop
+        watch.start()
+        stopped = None
+        try:
+            _train(config, context, stop, watch, arguments.allow_change)
+        except Stopped as request:
+            stopped = request.with_traceback(None)  # whose frames hold the model
+        except BaseException:
+            if not context.is_distributed:  # else it goes on until the process has left
+                watch.stop()
+            raise
+        watch.stop()
+        context.stop()
+        if stopped:
+            raise stopped
+    finally:
+        stop.close()
+
+
+def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, allowed: Sequence[str]) -> None:
+    with stop.at_once():
+        data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
+        watch.meet("prepared")
+    watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
+    checkpoint = resumable(config.run.folder, context)
+    changed = _refuse_changes(config, checkpoint, allowed) if checkpoint else {}
+    watch.beat("building the model", config.parallel.timeout_seconds)
+    trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat)
     # Only now, when nothing is left to complain of, is the run folder touched.
     monitors = context.main_does(_open_run_folder, config, checkpoint) or Monitors()
+    for key, (was, now) in changed.items():
+        log.info("%s was %s up to step %d, now it is %s", key, was, trainer.step, now)
     try:
         trainer.run(monitors)
     finally:
         monitors.close()
     context.main_does(_report, config.run.folder)
-    del trainer
-    context.stop()
 
 
 def _plan(config: Config, skeleton: torch.nn.Module, shapes: dict[str, tuple[int, int]]) -> str:
@@ -89,22 +148,26 @@ def _plan(config: Config, skeleton: torch.nn.Module, shapes: dict[str, tuple[int
     return "\n".join(lines)
 
 
-def _checkpoint_to_resume(config: Config) -> Checkpoint | None:
-    folder = config.run.folder
-    if not list_checkpoints(folder):
-        return None
-    checkpoint = find_checkpoint(folder)
-    before, now = (dataclasses.asdict(each) for each in (load_config(checkpoint.config_file)[0], config))
-    for fixed in FIXED:
-        section, _, key = fixed.partition(".")
-        for name in [key] if key else now[section]:
-            was, is_now = shown(before[section][name]), shown(now[section][name])
-            if was != is_now:
-                raise UserError(
-                    f"{folder} was trained with {section}.{name} {was}, now it is {is_now}; "
-                    f"write {was}, or another run.dir to start anew"
-                )
-    return checkpoint
+def _refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Settings that are not what they were when the checkpoint was written: key -> then, now.
+
+    Raises:
+        UserError: one that changes the mathematics and is not allowed to.
+    """
+    before, now = load_config(checkpoint.config_file)[0].to_dict(), config.to_dict()
+    changed = {}
+    for dotted in SETTINGS:
+        section, _, key = dotted.partition(".")
+        was, is_now = shown(before[section][key]), shown(now[section][key])
+        if was == is_now:
+            continue
+        if section not in HARMLESS and dotted not in HARMLESS and dotted not in allowed:
+            raise UserError(
+                f"{config.run.folder} was trained with {dotted} {was}, now it is {is_now}; write {was}, or another "
+                f"run.dir to start anew, or --allow-change {dotted} to go on with it"
+            )
+        changed[dotted] = (was, is_now)
+    return changed
 
 
 def _refuse_unwritable(folder: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,11 @@ class Context:
         return self.rank == 0
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether the process group is up."""
+        return dist.is_initialized()
+
+    @property
     def processes(self) -> Processes:
         """All processes, as those who solve the small problems of a rank decision together."""
         return Processes(self.rank, self.world_size, self.sum)
@@ -74,6 +79,8 @@ class Context:
             torch.cuda.set_device(self.device)
         if (self.world_size == 1 and not always) or dist.is_initialized():
             return
+        # torch's flight recorder: which collectives this process has entered, for the dump when one hangs.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if self.world_size == 1:
@@ -124,6 +131,14 @@ class Context:
         if failure[0] is not None:
             raise failure[0]
         return result
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """The values of all processes, by rank; small, picklable ones."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=group)
+        return values
 
     def agree(self, what: str, answers: Mapping[str, object]) -> None:
         """Check that all processes hold the same answers, by hash; one small all-reduce when they do.

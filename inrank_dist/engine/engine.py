@@ -19,7 +19,7 @@ from ..lowrank.linear import set_base_scale
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from .context import Context
-from .optimizer import MOMENTS, OptimizerSettings, build_optimizer, map_moments
+from .optimizer import OptimizerSettings, build_optimizer, map_moments
 
 Values = Callable[[str], Tensor]
 """Parameter name -> its whole start value on CPU, the same on every process."""
@@ -243,27 +243,38 @@ class Engine:
         return logits
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
+    def gradient_norm(self) -> tuple[Tensor, Tensor]:
+        """Norm of the gradient over all parameters, and of what this process holds of it; float32 scalars on the
+        device."""
+        mine = torch.nn.utils.get_total_norm(self._gradients())
+        norm = mine.square()
+        self._sum_over_shards(norm)
+        return norm.sqrt(), mine
+
+    @torch.no_grad()
+    def step(self, lr: float, norm: Tensor) -> None:
         """Clip the gradients, move the parameters, drop the gradients.
 
-        Returns:
-            The gradient norm over all parameters before clipping, a float32 scalar on the device.
+        Args:
+            norm: from ``gradient_norm``.
         """
-        gradients = [self._local(p.grad) for p in self.parameters().values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).square()
-        self._sum_over_shards(norm)
-        norm = norm.sqrt()
         if self.options.grad_clip > 0:
             scale = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(self._gradients(), scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.options.frobenius_decay > 0:
             self._decay_products(lr * self.options.frobenius_decay)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.drop_gradients()
         self.optimizer_steps += 1
-        return norm
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients; nothing else changes."""
+        self.optimizer.zero_grad()
+
+    def _gradients(self) -> list[Tensor]:
+        return [self._local(p.grad) for p in self.parameters().values() if p.grad is not None]
 
     def _decay_products(self, rate: float) -> None:
         """``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``: the gradient of ``|U V^T|_F^2 / 2`` (arXiv
@@ -302,7 +313,7 @@ class Engine:
         parameters = self.parameters()
         held = {name: self._local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
         gradients = {layer: Factors(held[f"{layer}.U"], held[f"{layer}.V"]) for layer in self.layout}
-        self.optimizer.zero_grad()
+        self.drop_gradients()
         return gradients
 
     @torch.no_grad()
@@ -341,17 +352,13 @@ class Engine:
         for parameter in self.parameters().values():
             if parameter.requires_grad:
                 local = self._local(parameter)
-                self._set_moments(parameter, {name: torch.zeros_like(local) for name in self._remembered})
+                self._set_moments(
+                    parameter, {name: torch.zeros_like(local) for name in self.optimizer_settings.moments}
+                )
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter)
-        return {name: self._local(state[name]) for name in self._remembered} if state else {}
-
-    @property
-    def _remembered(self) -> tuple[str, ...]:
-        """Names of the moments; SGD without momentum has none."""
-        settings = self.optimizer_settings
-        return () if settings.name == "sgd" and settings.beta1 == 0 else MOMENTS[settings.name]
+        return {name: self._local(state[name]) for name in self.optimizer_settings.moments} if state else {}
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         if moments:

@@ -50,6 +50,11 @@ class OptimizerSettings:
         if not self.weight_decay >= 0:
             raise UserError(f"optimizer.weight_decay is {self.weight_decay}; write 0 or a positive number")
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What it remembers of each parameter; SGD without momentum nothing."""
+        return () if self.name == "sgd" and self.beta1 == 0 else MOMENTS[self.name]
+
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, decay_factors: bool) -> torch.optim.Optimizer:
     """The optimizer over the parameters of ``model`` that take gradients, in two groups: with and without weight decay.

@@ -16,13 +16,17 @@ class ParallelSettings:
     shard_size: int | None = None
     """Processes among which parameters are sharded, replicated over the rest (hybrid sharding); null: all."""
     timeout_seconds: int = 600
-    """A collective that takes longer ends the job."""
+    """A collective that takes longer ends the job; so does anything else of a run that takes longer."""
+    step_timeout_seconds: int = 120
+    """An optimizer step that takes longer ends the job, which then names the process that hangs; the first step after a
+    start or a rank event has timeout_seconds."""
 
     def __post_init__(self) -> None:
         if self.shard_size is not None and self.shard_size < 1:
             raise UserError(f"parallel.shard_size is {self.shard_size}; write at least 1, or null for all processes")
-        if self.timeout_seconds < 1:
-            raise UserError(f"parallel.timeout_seconds is {self.timeout_seconds}; write at least 1")
+        for name in ("timeout_seconds", "step_timeout_seconds"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name} is {getattr(self, name)}; write at least 1")
 
     def resolve(self, world_size: int) -> Literal["local", "ddp", "fsdp"]:
         """The engine for this many processes.

@@ -1,5 +1,7 @@
 """Validation loss, the same number for any engine and any number of processes."""
 
+from collections.abc import Callable
+
 import torch
 from datasets import Dataset
 
@@ -8,12 +10,23 @@ from ..engine.engine import Engine
 
 
 @torch.no_grad()
-def validation_loss(engine: Engine, dataset: Dataset, *, batch_size: int, max_sequences: int | None) -> float:
+def validation_loss(
+    engine: Engine,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    max_sequences: int | None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Mean loss in nats per token; every token counts once.
 
     Args:
         batch_size: sequences per forward pass of one process.
-        max_sequences: only the first so many; None: all.
+        max_sequences: so many sequences, spread evenly; None: all.
+        interrupted: asked before every batch, the same answer in all processes.
+
+    Returns:
+        The loss, or None where it was interrupted.
     """
     context = engine.context
     engine.model.eval()
@@ -25,6 +38,8 @@ def validation_loss(engine: Engine, dataset: Dataset, *, batch_size: int, max_se
         world_size=context.world_size,
         max_sequences=max_sequences,
     ):
+        if interrupted():
+            return None
         total[0] += engine.loss(batch.inputs, batch.targets)
         total[1] += (batch.targets >= 0).sum()
     context.sum(total)

@@ -1,26 +1,30 @@
 """The training loop."""
 
 import math
+import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config import Config
 from ..data import Loader, LoaderState, Prepared
 from ..engine.context import Context
 from ..engine.engine import Batches
-from ..errors import UserError
 from ..lowrank.convert import convert
 from ..lowrank.init import generator_for
-from .checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, CheckpointWriter, TrainState, load_tensors
 from .evaluation import validation_loss
+from .health import Health, Verdict
 from .monitors import Monitors
 from .ranks import RankEvents
 from .sampling import sample_tokens
 from .schedule import learning_rate
 from .start import StartValues, build_engine, dense_skeleton, layer_shapes, start_layout
+from .stop import Stopped, StopRequest
 
 
 class Trainer:
@@ -31,6 +35,8 @@ class Trainer:
         context: with its process group up.
         data: the prepared data.
         checkpoint: where to continue, or None.
+        stop: asks this process to stop.
+        beat: told what is done next and how many seconds that may take.
 
     Raises:
         UserError: the settings do not fit the model, the data, the checkpoint or the number of processes.
@@ -42,8 +48,12 @@ class Trainer:
         context: Context,
         data: Prepared,
         checkpoint: Checkpoint | None = None,
+        *,
+        stop: StopRequest | None = None,
+        beat: Callable[[str, float], None] = lambda doing, patience: None,
     ) -> None:
         self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
+        self.stop, self.beat = stop or StopRequest(), beat
         saved = checkpoint.state if checkpoint else None
         self.loader = Loader(
             data.train,
@@ -61,16 +71,22 @@ class Trainer:
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
         self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
         self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
+        self.health = Health(context, config.train, config.optimizer.lr)
         self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
         start = convert(skeleton, start_layout(shapes, config.lowrank))
         self.parameters_start = sum(parameter.numel() for parameter in start.parameters())
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.tokens, self.seconds, self.evaluation_due = 0, 0, 0.0, False
         if checkpoint and saved:
-            load_checkpoint(checkpoint, self.engine)
+            load_tensors(checkpoint.folder, saved, self.engine)
             self.ranks.load_state_dict(saved.ranks)
+            self.health.load_state_dict(saved.health)
             self.step, self.tokens, self.seconds = saved.step, saved.tokens, saved.seconds
-        self.train_loss: float | None = None
+            self.evaluation_due = saved.evaluation_due
+        self._resumed_at = self.step if saved else None  # there is a checkpoint of it already
+        self.train_loss = saved.train_loss if saved else None
         self.validation: float | None = None
+        companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
+        self.writer = CheckpointWriter(config.run.folder, context, config.checkpoint, companions)
 
     def run(self, monitors: Monitors) -> None:
         """Train to the last step.
@@ -79,48 +95,92 @@ class Trainer:
             monitors: told of everything worth writing down; empty on all processes but the first.
 
         Raises:
-            UserError: the loss is no longer a number.
+            UserError: the loss is no longer a number, or a checkpoint could not be written.
+            Stopped: on request; a checkpoint of the last step is complete.
         """
         self.monitors = monitors
-        train, checkpoint = self.config.train, self.config.checkpoint
         clock = _Clock(self.seconds, self.tokens)
+        patience = float(self.config.parallel.timeout_seconds)
         self._announce()
-        while self.step < train.steps:
-            batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
-            loss, norm, rate = self._train_step(batches)
-            self.step += 1
-            logs = self._is_due(self.config.log.interval)
-            saves = checkpoint.interval > 0 and self.step % checkpoint.interval == 0
-            if logs or saves or self.ranks.due(self.step):
-                self._check_finite(norm)
-            records = self.ranks.after_step(self.step, batches, self._tokens_per_step)
-            self.seconds = clock.seconds
-
-            if logs:
-                self._log(loss, norm, rate, clock)
-            for record in records:
-                self.monitors.write(record)
-            with clock.stopped():
-                if self._is_due(self.config.eval.interval) and self.config.eval.interval:
-                    self._evaluate()
-                if saves and self.step < train.steps:
-                    self._save()
+        self._between_steps(clock, stop=False)
+        while self.step < self.config.train.steps:
+            self.beat(f"step {self.step + 1}", patience)
+            stop, reshaped = self._train_one_step(clock)
+            self._between_steps(clock, stop)
+            # The first step after a start or a reshape may compile.
+            patience = float(getattr(self.config.parallel, "timeout_seconds" if reshaped else "step_timeout_seconds"))
+        self.beat("the end of the run", float(self.config.parallel.timeout_seconds))
         if self.config.eval.sample_tokens:
             self._sample()
         self._summarise()
-        self._save()
+        self.save()
+        self.writer.finish()
+        self.writer.close()
 
-    def _train_step(self, batches: Batches) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """One optimizer step; returns this process's summed loss, the gradient norm and the learning rate."""
+    def _train_one_step(self, clock: "_Clock") -> tuple[bool, bool]:
+        """One optimizer step with what follows from it; whether anyone asked to stop, and whether layers changed."""
+        batches, verdict, rate = self.take_step()
+        if verdict.reason or verdict.spike is not None:
+            self.monitors.write(_notice(verdict, self.step, self.health.skipped))
+        if verdict.failed:
+            self.writer.finish()  # raises
+        before = self.engine.layout
+        if self.ranks.due(self.step):
+            self.beat(f"the rank event after step {self.step}", self.config.parallel.timeout_seconds)
+        # A gradient that is not a number shows no direction.
+        records = self.ranks.after_step(self.step, None if verdict.reason else batches, self._tokens_per_step)
+        self.seconds = clock.seconds
+        if self._is_due(self.config.log.interval):
+            self._log(verdict, rate, clock)
+        for record in records:
+            self.monitors.write(record)
+        self.evaluation_due = self._is_due(self.config.eval.interval) and self.config.eval.interval > 0
+        return verdict.stop, self.engine.layout != before
+
+    def take_step(self) -> tuple[Batches, Verdict, float]:
+        """The next optimizer step, without what follows from it: its batches, what was found, the learning rate."""
+        batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
+        verdict, rate = self._train_step(batches)
+        self.step += 1
+        return batches, verdict, rate
+
+    def _between_steps(self, clock: "_Clock", stop: bool) -> None:
+        """Validation and checkpoint, where they are due; or the end, where it was asked for."""
+        last = self.step == self.config.train.steps
+        lasting, passing = self._saves(self.config.checkpoint.interval), self._saves(
+            self.config.checkpoint.ephemeral_interval
+        )  # fmt: skip
+        with clock.stopped():
+            if self.evaluation_due and not stop:
+                stop = not self._evaluate()
+            if stop and (self.evaluation_due or not last):
+                self.save(ephemeral=not lasting)
+                self.writer.finish()
+                raise Stopped(f"saved at step {self.step} and stopped; the same command goes on from there")
+            if (lasting or passing) and not last and self.step != self._resumed_at:
+                self.save(ephemeral=not lasting)
+
+    def _saves(self, interval: int) -> bool:
+        return interval > 0 and self.step > 0 and self.step % interval == 0
+
+    def _train_step(self, batches: Batches) -> tuple[Verdict, float]:
+        """One optimizer step, or none where it would do harm; what was found, and the learning rate."""
         # Dropout depends on seed, step and rank alone, so a resumed run needs no saved random state.
         seed = generator_for(self.config.run.seed, "step", self.step, self.context.rank).initial_seed()
         torch.manual_seed(seed)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.ranks.before_step(self.step)
         loss = self.engine.accumulate(batches, self._tokens_per_step)
-        norm = self.engine.step(rate)
+        norm, mine = self.engine.gradient_norm()
+        stop, failed = self.stop.signal is not None, self.writer.failure
+        verdict = self.health.judge(loss, norm, mine, self._tokens_per_step, stop=stop, failed=failed)
+        if verdict.reason:
+            self.engine.drop_gradients()
+        else:
+            self.engine.step(rate, norm)
         self.tokens += self._tokens_per_step
-        return loss, norm, rate
+        self.health.count(verdict, self.step + 1)
+        return verdict, rate
 
     @property
     def _tokens_per_step(self) -> int:
@@ -129,63 +189,67 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
 
-    def _check_finite(self, norm: torch.Tensor) -> None:
-        """Stop before a model that is lost is logged or saved. The norm is the same number on every process."""
-        if not bool(torch.isfinite(norm)):
-            raise UserError(
-                f"at step {self.step} the gradient norm is {float(norm)}; write a lower optimizer.lr than "
-                f"{self.config.optimizer.lr} or a longer schedule.warmup_steps, or go on from an earlier checkpoint"
-            )
-
-    def _log(self, loss: torch.Tensor, norm: torch.Tensor, rate: float, clock: "_Clock") -> None:
-        self.context.sum(loss)
-        self.train_loss = float(loss) / self._tokens_per_step
+    def _log(self, verdict: Verdict, rate: float, clock: "_Clock") -> None:
+        if math.isfinite(verdict.loss):
+            self.train_loss = verdict.loss
         self.monitors.write(
             {
                 "kind": "step",
                 "step": self.step,
-                "loss": self.train_loss,
+                "loss": verdict.loss,
                 "tokens": self.tokens,
                 "tokens_per_s": clock.rate(self.tokens),
                 "lr": rate,
-                "grad_norm": float(norm),
+                "grad_norm": verdict.norm,
                 "parameters": self.engine.parameter_count(),
             }
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Validate; False where someone asked to stop meanwhile, and it is still to be done."""
         batches = self.config.eval.batches
         self.ranks.before_step(self.step)  # the model as the next step would use it
-        self.validation = validation_loss(
+        loss = validation_loss(
             self.engine,
             self.data.validation,
             batch_size=self.config.train.micro_batch_size,
             max_sequences=batches * self.config.train.global_batch_size if batches else None,
+            interrupted=self._anyone_stops,
         )
-        self.monitors.write(
-            {"kind": "eval", "step": self.step, "loss": self.validation, "perplexity": perplexity(self.validation)}
-        )
+        if loss is None:
+            return False
+        self.validation, self.evaluation_due = loss, False
+        self.monitors.write({"kind": "eval", "step": self.step, "loss": loss, "perplexity": perplexity(loss)})
+        return True
 
-    def _save(self) -> None:
+    def _anyone_stops(self) -> bool:
+        self.beat(f"the validation after step {self.step}", self.config.parallel.timeout_seconds)
+        asked = torch.tensor(float(self.stop.signal is not None), device=self.engine.device)
+        self.context.sum(asked)
+        return bool(asked)
+
+    def save(self, *, ephemeral: bool = False) -> None:
+        """Write a checkpoint of the present step; with ``checkpoint.async`` behind the training."""
+        self.beat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
         state = TrainState(
             step=self.step,
+            optimizer_steps=self.engine.optimizer_steps,
             tokens=self.tokens,
             seconds=self.seconds,
+            train_loss=self.train_loss,
+            evaluation_due=self.evaluation_due,
             layout=self.engine.layout,
             ranks=self.ranks.state_dict(),
             loader=self.loader.state().to_dict(),
+            health=self.health.state_dict(),
             vocab_size=self.data.tokenizer.vocab_size,
             fingerprint=self.data.fingerprint,
             unigram_entropy=self.data.unigram_entropy,
+            tokenizer=self.data.tokenizer.fingerprint,
+            world_size=self.context.world_size,
+            versions=_versions(),
         )
-        save_checkpoint(
-            self.config.run.folder,
-            self.engine,
-            state,
-            config=self.config.to_yaml(),
-            save_tokenizer=self.data.tokenizer.save,
-            keep=self.config.checkpoint.keep,
-        )
+        self.writer.save(self.engine, state, ephemeral=ephemeral)
 
     def _sample(self) -> None:
         self.engine.model.eval()
@@ -254,6 +318,23 @@ class Trainer:
                 "world_size": self.context.world_size,
             }
         )
+
+
+def _notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:
+    """The record of a step that was skipped, or of a loss that stands out."""
+    if verdict.reason is None:
+        return {"kind": "spike", "step": step, "loss": verdict.loss, "deviations": verdict.spike}
+    return {
+        "kind": "skipped",
+        "step": step,
+        "reason": verdict.reason,
+        "processes": verdict.processes,
+        "skipped": skipped,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"inrank_dist": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def perplexity(loss: float) -> float:

@@ -63,11 +63,12 @@ class RankEvents:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
         self.engine.set_base_scale(self.policy.base_scale(step))
 
-    def after_step(self, step: int, batches: Batches, tokens: int) -> list[Record]:
+    def after_step(self, step: int, batches: Batches | None, tokens: int) -> list[Record]:
         """Do what is due after ``step`` completed optimizer steps.
 
         Args:
-            batches, tokens: the global batch of that step, for ``growth_init: gradient``.
+            batches, tokens: the global batch of that step, for ``growth_init: gradient``; None: its gradient is not a
+                number, and growth is random.
 
         Returns:
             Records for the monitors, none when nothing was due.
@@ -91,7 +92,7 @@ class RankEvents:
         if layout != self.engine.layout:
             self.engine.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
             fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
-            if fresh and self.settings.growth_init == "gradient":
+            if fresh and batches is not None and self.settings.growth_init == "gradient":
                 aim_at_gradient(self.engine, fresh, self.processes, batches, tokens)
             if self.settings.growth_init == "published":
                 self._open_as_published(fresh, step)

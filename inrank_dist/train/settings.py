@@ -31,10 +31,16 @@ class TrainSettings:
     """torch.compile each block."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass to save memory."""
+    max_skipped: int = 10
+    """Steps in a row that are skipped because the loss or the gradient is not a number before the run stops."""
+    spike_deviations: float = 6.0
+    """A loss this many standard deviations above the mean of the last 64 steps is reported as a spike; 0: none is."""
+    skip_spikes: bool = False
+    """Skip the steps of such losses, too."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size")
-        _at_least("train", self, 0, "grad_clip")
+        _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "max_skipped")
+        _at_least("train", self, 0, "grad_clip", "spike_deviations")
 
 
 @dataclass(kw_only=True)
@@ -66,10 +72,18 @@ class CheckpointSettings:
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep for good those of every so many steps; 0: none."""
+    ephemeral_interval: int = 0
+    """Optimizer steps between checkpoints that remove themselves when a newer one is complete; 0: none."""
+    async_: bool = False
+    """Copy to memory and write behind the training; needs memory for one more copy of the local shards."""
+    grace_seconds: float = 120.0
+    """After SIGTERM, SIGINT or SIGUSR1 the run saves and leaves within so many seconds, or leaves without saving."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, 0, "interval")
-        _at_least("checkpoint", self, 1, "keep")
+        _at_least("checkpoint", self, 0, "interval", "keep_every", "ephemeral_interval")
+        _at_least("checkpoint", self, 1, "keep", "grace_seconds")
 
 
 @dataclass(kw_only=True)

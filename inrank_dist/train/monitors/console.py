@@ -62,6 +62,11 @@ class ConsoleMonitor:
             self._rank_event(record)
         elif kind == "base_removed":
             self._say(f"{_at(record)}  base removed: the factors now stand alone")
+        elif kind == "skipped":
+            self._say(_skipped(record))
+        elif kind == "spike":
+            loss, above = fixed(record.get("loss"), 4), fixed(record.get("deviations"), 1)
+            self._say(f"{_at(record)}  loss {loss} is a spike: {above} standard deviations above the last ones")
         elif kind == "sample":
             self._say(f"{_at(record)}  sample: {self._printable(record)}")
         elif kind == "summary":
@@ -188,6 +193,12 @@ def _no_more_than_null(same: int, layers: int) -> str:
         f"in {same} of {layers} the rank is the null rank within 2%: "
         "the rule found no more than it finds on untrained factors"
     )
+
+
+def _skipped(record: dict[str, Any]) -> str:
+    processes = ", ".join(str(process) for process in record.get("processes") or [])
+    where = f" on process {processes}" if processes else ""
+    return f"{_at(record)}  skipped: {record.get('reason')}{where} ({_whole(record.get('skipped'))} skipped so far)"
 
 
 def _at(record: dict[str, Any]) -> str:

@@ -1,0 +1,68 @@
+"""``inrank verify``: which checkpoints of a run can be resumed from."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import UserError
+from ..train.checkpoint import Finding, examine
+from .common import no_overrides
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR``."""
+    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Hash every file of every checkpoint, compare the tensors' headers with what settings and rank table make, and
+    print a table of what was found.
+
+    Raises:
+        UserError: a checkpoint cannot be resumed from, or there is none.
+    """
+    no_overrides(rest)
+    if not arguments.run.is_dir():
+        raise UserError(f"{arguments.run} is not a run folder; write --run with the folder of a training run")
+    checkpoints, left = examine(arguments.run)
+    if checkpoints or left:
+        # A table that is piped is not squeezed into 80 columns.
+        console = Console() if Console().is_terminal else Console(width=240)
+        console.print(_table([*checkpoints, *left]))
+    if not checkpoints:
+        raise UserError(f"{arguments.run} holds no checkpoint; train it first")
+    bad = [finding.folder.name for finding in checkpoints if not finding.resumable]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(checkpoints)} checkpoints of {arguments.run} cannot be resumed from: "
+            f"{', '.join(bad)}; restore them from a copy, or remove them"
+        )
+
+
+def _table(findings: Sequence[Finding]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("step", "state", "resumable", "ephemeral"):
+        table.add_column(heading)
+    for heading in ("files", "size"):
+        table.add_column(heading, justify="right")
+    table.add_column("problem", overflow="fold")
+    for finding in findings:
+        table.add_row(
+            finding.folder.name,
+            finding.state,
+            "yes" if finding.resumable else "no",
+            {True: "yes", False: "no", None: "-"}[finding.ephemeral],
+            str(finding.files),
+            f"{finding.bytes / 1e6:.1f} MB",
+            Text(_within(finding)),  # a name may hold what rich takes for a style
+        )
+    return table
+
+
+def _within(finding: Finding) -> str:
+    """The problem without the path of the folder, which the row has already."""
+    return finding.problem.replace(f"{finding.folder}/", "").replace(str(finding.folder), "it")

@@ -1,0 +1,32 @@
+"""Checkpoints: plain safetensors and JSON, the same for every engine and any number of processes. No pickle anywhere.
+
+``folder`` says what makes a checkpoint whole, ``state`` and ``tensors`` what is in it, ``contents`` whether that fits
+together, ``writer`` how it is written, ``reading`` which one a reader gets.
+"""
+
+from .contents import Checkpoint, Finding, examine
+from .folder import Damaged, folder_of, list_checkpoints, named_folders, step_of
+from .reading import find_checkpoint, open_checkpoint, peek_checkpoint, resumable
+from .state import TrainState
+from .tensors import load_parameters, load_tensors, stored_tensors
+from .writer import CheckpointWriter
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "Damaged",
+    "Finding",
+    "TrainState",
+    "examine",
+    "find_checkpoint",
+    "folder_of",
+    "list_checkpoints",
+    "load_parameters",
+    "load_tensors",
+    "named_folders",
+    "open_checkpoint",
+    "peek_checkpoint",
+    "resumable",
+    "step_of",
+    "stored_tensors",
+]

@@ -1,0 +1,123 @@
+"""Whether what a checkpoint holds fits together: settings, tokenizer, rank table, tensors. No tensor is loaded."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from ...config import load_config
+from ...data import Tokenizer
+from ...errors import UserError
+from ...lowrank.convert import convert
+from ..start import dense_skeleton
+from .folder import MANIFEST, MARKER, Damaged, leftovers, named_folders, read_manifest, verify
+from .state import STATE, TrainState, read_state
+from .tensors import difference, stored_tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: TrainState
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / "tokenizer.model"
+
+
+def check_contents(checkpoint: Checkpoint) -> None:
+    """Build the model of a checkpoint's own settings and rank table on ``meta`` and compare it with the headers of the
+    tensor files.
+
+    Raises:
+        Damaged: settings or tokenizer cannot be read, or something is not what the rest of the checkpoint makes it.
+    """
+    folder, state = checkpoint.folder, checkpoint.state
+    try:
+        config, _ = load_config(checkpoint.config_file)
+        tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    except UserError as error:
+        raise Damaged(str(error)) from None
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (state.tokenizer, state.vocab_size):
+        raise Damaged(f"{checkpoint.tokenizer_file} is not the tokenizer that {STATE} names")
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
+    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    for name, layer in state.layout.items():
+        if name not in linears:
+            raise Damaged(f"{folder / STATE} has a rank of {name}, which is no linear layer of the model")
+        limit = min(linears[name].in_features, linears[name].out_features)
+        if not layer.rank <= layer.modes <= limit:
+            raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")
+    parameters = dict(convert(skeleton, state.layout).named_parameters())
+    moments = {
+        f"optimizer.{moment}.{name}": parameter
+        for name, parameter in parameters.items()
+        if state.optimizer_steps > 0 and parameter.requires_grad
+        for moment in config.optimizer.moments
+    }
+    found = difference(stored_tensors(folder), parameters | moments, "its settings and rank table make")
+    if found:
+        raise Damaged(f"{folder} holds {found}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one folder below ``checkpoints``.
+
+    Attributes:
+        state: complete: all files are there as they were written; incomplete: it was never finished.
+        resumable: whether a run can go on from it: it is complete and its contents fit together.
+        ephemeral: whether it removes itself when a newer one is complete; None: its manifest cannot be read.
+        files, bytes: of what is there.
+        problem: what is wrong, in words; empty: nothing.
+    """
+
+    folder: Path
+    state: Literal["complete", "damaged", "incomplete"]
+    resumable: bool
+    ephemeral: bool | None
+    files: int
+    bytes: int
+    problem: str
+
+
+def examine(run_folder: Path) -> tuple[list[Finding], list[Finding]]:
+    """All checkpoints of a run, oldest first, and what interrupted saves left beside them; the run may go on meanwhile.
+
+    All files are hashed, in this process alone; no tensor is loaded.
+    """
+    why = "of a save or a removal that was interrupted or is under way; ignored, and swept away by the next save"
+    found = [_examine(folder) for folder in named_folders(run_folder)]
+    left = [Finding(folder, "incomplete", False, None, *_size(folder), why) for folder in leftovers(run_folder)]
+    return [finding for finding in found if finding.folder.exists()], left  # the run may have removed one
+
+
+def _examine(folder: Path) -> Finding:
+    sealed = all((folder / name).is_file() for name in (MANIFEST, MARKER))
+    state: Literal["complete", "damaged", "incomplete"] = "damaged" if sealed else "incomplete"
+    ephemeral, problem = None, ""
+    try:
+        ephemeral = read_manifest(folder).ephemeral
+        verify(folder)
+        state = "complete"
+        check_contents(Checkpoint(folder, read_state(folder)))
+    except Damaged as error:
+        problem = str(error)
+    return Finding(folder, state, not problem, ephemeral, *_size(folder), problem)
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    sizes = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # a save under way renames and removes
+            if not path.is_dir():
+                sizes.append(path.lstat().st_size)
+    return len(sizes), sum(sizes)

@@ -1,0 +1,292 @@
+"""A checkpoint's folder: how it comes to be whole, how a reader knows that it is, and which ones are kept.
+
+A checkpoint is ``checkpoints/step-00000100``. It is written as ``tmp-step-00000100``: first its files, each flushed to
+the disk; then ``manifest.json`` with the size and the sha256 of every file; then ``complete``, the sha256 of the
+manifest; then it gets its name. So a process or a machine may stop at any moment: what has the name, the marker and the
+files of its manifest is a whole checkpoint, and everything else is ignored and swept away by the next save. A reader
+hashes every file before it uses one.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+
+MANIFEST, MARKER = "manifest.json", "complete"
+
+TENSORS = ".safetensors"
+SUFFIXES = (TENSORS, ".json", ".yaml", ".model")
+"""What a checkpoint may hold: nothing that is run when it is read."""
+
+FORMAT = 2
+
+HASHERS = 8
+"""Files that one process hashes at once; hashlib lets other threads run meanwhile."""
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and sha256 (hex) of a file, as in the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    Attributes:
+        ephemeral: whether it removes itself when a newer one is complete.
+        files: name -> entry, of every file but the manifest and the marker.
+    """
+
+    ephemeral: bool
+    files: dict[str, FileEntry]
+
+
+def checkpoints_folder(run_folder: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_folder / "checkpoints"
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return checkpoints_folder(run_folder) / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def named_folders(run_folder: Path) -> list[Path]:
+    """Folders that have a checkpoint's name, whole or not, oldest first."""
+    try:
+        folders = list(checkpoints_folder(run_folder).iterdir())
+    except OSError:
+        return []
+    named = [folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name) and folder.is_dir()]
+    return sorted(named, key=step_of)
+
+
+def leftovers(run_folder: Path) -> list[Path]:
+    """What interrupted saves and removals left; the next save sweeps it away."""
+    return sorted(checkpoints_folder(run_folder).glob("tmp-*"))
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Folders of the complete checkpoints of a run, oldest first. Sizes are compared, contents are not hashed."""
+    return [folder for folder in named_folders(run_folder) if damage(folder) is None]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint as far as names and sizes tell; None: nothing."""
+    try:
+        read_manifest(folder)
+    except Damaged as error:
+        return str(error)
+    return None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all there, of the right size and of the right kind.
+
+    Raises:
+        Damaged: it is incomplete, or holds what no checkpoint holds.
+    """
+    try:
+        return _read_manifest(folder)
+    except OSError as error:
+        raise Damaged(f"{folder} cannot be read ({error.strerror})") from None
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    if folder.is_symlink():
+        raise Damaged(f"{folder} is a link; write the folder itself")
+    for name in (MARKER, MANIFEST):
+        if (folder / name).is_symlink() or not (folder / name).is_file():
+            raise Damaged(f"{folder} is incomplete: it has no {name}")
+    content, marker = (folder / MANIFEST).read_bytes(), (folder / MARKER).read_bytes()
+    if marker != f"{hashlib.sha256(content).hexdigest()}\n".encode():
+        raise Damaged(f"{folder / MANIFEST} is damaged: its sha256 is not the one in {MARKER}")
+    manifest = _parse_manifest(folder, content)
+    for path in sorted(folder.iterdir()):
+        if path.name not in manifest.files and path.name not in (MANIFEST, MARKER):
+            raise Damaged(f"{path} does not belong to the checkpoint; remove it")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise Damaged(f"{path} is {'no plain file' if path.exists() or path.is_symlink() else 'missing'}")
+        if path.stat().st_size != entry.bytes:
+            raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes and should have {entry.bytes}")
+    return manifest
+
+
+def _parse_manifest(folder: Path, content: bytes) -> Manifest:
+    try:
+        values = json.loads(content)
+        if values["format"] != FORMAT:
+            raise Damaged(f"{folder} has format {values['format']}; this version reads format {FORMAT}")
+        files = {str(name): FileEntry(**entry) for name, entry in values["files"].items()}
+        sound = isinstance(values["ephemeral"], bool) and all(
+            isinstance(entry.bytes, int) and isinstance(entry.sha256, str) for entry in files.values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"{folder / MANIFEST} is no manifest ({error!r})") from None
+    if not sound:
+        raise Damaged(f"{folder / MANIFEST} is no manifest (a value of the wrong type)")
+    for name in files:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not name.endswith(SUFFIXES):
+            raise Damaged(f"{folder / MANIFEST} lists {name!r}, which no checkpoint holds")
+    return Manifest(values["ephemeral"], files)
+
+
+def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True) -> None:
+    """Hash a checkpoint's files, this process's share of them, and compare with the manifest.
+
+    Args:
+        rank, count: process ``rank`` of ``count`` takes every ``count``-th file.
+        tensors: whether to hash the files of tensors too, which takes its time.
+
+    Raises:
+        Damaged: a file is not as it was written.
+    """
+    files = read_manifest(folder).files
+    entries = [(name, files[name]) for name in sorted(files) if tensors or not name.endswith(TENSORS)][rank::count]
+    names = [name for name, _ in entries]
+    for (name, expected), found in zip(entries, hash_files(folder, names).values(), strict=True):
+        if found != expected:
+            raise Damaged(f"{folder / name} is damaged: its sha256 is not the one in {MANIFEST}")
+
+
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Entries of files, several at once."""
+
+    def entry(name: str) -> FileEntry:
+        try:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+                return FileEntry(os.fstat(file.fileno()).st_size, digest.hexdigest())
+        except OSError as error:
+            raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
+
+    names = list(names)
+    with ThreadPoolExecutor(HASHERS) as pool:
+        return dict(zip(names, pool.map(entry, names), strict=True))
+
+
+def _digest(file: Any) -> Any:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def begin(final: Path) -> Path:
+    """Sweep away what interrupted saves and removals left, and make the private folder for a new checkpoint."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in leftovers(final.parent.parent):
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+    partial = final.with_name(f"tmp-{final.name}")
+    partial.mkdir()
+    return partial
+
+
+def seal(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Flush files to the disk; their entries."""
+    names = list(names)
+    for name in names:
+        _flush(folder / name)
+    return hash_files(folder, names)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """One file of JSON."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, ephemeral: bool) -> None:
+    """Make a private folder, whose files are sealed, the checkpoint."""
+    manifest = {"format": FORMAT, "ephemeral": ephemeral, "files": {name: asdict(e) for name, e in files.items()}}
+    write_json(partial / MANIFEST, manifest)
+    _flush(partial / MANIFEST)
+    digest = hashlib.sha256((partial / MANIFEST).read_bytes()).hexdigest()
+    (partial / MARKER).write_bytes(f"{digest}\n".encode())
+    _flush(partial / MARKER)
+    _flush(partial)
+    if final.exists():  # damaged, or of a run that went on from an earlier step
+        final.rename(final.with_name(f"tmp-old-{final.name}"))
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int) -> None:
+    """Remove complete checkpoints that are neither among the ``keep`` newest nor of a step that ``keep_every`` divides
+    (0: none), and every ephemeral one but the newest of all. What is incomplete is no checkpoint: it neither counts nor
+    goes; nor does one of a later step than ``newest``, which was just saved: the run went on from before it because
+    its bytes are damaged, and it must not push out a sound one.
+    """
+    folders = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= newest]
+    lasting = [folder for folder in folders if not read_manifest(folder).ephemeral]
+    wanted = {*folders[-1:], *lasting[-keep:]}
+    wanted |= {folder for folder in lasting if keep_every and step_of(folder) % keep_every == 0}
+    for folder in folders:
+        if folder not in wanted:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint: its name goes first, so that none is ever there in part."""
+    doomed = folder.with_name(f"tmp-removed-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def newest_sound(
+    run_folder: Path, folders: Iterable[Path], check: Callable[[Path], Any], say: Callable[[str], None]
+) -> tuple[Path, Any]:
+    """The newest of ``folders`` that passes ``check``, with what that returned; a loud line for each that does not.
+
+    Raises:
+        Damaged: none does; the message is that of the newest.
+    """
+    first: Damaged | None = None
+    for folder in sorted(folders, key=step_of, reverse=True):
+        try:
+            found = check(folder)
+        except Damaged as error:
+            first = first or error
+            say(f"warning: {error}; trying the checkpoint before it")
+            continue
+        return folder, found
+    raise Damaged(
+        f"{first}; {run_folder} holds no checkpoint that can be used: restore one, or write another run.dir"
+        if first
+        else f"{run_folder} holds no checkpoint; train it first"
+    )

@@ -1,0 +1,86 @@
+"""Which checkpoint a reader gets: the newest whose every file is as it was written."""
+
+import logging
+from pathlib import Path
+
+from ...engine.context import Context
+from ...errors import UserError
+from .contents import Checkpoint, check_contents
+from .folder import Damaged, named_folders, newest_sound, step_of, verify
+from .state import read_state
+
+log = logging.getLogger("inrank_dist")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint whose files were all hashed, in this process alone.
+
+    Raises:
+        Damaged: a file is not as it was written, or what it holds does not fit together.
+    """
+    verify(folder)
+    checkpoint = Checkpoint(folder, read_state(folder))
+    check_contents(checkpoint)
+    return checkpoint
+
+
+def find_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint that is not damaged, or that of a step.
+
+    Raises:
+        UserError: there is none, or that of the step is damaged.
+    """
+    if not run_folder.is_dir():
+        raise UserError(f"{run_folder} is not a run folder; write --run with the folder of a training run")
+    folders = named_folders(run_folder)
+    if step is None:
+        return newest_sound(run_folder, folders, open_checkpoint, log.warning)[1]
+    for folder in folders:
+        if step_of(folder) == step:
+            return open_checkpoint(folder)
+    present = ", ".join(str(step_of(folder)) for folder in folders) or "none: train it first"
+    raise UserError(f"{run_folder} holds no checkpoint of step {step}; write one of {present}")
+
+
+def peek_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """The newest checkpoint as far as all but its tensors tell, which are only looked for; None: there is none at all.
+
+    Raises:
+        Damaged: there are some, and all are damaged.
+    """
+    folders = named_folders(run_folder)
+
+    def peek(folder: Path) -> Checkpoint:
+        verify(folder, tensors=False)
+        return Checkpoint(folder, read_state(folder))
+
+    return newest_sound(run_folder, folders, peek, lambda line: None)[1] if folders else None
+
+
+def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
+    """The checkpoint to continue from, the same in all processes, which hash its files in shares; None: none at all.
+
+    Raises:
+        Damaged: there are some, and all are damaged.
+    """
+    folders = context.gather(named_folders(run_folder) if context.is_main else None)[0]
+    if not folders:
+        return None
+
+    def check(folder: Path) -> Checkpoint:
+        found = None
+        problem: str | None = None
+        try:
+            verify(folder, context.rank, context.world_size)
+            found = Checkpoint(folder, read_state(folder))
+            if context.is_main:
+                check_contents(found)
+        except Damaged as error:
+            problem = str(error)
+        problems = [each for each in context.gather(problem) if each]
+        if problems:
+            raise Damaged(problems[0])
+        assert found is not None
+        return found
+
+    return newest_sound(run_folder, folders, check, log.warning)[1]

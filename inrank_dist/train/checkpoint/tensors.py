@@ -1,0 +1,145 @@
+"""Tensors to safetensors files and back, through ``torch.distributed.checkpoint``: every process its own rows."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ...engine.engine import Engine
+from .folder import Damaged
+from .state import TrainState
+
+# A single process saves and loads on its own here, which is what is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+Group = dist.ProcessGroup | None
+"""Processes that write together; None: this one alone."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole tensor as the files' headers tell of it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
+    """Write tensors; all processes call it together."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+
+
+def stage_and_write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> "Future[Any]":
+    """Copy tensors to memory, then write them in another thread; they may change as soon as this returns."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group)
+    assert isinstance(written, Future)
+    return written
+
+
+def written_by(folder: Path, rank: int) -> list[str]:
+    """Names of the tensor files that a process wrote; none, if all its rows are empty."""
+    return sorted(path.name for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:
+    """Read parameters and moments into an engine that was built with the checkpoint's layout.
+
+    Raises:
+        Damaged: a tensor is missing, incomplete, or of another shape or dtype.
+    """
+    stored = stored_tensors(folder)
+    if state.optimizer_steps:
+        engine.allocate_moments(state.optimizer_steps)
+    target = engine.tensors()
+    check_tensors(folder, stored, target)
+    _read(folder, target)
+
+
+def load_parameters(folder: Path, parameters: dict[str, Tensor]) -> None:
+    """Read parameters alone into plain tensors, in one process.
+
+    Raises:
+        Damaged: as ``load_tensors``.
+    """
+    stored = {name: each for name, each in stored_tensors(folder).items() if not name.startswith("optimizer.")}
+    check_tensors(folder, stored, parameters)
+    _read(folder, parameters, no_dist=True)
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **options)
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, from the headers of its files alone.
+
+    Raises:
+        Damaged: a file is no safetensors file, or the files do not hold every element exactly once.
+    """
+    try:
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    except Exception as error:
+        raise Damaged(f"{folder} has a tensor file that cannot be read ({error})") from None
+    stored = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for index, place in metadata.storage_data.items():
+        dtypes.setdefault(index.fqn, set()).add(place.dtype)
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        whole = tuple(entry.size)
+        parts = sorted((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks if chunk.sizes.numel())
+        if not _covers(parts, whole):
+            raise Damaged(f"{folder} does not hold every row of {name} exactly once")
+        if len(dtypes[name]) > 1:
+            raise Damaged(f"{folder} holds parts of {name} in different dtypes")
+        stored[name] = Stored(whole, entry.properties.dtype)
+    return stored
+
+
+def _covers(parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], whole: tuple[int, ...]) -> bool:
+    """Whether parts (offsets, sizes), in order, are the rows of a whole tensor, each once.
+
+    torch reads what there is and leaves the rest as it was, without a word.
+    """
+    row = 0
+    for offsets, sizes in parts:
+        if offsets != (row, *[0] * (len(whole) - 1)) or sizes[1:] != whole[1:]:
+            return False
+        row += sizes[0]
+    return (row,) == whole[:1]
+
+
+def check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor]) -> None:
+    """Compare what is stored with what the settings and the rank table make.
+
+    Raises:
+        Damaged: with the name of the first tensor that differs.
+    """
+    found = difference(stored, wanted, "the settings make")
+    if found:
+        raise Damaged(f"{folder} holds {found}; train with the settings of this run, or write another run.dir")
+
+
+def difference(stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], make: str) -> str | None:
+    """The first tensor that is not stored as it is wanted, in words; None: all are."""
+    for name in sorted(stored.keys() | wanted.keys()):
+        is_there = stored.get(name)
+        made = Stored(tuple(wanted[name].shape), wanted[name].dtype) if name in wanted else None
+        if is_there != made:
+            return f"{name} as {_shown(is_there)} where {make} {_shown(made)}"
+    return None
+
+
+def _shown(tensor: Stored | None) -> str:
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

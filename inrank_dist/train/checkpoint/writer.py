@@ -1,0 +1,155 @@
+"""Writing checkpoints, in step with the training or behind it."""
+
+import errno
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ...engine.context import Context
+from ...engine.engine import Engine
+from ...errors import UserError
+from ..settings import CheckpointSettings
+from . import folder as folders
+from .folder import FileEntry
+from .state import STATE, TrainState, write_state
+from .tensors import stage_and_write_tensors, write_tensors, written_by
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run; all processes call every method together, but for ``failure``.
+
+    With ``checkpoint.async`` a save returns when the tensors are copied to memory; files, checksums and commit follow
+    in other threads, whose collectives have a process group of their own. One save is under way at a time.
+
+    Args:
+        run_folder: of the run.
+        context: with its process group up.
+        settings: section ``checkpoint``.
+        companions: name -> content of the small files that go with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        context: Context,
+        settings: CheckpointSettings,
+        companions: dict[str, bytes],
+    ) -> None:
+        self.run_folder, self.context, self.settings, self.companions = run_folder, context, settings, companions
+        # Objects and the threads of asynchronous saves need gloo and must not meet the collectives of the training.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, engine: Engine, state: TrainState, *, ephemeral: bool = False) -> None:
+        """Write a checkpoint, then remove those that ``checkpoint.keep`` and its kin do not want.
+
+        Raises:
+            UserError: it, or the one before that was still under way, could not be written. Those that were complete
+                before are still there.
+        """
+        self.finish()
+        final = folders.folder_of(self.run_folder, state.step)
+        partial = final.with_name(f"tmp-{final.name}")
+        self._on_main(final, lambda: folders.begin(final))
+        if self.settings.async_:
+            with _Told(final):
+                written = stage_and_write_tensors(partial, engine.tensors(), self._group)
+            self._pending = self._thread.submit(self._complete, final, partial, state, ephemeral, written.result)
+        else:
+            tensors = engine.tensors()
+            self._complete(final, partial, state, ephemeral, lambda: write_tensors(partial, tensors, self._group))
+
+    @property
+    def failure(self) -> bool:
+        """Whether a save behind the training has failed, as far as this process knows; ``finish`` raises its error."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finish(self) -> None:
+        """Wait for the save that is under way.
+
+        Raises:
+            UserError: it failed.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread, after whatever is under way."""
+        self._thread.shutdown(wait=True)
+
+    def _complete(
+        self, final: Path, partial: Path, state: TrainState, ephemeral: bool, write: Callable[[], Any]
+    ) -> None:
+        """Everything from the tensors' files to the removal of old checkpoints."""
+        with _Told(final):
+            write()
+        problem: str | None = None
+        files: dict[str, FileEntry] = {}
+        try:
+            with _Told(final):
+                files = folders.seal(partial, written_by(partial, self.context.rank))
+        except UserError as error:
+            problem = str(error)
+        answers = self.context.gather((files, problem), self._group)
+        for _, problem in answers:
+            if problem:
+                raise UserError(problem)
+        every = {name: entry for files, _ in answers for name, entry in files.items()}
+        self._on_main(final, lambda: self._commit(final, partial, state, ephemeral, every))
+        self._on_main(final, lambda: self._retain(state.step))
+
+    def _commit(
+        self, final: Path, partial: Path, state: TrainState, ephemeral: bool, files: dict[str, FileEntry]
+    ) -> None:
+        write_state(partial, state)
+        for name, content in self.companions.items():
+            (partial / name).write_bytes(content)
+        files |= folders.seal(partial, [STATE, *self.companions])
+        folders.commit(partial, final, files, ephemeral=ephemeral)
+
+    def _retain(self, newest: int) -> None:
+        folders.retain(self.run_folder, newest, keep=self.settings.keep, keep_every=self.settings.keep_every)
+
+    def _on_main(self, final: Path, work: Callable[[], object]) -> None:
+        """Process 0 does something; if it fails, all raise the same."""
+        problem: str | None = None
+        if self.context.is_main:
+            try:
+                with _Told(final):
+                    work()
+            except UserError as error:
+                problem = str(error)
+        problem = self.context.gather(problem, self._group)[0]
+        if problem:
+            raise UserError(problem)
+
+
+class _Told:
+    """Tells a failure to write in one line that names the checkpoint."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        cause = error
+        if isinstance(error, CheckpointException):
+            cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            advice = "free space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+            raise UserError(
+                f"{self.final} could not be written ({cause.strerror or cause}); {advice} and run the same command "
+                "again, it goes on from the last complete checkpoint"
+            ) from None
+        if isinstance(error, CheckpointException):
+            raise RuntimeError(f"{self.final} could not be written: {error}") from None

@@ -1,0 +1,119 @@
+"""Which checkpoints are kept."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import small_config, train
+
+from inrank_dist.train.checkpoint import folder_of, list_checkpoints
+from inrank_dist.train.checkpoint.folder import begin, commit, retain, seal
+from inrank_dist.train.loop import Trainer
+
+
+def make(run: Path, step: int, *, ephemeral: bool = False) -> Path:
+    """A complete checkpoint with next to nothing in it."""
+    final = folder_of(run, step)
+    partial = begin(final)
+    (partial / "state.json").write_text("{}")
+    commit(partial, final, seal(partial, ["state.json"]), ephemeral=ephemeral)
+    return final
+
+
+def kept(run: Path) -> list[int]:
+    """Steps of all folders with a checkpoint's name."""
+    return sorted(int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("ephemeral", "keep", "keep_every", "left"),
+    [
+        ((), 1, 0, [6]),
+        ((), 2, 0, [5, 6]),
+        ((), 9, 0, [1, 2, 3, 4, 5, 6]),
+        ((), 1, 2, [2, 4, 6]),
+        ((), 2, 3, [3, 5, 6]),
+        ((6,), 2, 0, [4, 5, 6]),  # the newest of all stays, whatever it is
+        ((4, 5), 2, 0, [3, 6]),  # they do not count
+        ((4, 6), 1, 2, [2, 5, 6]),  # nor do they stay for good
+        ((1, 2, 3, 4, 5, 6), 2, 0, [6]),
+    ],
+)
+def test_retention(tmp_path: Path, ephemeral: tuple[int, ...], keep: int, keep_every: int, left: list[int]) -> None:
+    for step in range(1, 7):
+        make(tmp_path, step, ephemeral=step in ephemeral)
+    retain(tmp_path, 6, keep=keep, keep_every=keep_every)
+    assert kept(tmp_path) == left
+    assert not list((tmp_path / "checkpoints").glob("tmp-*"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 1)], ids=["missing", "cut"])
+@pytest.mark.parametrize("name", ["state.json", "manifest.json", "complete"])
+def test_an_incomplete_checkpoint_neither_counts_nor_goes(
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
+    """Counted, it would push out the last one that can be loaded."""
+    for step in range(1, 6):
+        make(tmp_path, step)
+    for step in (1, 4, 5):
+        damage(folder_of(tmp_path, step) / name)
+    retain(tmp_path, 5, keep=1, keep_every=0)
+    assert kept(tmp_path) == [1, 3, 4, 5]
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_one_just_saved(tmp_path: Path) -> None:
+    """The run went on from step 2, since step 9 has its sizes but not its bytes."""
+    for step in (2, 9):
+        make(tmp_path, step)
+    (folder_of(tmp_path, 9) / "state.json").write_text("[]")
+    make(tmp_path, 4)
+    retain(tmp_path, 4, keep=1, keep_every=0)
+    assert kept(tmp_path) == [4, 9]
+
+
+def test_a_save_sweeps_what_interrupted_ones_left(tmp_path: Path) -> None:
+    """Whatever its kind; what a link leads to is not touched."""
+    good, checkpoints = make(tmp_path, 1), tmp_path / "checkpoints"
+    shutil.copytree(good, checkpoints / "tmp-step-00000002")
+    shutil.copytree(good, checkpoints / "tmp-removed-step-00000003")
+    (checkpoints / "tmp-file").write_text("")
+    (checkpoints / "tmp-link").symlink_to(good)
+    make(tmp_path, 2)
+    assert sorted(os.listdir(checkpoints)) == ["step-00000001", "step-00000002"]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_run_keeps_what_its_settings_say(corpus: Path, tmp_path: Path) -> None:
+    """After every save: ephemeral ones give way to the next, lasting ones leave but for every twelfth step."""
+    config = small_config(
+        corpus, run__dir=tmp_path, train__steps=18, lowrank__warmup_steps=18, checkpoint__interval=4,
+        checkpoint__ephemeral_interval=3, checkpoint__keep=1, checkpoint__keep_every=12,
+    )  # fmt: skip
+    make(tmp_path, 1)
+    (folder_of(tmp_path, 1) / "state.json").unlink()
+    after: dict[int, list[int]] = {}
+
+    def watch(trainer: Trainer) -> None:
+        save = trainer.writer.save
+
+        def watched(engine: Any, state: Any, *, ephemeral: bool = False) -> None:
+            save(engine, state, ephemeral=ephemeral)
+            after[state.step] = kept(tmp_path)
+
+        trainer.writer.save = watched  # type: ignore[method-assign]
+
+    train(config, hook=watch)
+    assert after == {
+        3: [1, 3],
+        4: [1, 4],
+        6: [1, 4, 6],
+        8: [1, 8],
+        9: [1, 8, 9],
+        12: [1, 12],
+        15: [1, 12, 15],
+        16: [1, 12, 16],
+        18: [1, 12, 18],
+    }
