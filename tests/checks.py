@@ -104,8 +104,8 @@ def every_parameter_moves(config: Config) -> int:
                     still[name] = whole(parameter)
             return records
 
-        def moved(lr: float) -> Tensor:
-            norm = move(lr)
+        def moved(lr: float, norm: Tensor) -> None:
+            move(lr, norm)
             for name, parameter in engine.parameters().items():
                 if name not in still:
                     continue
@@ -113,7 +113,6 @@ def every_parameter_moves(config: Config) -> int:
                 columns = (now != before).any(0) if now.ndim == 2 else (now != before).any()
                 # Weight decay moves every column of V; a fresh column of U, zero so far, moves by its gradient alone.
                 assert columns.all(), f"{name}: {columns.tolist()}"
-            return norm
 
         trainer.ranks.after_step, engine.step = after, moved  # type: ignore[method-assign]
 

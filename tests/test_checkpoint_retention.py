@@ -10,7 +10,7 @@ import pytest
 from runs import small_config, train
 
 from inrank_dist.train.checkpoint import folder_of, list_checkpoints
-from inrank_dist.train.checkpoint.folder import begin, commit, retain, seal
+from inrank_dist.train.checkpoint.folder import begin, commit, recover, retain, seal
 from inrank_dist.train.loop import Trainer
 
 
@@ -84,6 +84,31 @@ def test_a_save_sweeps_what_interrupted_ones_left(tmp_path: Path) -> None:
     make(tmp_path, 2)
     assert sorted(os.listdir(checkpoints)) == ["step-00000001", "step-00000002"]
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one moment in which no folder has the checkpoint's name."""
+    first = make(tmp_path, 4)
+    before = (first / "manifest.json").read_bytes()
+    rename, calls = Path.rename, iter(range(9))
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        make(tmp_path, 4)
+    assert kept(tmp_path) == []
+    recover(tmp_path)
+    assert kept(tmp_path) == [4]
+    assert (first / "manifest.json").read_bytes() == before
+    make(tmp_path, 4)
+    recover(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_a_run_keeps_what_its_settings_say(corpus: Path, tmp_path: Path) -> None:

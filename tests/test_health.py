@@ -19,7 +19,13 @@ from inrank_dist.train.settings import TrainSettings
 
 
 @pytest.mark.parametrize(
-    ("engine", "where"), [("fsdp", "gradient"), ("fsdp", "loss"), ("ddp", "loss"), ("ddp", "gradient")]
+    ("engine", "where"),
+    [
+        ("fsdp", "gradient"),
+        ("ddp", "loss"),
+        pytest.param("fsdp", "loss", marks=pytest.mark.slow),
+        pytest.param("ddp", "gradient", marks=pytest.mark.slow),
+    ],
 )
 def test_a_bad_gradient_in_one_process_is_skipped_by_all(pool: Pool, corpus: Path, engine: str, where: str) -> None:
     """Weights and moments stay to the bit; one line says which process and which step; training goes on."""

@@ -377,6 +377,7 @@ class TestTensorBoard:
         for number in range(1, 6):
             first.write(step(number, loss=1.0))
         first.close()
+        time.sleep(1.1)  # event files are read in the order of their names, which count seconds
         second = TensorBoardMonitor(tmp_path, purge_step=4)
         second.write(step(4, loss=2.0))
         second.close()

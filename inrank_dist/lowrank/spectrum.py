@@ -212,12 +212,17 @@ def measure_spectra(
 
     Args:
         factors: this process's rows, same names in the same order everywhere.
+
+    Raises:
+        FloatingPointError: a factor is not finite, or too large for float64 squares; in all processes alike.
     """
     owner = assign_owners({name: layer.modes for name, layer in factors.items()}, processes.count)
     own: dict[str, Grams] = {}
     checksums: dict[str, int] = {}
     for bucket in _buckets(factors, bucket_bytes):
         for name, grams in gram_matrices(bucket, processes.sum).items():
+            if not (grams.U.isfinite().all() and grams.V.isfinite().all()):
+                raise FloatingPointError(f"a factor of {name} is not finite")  # in every process: all hold the same
             checksums[name] = int(grams.U.view(torch.int64).sum() - grams.V.view(torch.int64).sum())
             if owner[name] == processes.rank:
                 own[name] = Grams(grams.U.cpu(), grams.V.cpu())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..engine.engine import Batches, Engine
+from ..errors import UserError
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
@@ -75,6 +76,7 @@ class RankEvents:
 
         Raises:
             Disagreement: processes measured or decided differently; nothing was touched.
+            UserError: the training diverged.
         """
         began = time.perf_counter()
         action = self.due(step)
@@ -85,7 +87,10 @@ class RankEvents:
         decisions: dict[str, Decision] = {}
         events: dict[str, RankEvent] = {}
         if action:
-            spectra = measure_spectra(self.engine.factors(), self.processes)
+            try:
+                spectra = measure_spectra(self.engine.factors(), self.processes)
+            except FloatingPointError as error:
+                raise UserError(f"at step {step} {error}; write a lower optimizer.lr") from None
             decisions = self._decide(spectra, action)
             layout = self._new_layout(layout, decisions, action)
             events = self._plan(layout, spectra, action, step)

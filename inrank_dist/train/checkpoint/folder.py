@@ -232,10 +232,20 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     (partial / MARKER).write_bytes(f"{digest}\n".encode())
     _flush(partial / MARKER)
     _flush(partial)
-    if final.exists():  # damaged, or of a run that went on from an earlier step
-        final.rename(final.with_name(f"tmp-old-{final.name}"))
+    old = final.with_name(f"tmp-old-{final.name}")
+    if final.exists():  # damaged, or without the validation that was still due
+        final.rename(old)
     partial.rename(final)
     _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(run_folder: Path) -> None:
+    """Give a checkpoint its name back that was killed between giving it up and passing it to its successor."""
+    for old in checkpoints_folder(run_folder).glob("tmp-old-step-*"):
+        final = old.with_name(old.name.removeprefix("tmp-old-"))
+        if not final.exists():
+            old.rename(final)
 
 
 def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ...engine.context import Context
 from ...errors import UserError
 from .contents import Checkpoint, check_contents
-from .folder import Damaged, named_folders, newest_sound, step_of, verify
+from .folder import Damaged, named_folders, newest_sound, recover, step_of, verify
 from .state import read_state
 
 log = logging.getLogger("inrank_dist")
@@ -63,6 +63,7 @@ def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
     Raises:
         Damaged: there are some, and all are damaged.
     """
+    context.main_does(recover, run_folder)
     folders = context.gather(named_folders(run_folder) if context.is_main else None)[0]
     if not folders:
         return None
