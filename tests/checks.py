@@ -221,7 +221,8 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
 
 
 def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Train with NaN in one process's loss or in its part of the gradient at one step.
+    """Train with NaN at one step in one process's ``loss``, in its ``backward`` pass, which spreads it to all, or in
+    its part of the combined ``gradient``.
 
     Returns:
         The records, and what changed in the step: names of parameters and moments.
@@ -231,7 +232,7 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
 
     def hook(trainer: Trainer) -> None:
         engine, train_step = trainer.engine, trainer._train_step
-        accumulate, gradient_norm = engine.accumulate, engine.gradient_norm
+        accumulate, gradient_norm, micro_loss = engine.accumulate, engine.gradient_norm, engine.loss
 
         def bad() -> bool:
             return trainer.step == step and trainer.context.rank == process
@@ -245,6 +246,12 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
             total = accumulate(batches, tokens, **options)
             return total * float("nan") if where == "loss" and bad() else total
 
+        def forward(*batch: Any) -> Tensor:
+            result = micro_loss(*batch)
+            if where == "backward" and bad():
+                result.register_hook(lambda gradient: gradient * float("nan"))
+            return result
+
         def observed(batches: Any) -> Any:
             before = {name: whole(tensor).clone() for name, tensor in engine.tensors().items()}
             verdict = train_step(batches)
@@ -255,6 +262,7 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
             return verdict
 
         engine.accumulate, engine.gradient_norm, trainer._train_step = loss, norm, observed  # type: ignore
+        engine.loss = forward  # type: ignore[method-assign]
 
     recorder, _ = train(config, hook=hook)
     recorded.append(recorder.records)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from runs import small_config, train
 
+from inrank_dist.errors import UserError
 from inrank_dist.train.checkpoint import folder_of, list_checkpoints
 from inrank_dist.train.checkpoint.folder import begin, commit, recover, retain, seal
 from inrank_dist.train.loop import Trainer
@@ -84,6 +85,18 @@ def test_a_save_sweeps_what_interrupted_ones_left(tmp_path: Path) -> None:
     make(tmp_path, 2)
     assert sorted(os.listdir(checkpoints)) == ["step-00000001", "step-00000002"]
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_folder_that_is_not_shared_is_no_checkpoint(tmp_path: Path) -> None:
+    """Node-local folders: process 0 would list files that it has never seen, and every checkpoint would be useless."""
+    final = tmp_path / "checkpoints" / "step-00000004"
+    partial = begin(final)
+    (partial / "state.json").write_text("{}")
+    files = seal(partial, ["state.json"])
+    elsewhere = {"shard-00002-model-00001-of-00001.safetensors": files["state.json"]}
+    with pytest.raises(UserError, match=r"shard-00002-\S+ is missing for process 0; write a run.dir on a file system"):
+        commit(partial, final, files | elsewhere, ephemeral=False)
+    assert kept(tmp_path) == []
 
 
 def test_a_kill_while_a_checkpoint_takes_the_place_of_another_loses_neither(

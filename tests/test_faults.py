@@ -17,7 +17,9 @@ from faults.launch import Ended, Job, launch
 from runs import small_config
 from safetensors.torch import load_file
 
+from inrank_dist.engine.watch import farewell
 from inrank_dist.train.checkpoint import list_checkpoints, named_folders, open_checkpoint, step_of
+from inrank_dist.train.stop import Stopped, StopRequest
 
 STEPS, EVENTS = 40, (6, 12, 18, 24, 30)
 
@@ -166,7 +168,7 @@ def test_a_signal_to_one_process_stops_all_of_them(
     assert statuses(ended) == [75, 75], ended
     assert "Traceback" not in ended[0].output + ended[1].output
     if phase == "prepare":
-        assert "stopped on SIGTERM" in ended[0].output
+        assert "stopped before the training began; nothing is lost" in ended[0].output
         assert not (tmp_path / "run").exists()
     else:
         assert "the same command goes on from there" in ended[0].output
@@ -189,17 +191,67 @@ def test_other_signals_too(corpus: Path, tmp_path: Path, number: signal.Signals)
     assert f"saved at step {newest.state.step}" in ended.output
 
 
-def test_a_process_without_a_safe_point_leaves_in_time(corpus: Path, tmp_path: Path) -> None:
-    """A hang after a signal must not outlast the scheduler's patience: the last complete checkpoint stands."""
-    fault = Fault("hang", 0, 8, "forward", str(tmp_path / "fired"))
-    command = words(tmp_path, corpus, parallel__engine="local", checkpoint__grace_seconds=1.0)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_process_without_a_safe_point_leaves_in_time(corpus: Path, tmp_path: Path, world_size: int) -> None:
+    """A hang after a signal must not outlast the scheduler's patience: the last complete checkpoint stands. The process
+    that gets the signal waits in C for the other one, where Python's own handlers do not run."""
+    fault = Fault("hang", world_size - 1, 8, "forward", str(tmp_path / "fired"))
+    command = words(tmp_path, corpus, parallel__engine="auto", checkpoint__grace_seconds=1.0)
+    job = Job(command, tmp_path, world_size=world_size, fault=fault)
+    job.wait_until(lambda: (tmp_path / "fired").exists())
+    time.sleep(0.5)
+    os.kill(job.processes[0].pid or 0, signal.SIGTERM)
+    job.wait_until(lambda: job.processes[0].exitcode is not None, 20)
+    job.end()
+    assert job.processes[0].exitcode == 75
+    output = (tmp_path / "output-0.txt").read_text()
+    assert "no safe point within checkpoint.grace_seconds 1 after SIGTERM" in output
+    assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 6
+
+
+def test_a_suspended_job_is_not_taken_for_a_hang(corpus: Path, tmp_path: Path) -> None:
+    """Ctrl-Z and fg, a scheduler that suspends: nobody hangs."""
+    fault = Fault("stop", 0, 8, "forward", str(tmp_path / "fired"))
+    command = words(tmp_path, corpus, parallel__engine="local", parallel__step_timeout_seconds=2)
     job = Job(command, tmp_path, world_size=1, fault=fault)
     job.wait_until(lambda: (tmp_path / "fired").exists())
-    os.kill(job.processes[0].pid or 0, signal.SIGTERM)
-    (ended,) = job.wait(20)
-    assert ended.status == 75
-    assert "no safe point within checkpoint.grace_seconds 1 after SIGTERM" in ended.output
-    assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 6
+    time.sleep(4)
+    os.kill(job.processes[0].pid or 0, signal.SIGCONT)
+    (ended,) = job.wait()
+    assert ended.status == 0, ended
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_data_is_prepared_is_missed(corpus: Path, tmp_path: Path) -> None:
+    """There is no collective yet that would notice."""
+    fault = Fault("kill", 1, None, "prepare", str(tmp_path / "fired"))
+    ended = Job(words(tmp_path, corpus), tmp_path, world_size=2, fault=fault).wait(100)
+    assert statuses(ended) == [1, -signal.SIGKILL]
+    assert "process 1 does not answer: it was killed, or its machine is gone" in ended[0].output
+
+
+def test_a_request_that_came_early_is_passed_on() -> None:
+    """A signal while the process group is still forming: the watch that tells the others is not there yet."""
+    stop, told = StopRequest(), []
+    stop.listen()
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        stop.tell(told.append)
+        assert told == ["SIGUSR1"]
+        with pytest.raises(Stopped), stop.at_once():
+            pass
+    finally:
+        stop.signal = None  # else this process would ignore signals from now on
+        stop.close()
+
+
+@pytest.mark.parametrize(("local_rank", "says"), [("0", "error: it is wrong"), ("1", "")])
+def test_a_mistake_that_one_process_finds_is_told_once_a_node(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, says: str
+) -> None:
+    """A file that only one process cannot read."""
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert farewell(0, (1, 2, "it is wrong")) == says
 
 
 @pytest.mark.parametrize("phase", ["forward", "decision"])

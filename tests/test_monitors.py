@@ -182,6 +182,19 @@ class TestJsonl:
         ]
         assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
+    def test_truncate_drops_a_validation_that_is_done_again(self, tmp_path: Path) -> None:
+        """Saved while it was due, validated after the resumption, killed before the next save: it would come twice."""
+        path = tmp_path / "metrics.jsonl"
+        monitor = JsonlMonitor(path)
+        evaluation = {"kind": "eval", "step": 2, "loss": 1.0}
+        for record in (step(1), step(2), check(2), evaluation, {"kind": "summary", "step": 2}):
+            monitor.write(record)
+        monitor.truncate_after(2)
+        assert read_metrics(path)[3] == evaluation
+        monitor.truncate_after(2, evaluation_due=True)
+        monitor.close()
+        assert read_metrics(path) == [step(1), step(2), check(2)]
+
     def test_truncate_replaces_the_file_as_a_whole(self, tmp_path: Path) -> None:
         """A reader that opened the file before keeps reading the old one, not a mixture."""
         path = written(tmp_path, *[step(number) for number in range(1, 50)])

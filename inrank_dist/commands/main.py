@@ -56,8 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         line = " ".join(str(error).split())
-        if speaks:
-            print("error:", line, file=sys.stderr)
+        _tell_mistake(line, speaks)
         return _leave(2, line)
     except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +99,15 @@ def _tell(error: Exception) -> str:
     return line
 
 
+def _tell_mistake(line: str, speaks: bool) -> None:
+    """One voice a node."""
+    watch = _watch()
+    if watch:
+        watch.spoken = True
+    if speaks:
+        print("error:", line, file=sys.stderr)
+
+
 def _leave(status: int, line: str = "") -> int:
     """End at once where there is a process group: to take it down in order would mean to wait for the others."""
     if _in_process_group():
@@ -107,6 +115,7 @@ def _leave(status: int, line: str = "") -> int:
         if watch:
             if line:
                 watch.tell_failure(status, line)
+            watch.part()
             watch.leave(status, "")
         sys.stdout.flush()
         sys.stderr.flush()

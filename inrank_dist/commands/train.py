@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import SETTINGS, Config, load_config, shown
-from ..data import check_batch_sizes, prepare
+from ..data import Prepared, check_batch_sizes, prepare
 from ..engine.context import Context
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
@@ -76,12 +77,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     seen = peek_checkpoint(config.run.folder)
     if seen:
         _refuse_changes(config, seen, arguments.allow_change)
-        if seen.state.step >= config.train.steps and not seen.state.evaluation_due:
-            more = "a larger train.steps with --allow-change train.steps trains on"
-            log.info("%s is complete at step %d; %s", config.run.folder, seen.state.step, more)
-            if context.is_main and not (config.run.folder / "report.html").exists():  # killed before it was written
-                _report(config.run.folder)
-            return
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     stop = StopRequest()
@@ -89,8 +84,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     try:
         context.start(config.parallel.timeout_seconds, always=engine != "local")
         watch = Watch(context, config.run.folder / "hang", interrupt)
-        stop.told = watch.tell_stop
         watch.start()
+        stop.tell(watch.tell_stop)
         stopped = None
         try:
             _train(config, context, stop, watch, arguments.allow_change)
@@ -109,13 +104,22 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, allowed: Sequence[str]) -> None:
-    with stop.at_once():
-        data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
-        watch.meet("prepared")
     watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
     checkpoint = resumable(config.run.folder, context)
     changed = _refuse_changes(config, checkpoint, allowed) if checkpoint else {}
+    if checkpoint and checkpoint.state.step >= config.train.steps and not checkpoint.state.evaluation_due:
+        more = "a larger train.steps with --allow-change train.steps trains on"
+        log.info("%s is complete at step %d; %s", config.run.folder, checkpoint.state.step, more)
+        if context.is_main and not (config.run.folder / "report.html").exists():  # killed before it was written
+            _report(config.run.folder)
+        return
+    watch.beat("preparing the data", math.inf)
+    data = _prepare(config, stop)
+    watch.meet("prepared")
     watch.beat("building the model", config.parallel.timeout_seconds)
+    asked = any(context.gather(data is None or stop.signal is not None))
+    if data is None or asked:
+        raise Stopped("stopped before the training began; nothing is lost, the same command starts it")
     trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat)
     # Only now, when nothing is left to complain of, is the run folder touched.
     monitors = context.main_does(_open_run_folder, config, checkpoint) or Monitors()
@@ -126,6 +130,15 @@ def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, al
     finally:
         monitors.close()
     context.main_does(_report, config.run.folder)
+
+
+def _prepare(config: Config, stop: StopRequest) -> Prepared | None:
+    """The data; None where this process was asked to stop meanwhile, or heard that another one was."""
+    try:
+        with stop.at_once():
+            return prepare(config.data, config.tokenizer, config.model.max_seq_len)
+    except Stopped:
+        return None
 
 
 def _plan(config: Config, skeleton: torch.nn.Module, shapes: dict[str, tuple[int, int]]) -> str:
@@ -186,7 +199,7 @@ def _open_run_folder(config: Config, checkpoint: Checkpoint | None) -> Monitors:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         metrics = JsonlMonitor(folder / "metrics.jsonl")
-        metrics.truncate_after(step)
+        metrics.truncate_after(step, evaluation_due=checkpoint is not None and checkpoint.state.evaluation_due)
         curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1)
     except OSError as error:
         raise UserError(f"run.dir {folder} cannot be written: {error.strerror}; write a folder that can") from None

@@ -54,8 +54,11 @@ class Engine:
     Reshaping is rebuilding: the model is converted again from the dense ``meta`` skeleton with the new layout, given
     the old tensors (mapped where the rank changed), and gets a new optimizer with the old moments (mapped likewise).
 
+    Attributes:
+        bad_gradient: whether this process computed a gradient that is not finite in the last ``accumulate``; bool.
+
     Args:
-        skeleton: dense model on ``meta`` with ``blocks``; it is never changed.
+        skeleton: dense model on ``meta`` with ``tok_embed`` and ``blocks``; it is never changed.
         layout: the low-rank layers as they start.
         values: start values; None: zeros, to be read into.
     """
@@ -75,6 +78,7 @@ class Engine:
         self.skeleton, self.context, self.device = skeleton, context, context.device
         self.optimizer_settings, self.options = optimizer, options
         self.optimizer_steps = 0
+        self.bad_gradient = torch.zeros((), dtype=torch.bool, device=context.device)
         self._base_scale = 1.0
 
         def start(name: str, parameter: nn.Parameter) -> Tensor:
@@ -138,6 +142,7 @@ class Engine:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if self.options.compile:
                 block.compile()
+        module.tok_embed.register_forward_hook(self._observe)
         self._shard(module)
         placed: dict[int, nn.Parameter] = {}
         state = {}
@@ -220,6 +225,7 @@ class Engine:
             This process's summed loss in nats, a float32 scalar on the device (no synchronisation).
         """
         self.model.train(training)
+        self.bad_gradient.zero_()
         total = torch.zeros((), device=self.device)
         for index, (inputs, targets) in enumerate(batches):
             with self._accumulating(last=index == len(batches) - 1):
@@ -241,6 +247,21 @@ class Engine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
             logits: Tensor = self.model(inputs.to(self.device))
         return logits
+
+    def _observe(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        """See whether the gradient that comes out at the bottom of this process's own batch is finite: once gradients
+        are combined, nobody can tell whose was not."""
+        if output.requires_grad:
+            output.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        self.bad_gradient.logical_or_(~gradient.detach().isfinite().all())
+
+    @torch.no_grad()
+    def is_lost(self) -> Tensor:
+        """Whether anything that this process holds is not finite; float64, 1 or 0, on the device."""
+        finite = [self._local(tensor).isfinite().all() for tensor in self.tensors().values()]
+        return (~torch.stack(finite).all()).double()
 
     @torch.no_grad()
     def gradient_norm(self) -> tuple[Tensor, Tensor]:

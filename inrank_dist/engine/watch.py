@@ -7,6 +7,7 @@ processes compare how many collectives each has entered: who is behind, or does 
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from .context import Context
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 3.0
 """How long the others wait for a process to say where it stands before they call it stopped or gone."""
+ALIVE_SECONDS = 30.0
+"""After so long without a sign of life a process that others wait for is gone."""
 
 _current: "Watch | None" = None
 
@@ -38,6 +41,9 @@ def current() -> "Watch | None":
 class Watch:
     """Watches this process and hears of the others; on from ``start`` to ``stop``.
 
+    Attributes:
+        spoken: whether this process has said why it leaves.
+
     Args:
         context: this process's place; its process group is up.
         folder: where dumps go when a process hangs.
@@ -48,7 +54,7 @@ class Watch:
         self.context, self.folder, self._on_stop = context, folder, on_stop
         self._doing, self._since, self._patience = "starting", time.monotonic(), float("inf")
         self._off, self._leaving = threading.Event(), threading.Lock()
-        self._told_stop = False
+        self._told_stop, self.spoken = False, False
         self._store: dist.Store | None = None
         if context.world_size > 1:
             # A connection of its own: a thread that waits in another one holds it.
@@ -78,12 +84,23 @@ class Watch:
         self._doing, self._since, self._patience = doing, time.monotonic(), patience
 
     def meet(self, name: str) -> None:
-        """Wait for all processes, however long they take; no collective, which would time out."""
+        """Wait for all processes, however long they take; no collective, which would time out.
+
+        Raises:
+            RuntimeError: a process no longer shows any sign of life.
+        """
         if self._store is None:
             return
+        count, signs, seen = self.context.world_size, [0] * self.context.world_size, time.monotonic()
         self._store.add(f"met {name}", 1)
-        while int(self._store.add(f"met {name}", 0)) < self.context.world_size:
+        while int(self._store.add(f"met {name}", 0)) < count:
             time.sleep(POLL_SECONDS)
+            if time.monotonic() - seen > ALIVE_SECONDS:
+                now = [int(self._store.add(f"alive/{rank}", 0)) for rank in range(count)]
+                gone = [rank for rank in range(count) if now[rank] == signs[rank] and rank != self.context.rank]
+                if gone:
+                    raise RuntimeError(f"process {_list(gone)} does not answer: it was killed, or its machine is gone")
+                signs, seen = now, time.monotonic()
 
     def tell_stop(self, name: str) -> None:
         """Tell the others that this process got a signal."""
@@ -108,6 +125,11 @@ class Watch:
                 return None
             time.sleep(0.05)
 
+    def part(self) -> None:
+        """Before this process leaves by itself: where it keeps the store, the others need a moment to hear why."""
+        if self.context.world_size > 1 and self.context.rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+            time.sleep(4 * POLL_SECONDS)
+
     def leave(self, status: int, line: str) -> None:
         """Say a line, unless it is empty, and end the process at once. The first to come here decides how."""
         self._leaving.acquire()
@@ -118,42 +140,55 @@ class Watch:
         os._exit(status)
 
     def _run(self) -> None:
-        stop_heard = False
-        while not self._off.wait(POLL_SECONDS):
+        stop_heard, last = False, time.monotonic()
+        for turn in itertools.count():
+            if self._off.wait(POLL_SECONDS):
+                return
+            now = time.monotonic()
+            if now - last > 1 + POLL_SECONDS:
+                self._since += now - last  # this process was stopped, or the machine slept: nobody's fault
+            last = now
+            if self._store is not None and turn % 8 == 0:
+                with suppress(RuntimeError):
+                    self._store.add(f"alive/{self.context.rank}", 1)
             failure = self.failure_of_another(0)
             if failure:
                 time.sleep(1.0)  # the main thread, which a broken connection may have woken, may speak first
-                self.leave(failure[1], farewell(self.context.rank, failure))
+                self.leave(failure[1], "" if self.spoken else farewell(self.context.rank, failure))
             if not stop_heard and (name := self._get("stop")):
                 stop_heard = True
                 self._on_stop(name)
-            if time.monotonic() - self._since > self._patience and not self._off.is_set():
+            if (now - self._since > self._patience or self._get("hang?")) and not self._off.is_set():
                 self._hang()
 
     def _hang(self) -> None:
-        doing, seconds = self._doing, time.monotonic() - self._since
-        rank, count = self.context.rank, self.context.world_size
-        entered = dump(self.folder / f"process-{rank}")
-        self._set(f"hang/{rank}", str(entered))
-        others = [other for other in range(count) if other != rank]
+        """Ask everyone how many collectives it has entered and for how long its main thread has been silent; who is
+        behind hangs."""
+        self._set("hang?", "1")
+        rank, count, doing = self.context.rank, self.context.world_size, self._doing
+        answers = {rank: (dump(self.folder / f"process-{rank}"), time.monotonic() - self._since)}
+        self._set(f"hang/{rank}", json.dumps([*answers[rank], doing]))
+        others = {other: "" for other in range(count) if other != rank}
         until = time.monotonic() + ANSWER_SECONDS
-        answers: dict[int, int] = {rank: entered}
         while len(answers) < count and time.monotonic() < until:
             time.sleep(0.05)
-            answers |= {r: int(told) for r in others if r not in answers and (told := self._get(f"hang/{r}"))}
-        silent = [other for other in others if other not in answers]
-        least = min(answers.values())
-        apart = not silent and least < max(answers.values())
-        behind = [other for other, count_ in answers.items() if apart and count_ == least]
-        text = f"process {rank}: no progress for {seconds:.0f} s in {doing}"
-        if rank in behind or count == 1:
-            text = f"process {rank} hangs in {doing}: no progress for {seconds:.0f} s"
-        elif silent:
+            for other in others.keys() - answers.keys():
+                if told := self._get(f"hang/{other}"):
+                    entered, silent_seconds, others[other] = json.loads(told)
+                    answers[other] = (entered, silent_seconds)
+        text = f"process {rank}: no progress for {answers[rank][1]:.0f} s in {doing}"
+        silent = sorted(others.keys() - answers.keys())
+        # The fewest collectives; of those the longest silence.
+        behind = min(answers, key=lambda each: (answers[each][0], -answers[each][1]))
+        if silent:
             text += f"; process {_list(silent)} does not answer: it is stopped, or its machine is gone"
-        elif behind:
-            text += f"; process {_list(behind)} hangs"
+        elif behind == rank:
+            text = f"process {rank} hangs in {doing}: no progress for {answers[rank][1]:.0f} s"
+        else:
+            text += f"; process {behind} hangs in {others[behind]}"
             time.sleep(0.5)  # it speaks first
-        self.leave(1, f"{text} (stacks and collectives of each process: {self.folder})")
+        advice = "a longer parallel.step_timeout_seconds if it was only slow"
+        self.leave(1, f"{text} (stacks and collectives of each process: {self.folder}; {advice})")
 
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
@@ -170,10 +205,11 @@ class Watch:
 
 
 def farewell(rank: int, failure: tuple[int, int, str]) -> str:
-    """What a process says that leaves because another one failed; nothing where that was the user's mistake, which is
-    told once."""
+    """What a process says that leaves because another one failed. The user's mistake is told once a node."""
     other, status, line = failure
-    return "" if status == 2 else f"process {rank} leaves: process {other} failed ({line})"
+    if status == 2:
+        return f"error: {line}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+    return f"process {rank} leaves: process {other} failed ({line})"
 
 
 def dump(path: Path) -> int:
@@ -210,5 +246,5 @@ def _list(ranks: list[int]) -> str:
 
 
 def interrupt(name: str) -> None:
-    """Give this process's main thread the signal that another process got."""
+    """Give this process the signal that another one got."""
     os.kill(os.getpid(), getattr(signal, name))

@@ -56,17 +56,21 @@ class Health:
         self.skipped, self._in_a_row = 0, 0
         self._losses: list[float] = []
 
-    def judge(self, loss: Tensor, norm: Tensor, mine: Tensor, tokens: int, *, stop: bool, failed: bool) -> Verdict:
+    def judge(
+        self, loss: Tensor, norm: Tensor, mine: Tensor, own: Tensor, tokens: int, *, stop: bool, failed: bool
+    ) -> Verdict:
         """One all-reduce of 40 bytes, and the step's one synchronisation with the device.
 
         Args:
             loss: this process's summed loss.
             norm: of the whole gradient.
             mine: of what this process holds of the gradient.
+            own: whether this process itself computed a gradient that is no number; bool.
             tokens: of the global batch.
             stop, failed: whether this process was asked to stop; whether it knows of a failed save.
         """
-        bad_loss, bad_gradient = ~torch.isfinite(loss), ~(torch.isfinite(norm) & torch.isfinite(mine))
+        bad_loss, bad_rows = ~torch.isfinite(loss), ~torch.isfinite(mine)
+        bad_gradient = own | bad_rows | ~torch.isfinite(norm)
         flags = torch.tensor([stop, failed], dtype=torch.float64).to(loss.device, non_blocking=True)
         sums = torch.cat([torch.stack([loss.double(), bad_loss.double(), bad_gradient.double()]), flags])
         self.context.sum(sums)
@@ -75,8 +79,10 @@ class Health:
         reason, processes, spike = None, [], None
         if losses or gradients:
             reason = "the loss is not a number" if losses else "the gradient is not a number"
-            marks = self.context.gather((bool(bad_loss), not bool(torch.isfinite(mine))))
-            processes = [rank for rank, mark in enumerate(marks) if mark[0 if losses else 1]]
+            # Who computed it, if anyone; else who holds it: a sum over processes spreads it to all.
+            marks = self.context.gather((bool(bad_loss), bool(own), bool(bad_rows)))
+            signs = [[rank for rank, mark in enumerate(marks) if mark[sign]] for sign in range(3)]
+            processes = next((found for found in signs if found), [])
         else:
             spike = self._spike(mean)
             if spike is not None and self.settings.skip_spikes:

@@ -14,6 +14,7 @@ from ..config import Config
 from ..data import Loader, LoaderState, Prepared
 from ..engine.context import Context
 from ..engine.engine import Batches
+from ..errors import UserError
 from ..lowrank.convert import convert
 from ..lowrank.init import generator_for
 from .checkpoint import Checkpoint, CheckpointWriter, TrainState, load_tensors
@@ -69,6 +70,11 @@ class Trainer:
         shapes = layer_shapes(skeleton, config.lowrank)
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
+        if layout.keys() != shapes.keys():
+            raise UserError(
+                f"{config.run.folder} has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
+                f"{config.lowrank.targets} makes {len(shapes)}: write those it was trained with, or another run.dir"
+            )
         self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
         self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
         self.health = Health(context, config.train, config.optimizer.lr)
@@ -103,12 +109,17 @@ class Trainer:
         patience = float(self.config.parallel.timeout_seconds)
         self._announce()
         self._between_steps(clock, stop=False)
+        longest = 0.0
         while self.step < self.config.train.steps:
             self.beat(f"step {self.step + 1}", patience)
+            began = time.perf_counter()
             stop, reshaped = self._train_one_step(clock)
+            longest = max(longest, time.perf_counter() - began)
             self._between_steps(clock, stop)
-            # The first step after a start or a reshape may compile.
-            patience = float(getattr(self.config.parallel, "timeout_seconds" if reshaped else "step_timeout_seconds"))
+            # The first step after a start or a reshape may compile; where steps take long, so may the next.
+            patience = max(float(self.config.parallel.step_timeout_seconds), 5 * longest)
+            if reshaped:
+                patience = max(patience, self.config.parallel.timeout_seconds)
         self.beat("the end of the run", float(self.config.parallel.timeout_seconds))
         if self.config.eval.sample_tokens:
             self._sample()
@@ -154,7 +165,8 @@ class Trainer:
             if self.evaluation_due and not stop:
                 stop = not self._evaluate()
             if stop and (self.evaluation_due or not last):
-                self.save(ephemeral=not lasting)
+                if self.step != self._resumed_at:
+                    self.save(ephemeral=not lasting)
                 self.writer.finish()
                 raise Stopped(f"saved at step {self.step} and stopped; the same command goes on from there")
             if (lasting or passing) and not last and self.step != self._resumed_at:
@@ -173,7 +185,8 @@ class Trainer:
         loss = self.engine.accumulate(batches, self._tokens_per_step)
         norm, mine = self.engine.gradient_norm()
         stop, failed = self.stop.signal is not None, self.writer.failure
-        verdict = self.health.judge(loss, norm, mine, self._tokens_per_step, stop=stop, failed=failed)
+        own = self.engine.bad_gradient
+        verdict = self.health.judge(loss, norm, mine, own, self._tokens_per_step, stop=stop, failed=failed)
         if verdict.reason:
             self.engine.drop_gradients()
         else:
@@ -229,7 +242,18 @@ class Trainer:
         return bool(asked)
 
     def save(self, *, ephemeral: bool = False) -> None:
-        """Write a checkpoint of the present step; with ``checkpoint.async`` behind the training."""
+        """Write a checkpoint of the present step; with ``checkpoint.async`` behind the training.
+
+        Raises:
+            UserError: it could not be written, or the model is lost: a checkpoint of it would push out the sound ones.
+        """
+        lost = self.engine.is_lost()
+        self.context.sum(lost)
+        if lost:
+            raise UserError(
+                f"at step {self.step} weights or moments are not finite, so no checkpoint was written; go on from the "
+                f"last one with a lower optimizer.lr than {self.config.optimizer.lr} and --allow-change optimizer.lr"
+            )
         self.beat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
         state = TrainState(
             step=self.step,

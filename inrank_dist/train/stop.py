@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,17 +22,22 @@ class Stopped(Exception):
 class StopRequest:
     """Remembers that this process was asked to stop. Handlers are in place from ``listen`` to ``close``.
 
+    A thread hears of a signal at once, also while the main thread waits in a collective, where Python's own handlers
+    do not run.
+
     Attributes:
         signal: name of the first signal that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self.told: Callable[[str], None] = lambda name: None
+        self._told: Callable[[str], None] = lambda name: None
         self._at_once = False
         self._before: dict[int, Any] = {}
+        self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._grace_seconds: float | None = None
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
 
     def listen(self, grace_seconds: float | None = None) -> None:
         """Take over the signals.
@@ -41,39 +47,70 @@ class StopRequest:
                 None: no limit.
         """
         self._grace_seconds = grace_seconds
+        self._sockets = socket.socketpair()
+        self._sockets[1].setblocking(False)
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            self._before[number] = signal.signal(number, self._handle)
+        signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(self._sockets[0],), name="signals", daemon=True).start()
+
+    def tell(self, told: Callable[[str], None]) -> None:
+        """Call ``told`` with the name of the first signal, when it comes or if it has come."""
+        with self._lock:
+            self._told = told
+            if self.signal:
+                told(self.signal)
 
     def close(self) -> None:
-        """Give the signals back, and forget the limit."""
+        """Give the signals back, and forget the limit. A process that was asked to stop ignores them from now on: it is
+        leaving."""
+        signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.signal else handler)
         self._before.clear()
         if self._timer:
             self._timer.cancel()
+        if self._sockets:
+            self._sockets[1].close()  # ends the thread
+            self._sockets = None
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Where there is nothing to save, a request raises ``Stopped`` at once instead of being remembered."""
-        if self.signal:
-            raise Stopped(f"stopped on {self.signal} before the training began; nothing is lost")
         self._at_once = True
         try:
+            if self.signal:
+                raise Stopped
             yield
         finally:
             self._at_once = False
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        first, self.signal = self.signal is None, self.signal or signal.Signals(number).name
-        if first:
-            self.told(self.signal)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._remember(number)
+        if self._at_once:
+            self._at_once = False
+            raise Stopped
+
+    def _hear(self, end: socket.socket) -> None:
+        with end, suppress(OSError):
+            while heard := end.recv(1):
+                if heard[0] in SIGNALS:
+                    self._remember(heard[0])
+
+    def _remember(self, number: int) -> None:
+        if not self._lock.acquire(timeout=0.1):  # the main thread may have been interrupted while it held it
+            return
+        try:
+            if self.signal is not None:
+                return
+            self.signal = signal.Signals(number).name
+            self._told(self.signal)
             if self._grace_seconds is not None:
                 self._timer = threading.Timer(self._grace_seconds, self._leave)
                 self._timer.daemon = True
                 self._timer.start()
-        if self._at_once:
-            self._at_once = False
-            raise Stopped(f"stopped on {self.signal} before the training began; nothing is lost")
+        finally:
+            self._lock.release()
 
     def _leave(self) -> None:
         line = f"no safe point within checkpoint.grace_seconds {self._grace_seconds:g} after {self.signal}: leaving"

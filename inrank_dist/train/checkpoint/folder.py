@@ -232,6 +232,10 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     (partial / MARKER).write_bytes(f"{digest}\n".encode())
     _flush(partial / MARKER)
     _flush(partial)
+    try:
+        read_manifest(partial)
+    except Damaged as error:
+        raise Damaged(f"{error} for process 0; write a run.dir on a file system that all processes share") from None
     old = final.with_name(f"tmp-old-{final.name}")
     if final.exists():  # damaged, or without the validation that was still due
         final.rename(old)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from inrank_dist.errors import UserError
 from inrank_dist.train.monitors.console import ConsoleMonitor
 from inrank_dist.train.monitors.jsonl import JsonlMonitor, read_metrics
 from inrank_dist.train.monitors.tensorboard import TensorBoardMonitor
@@ -34,9 +35,21 @@ class Monitors:
         self._monitors = list(monitors)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Give ``record`` to every monitor."""
-        for monitor in self._monitors:
-            monitor.write(record)
+        """Give ``record`` to every monitor.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        try:
+            for monitor in self._monitors:
+                monitor.write(record)
+        except BrokenPipeError:  # the reader of a pipe has seen enough; the command line knows
+            raise
+        except OSError as error:
+            raise UserError(
+                f"the run's records cannot be written ({error.strerror or error}); mend that and run the same command "
+                "again, it goes on from the last complete checkpoint"
+            ) from None
 
     def close(self) -> None:
         """Close every monitor, also those after one that fails; the first failure is raised."""

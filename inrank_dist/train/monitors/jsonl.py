@@ -33,15 +33,16 @@ class JsonlMonitor:
         while line:
             line = line[self._file.write(line) :]
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the records of steps later than ``step``, so that a run resumed there has one value a step.
+    def truncate_after(self, step: int, *, evaluation_due: bool = False) -> None:
+        """Drop the records of steps later than ``step``, so that a run resumed there has one value a step; also those
+        of the end of ``step`` where its validation is still to be done.
 
         The start and resume lines stay. The file is replaced as a whole: a reader sees the old or the new
         one.
         """
         lines = self.path.read_bytes().splitlines(keepends=True)
         records = _parse_lines(lines, self.path)
-        kept = [line for line, record in zip(lines, records, strict=True) if _belongs(record, step)]
+        kept = [line for line, record in zip(lines, records, strict=True) if _belongs(record, step, evaluation_due)]
         if len(kept) == len(lines):
             return
         fresh = self.path.with_name(self.path.name + ".tmp")
@@ -90,8 +91,10 @@ def _parse_lines(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _belongs(record: dict[str, Any], last_step: int) -> bool:
+def _belongs(record: dict[str, Any], last_step: int, evaluation_due: bool) -> bool:
     step = record.get("step")
+    if evaluation_due and step == last_step and record.get("kind") in ("eval", "sample", "summary"):
+        return False
     return record.get("kind") in LASTING_KINDS or not isinstance(step, int) or step <= last_step
 
 
