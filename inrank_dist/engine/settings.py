@@ -18,8 +18,8 @@ class ParallelSettings:
     timeout_seconds: int = 600
     """A collective that takes longer ends the job; so does anything else of a run that takes longer."""
     step_timeout_seconds: int = 120
-    """An optimizer step that takes longer ends the job, which then names the process that hangs; the first step after a
-    start or a rank event has timeout_seconds."""
+    """An optimizer step that takes longer, and five times longer than any before, ends the job, which names the process
+    that hangs; the first step after a start or a rank event has timeout_seconds."""
 
     def __post_init__(self) -> None:
         if self.shard_size is not None and self.shard_size < 1:

@@ -91,13 +91,15 @@ class Watch:
         """
         if self._store is None:
             return
-        count, signs, seen = self.context.world_size, [0] * self.context.world_size, time.monotonic()
+        # Process 0 looks after all others, and they after it: the store has few questions to answer.
+        others = range(1, self.context.world_size) if self.context.is_main else [0]
+        signs, seen = dict.fromkeys(others, 0), time.monotonic()
         self._store.add(f"met {name}", 1)
-        while int(self._store.add(f"met {name}", 0)) < count:
+        while int(self._store.add(f"met {name}", 0)) < self.context.world_size:
             time.sleep(POLL_SECONDS)
             if time.monotonic() - seen > ALIVE_SECONDS:
-                now = [int(self._store.add(f"alive/{rank}", 0)) for rank in range(count)]
-                gone = [rank for rank in range(count) if now[rank] == signs[rank] and rank != self.context.rank]
+                now = {rank: int(self._store.add(f"alive/{rank}", 0)) for rank in others}
+                gone = [rank for rank in others if now[rank] == signs[rank]]
                 if gone:
                     raise RuntimeError(f"process {_list(gone)} does not answer: it was killed, or its machine is gone")
                 signs, seen = now, time.monotonic()
@@ -105,13 +107,14 @@ class Watch:
     def tell_stop(self, name: str) -> None:
         """Tell the others that this process got a signal."""
         self._told_stop = True
-        self._set("stop", name)
+        self._tell("stop", name)
 
     def tell_failure(self, status: int, line: str) -> None:
         """Tell the others that this process fails; the first one to do so is the one they name."""
         if self._store is not None:
             with suppress(RuntimeError):
                 self._store.compare_set("failure", "", json.dumps([self.context.rank, status, line]))
+            self._set("news", "1")
 
     def failure_of_another(self, wait_seconds: float) -> tuple[int, int, str] | None:
         """Process, exit status and line of the first failure, if it is another process's."""
@@ -151,44 +154,65 @@ class Watch:
             if self._store is not None and turn % 8 == 0:
                 with suppress(RuntimeError):
                     self._store.add(f"alive/{self.context.rank}", 1)
-            failure = self.failure_of_another(0)
+            news = self._get("news") is not None
+            failure = self.failure_of_another(0) if news else None
             if failure:
                 time.sleep(1.0)  # the main thread, which a broken connection may have woken, may speak first
                 self.leave(failure[1], "" if self.spoken else farewell(self.context.rank, failure))
-            if not stop_heard and (name := self._get("stop")):
+            if news and not stop_heard and (name := self._get("stop")):
                 stop_heard = True
                 self._on_stop(name)
-            if (now - self._since > self._patience or self._get("hang?")) and not self._off.is_set():
+            late = now - self._since > self._patience
+            if (late or (news and self._get("hang"))) and not self._off.is_set():
                 self._hang()
 
     def _hang(self) -> None:
-        """Ask everyone how many collectives it has entered and for how long its main thread has been silent; who is
-        behind hangs."""
-        self._set("hang?", "1")
-        rank, count, doing = self.context.rank, self.context.world_size, self._doing
-        answers = {rank: (dump(self.folder / f"process-{rank}"), time.monotonic() - self._since)}
-        self._set(f"hang/{rank}", json.dumps([*answers[rank], doing]))
-        others = {other: "" for other in range(count) if other != rank}
-        until = time.monotonic() + ANSWER_SECONDS
-        while len(answers) < count and time.monotonic() < until:
-            time.sleep(0.05)
-            for other in others.keys() - answers.keys():
-                if told := self._get(f"hang/{other}"):
-                    entered, silent_seconds, others[other] = json.loads(told)
-                    answers[other] = (entered, silent_seconds)
-        text = f"process {rank}: no progress for {answers[rank][1]:.0f} s in {doing}"
-        silent = sorted(others.keys() - answers.keys())
-        # The fewest collectives; of those the longest silence.
-        behind = min(answers, key=lambda each: (answers[each][0], -answers[each][1]))
+        """Everyone tells how many collectives it has entered and how long its main thread has been silent; process 0
+        finds who is behind."""
+        self._tell("hang", "1")
+        rank, doing, seconds = self.context.rank, self._doing, time.monotonic() - self._since
+        place = dump(self.folder / f"process-{rank}"), seconds, doing
+        self._set(f"hang/{rank}", json.dumps(place))
+        if rank == 0:
+            verdict = self._find_who_hangs(place)
+            self._set("verdict", json.dumps(verdict))
+        else:
+            told = self._wait_for("verdict", 2 * ANSWER_SECONDS)
+            verdict = json.loads(told) if told else ([0], 0, "")
+        silent, behind, where = verdict
+        text = f"process {rank}: no progress for {seconds:.0f} s in {doing}"
         if silent:
             text += f"; process {_list(silent)} does not answer: it is stopped, or its machine is gone"
         elif behind == rank:
-            text = f"process {rank} hangs in {doing}: no progress for {answers[rank][1]:.0f} s"
+            text = f"process {rank} hangs in {doing}: no progress for {seconds:.0f} s"
         else:
-            text += f"; process {behind} hangs in {others[behind]}"
-            time.sleep(0.5)  # it speaks first
+            text += f"; process {behind} hangs in {where}"
+        if rank == 0:
+            time.sleep(1.0)  # the others must have heard, and who hangs speaks first
         advice = "a longer parallel.step_timeout_seconds if it was only slow"
         self.leave(1, f"{text} (stacks and collectives of each process: {self.folder}; {advice})")
+
+    def _find_who_hangs(self, mine: tuple[int, float, str]) -> tuple[list[int], int, str]:
+        """Processes that do not answer; the one that entered the fewest collectives, of several the one that has been
+        silent longest, and what it does."""
+        answers, until = {0: mine}, time.monotonic() + ANSWER_SECONDS
+        for other in range(1, self.context.world_size):
+            if told := self._wait_for(f"hang/{other}", max(until - time.monotonic(), 0)):
+                answers[other] = tuple(json.loads(told))
+        behind = min(answers, key=lambda each: (answers[each][0], -answers[each][1]))
+        silent = [other for other in range(self.context.world_size) if other not in answers]
+        return silent, behind, answers[behind][2]
+
+    def _wait_for(self, key: str, seconds: float) -> str | None:
+        until = time.monotonic() + seconds
+        while (told := self._get(key)) is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return told
+
+    def _tell(self, key: str, value: str) -> None:
+        """Set a key that everyone looks at: there is something to look at."""
+        self._set(key, value)
+        self._set("news", "1")
 
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:

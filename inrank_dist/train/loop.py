@@ -109,14 +109,16 @@ class Trainer:
         patience = float(self.config.parallel.timeout_seconds)
         self._announce()
         self._between_steps(clock, stop=False)
-        longest = 0.0
+        longest, settled = 0.0, False
         while self.step < self.config.train.steps:
             self.beat(f"step {self.step + 1}", patience)
             began = time.perf_counter()
             stop, reshaped = self._train_one_step(clock)
-            longest = max(longest, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
             self._between_steps(clock, stop)
             # The first step after a start or a reshape may compile; where steps take long, so may the next.
+            longest = max(longest, seconds) if settled else seconds
+            settled = not reshaped
             patience = max(float(self.config.parallel.step_timeout_seconds), 5 * longest)
             if reshaped:
                 patience = max(patience, self.config.parallel.timeout_seconds)
