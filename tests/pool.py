@@ -30,15 +30,7 @@ class Pool:
         # The store listens on a port that the system picks, as torchrun's does.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:world_size]):
-            environment = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
-            pipe.send((function, arguments, timeout, {name: str(value) for name, value in environment.items()}))
+            pipe.send((function, arguments, timeout, place(rank, world_size, store.port)))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
         pipes = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:world_size])}
@@ -74,6 +66,19 @@ class Pool:
             process.kill()
             process.join()
         self.workers.clear()
+
+
+def place(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a process of its place; the store listens on ``port``."""
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    return {name: str(value) for name, value in environment.items()}
 
 
 def _work(pipe: Connection) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from inrank_dist.config import Config, load_config
 from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
-from inrank_dist.train.checkpoint import resumable
+from inrank_dist.train.checkpoint import list_checkpoints, resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
 
@@ -117,3 +118,13 @@ def train_in_worker(
     """``train`` for the pool: records, samples, rank table."""
     recorder, table = train(config, resume=resume)
     return recorder.records, recorder.samples, table
+
+
+def tensor_bytes(run_folder: Path) -> dict[tuple[str, str], bytes]:
+    """The bytes of every tensor of the newest checkpoint, by file and name."""
+    newest = list_checkpoints(run_folder)[-1]
+    return {
+        (file.name, name): tensor.numpy().tobytes()
+        for file in newest.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from pool import Pool
-from runs import small_config, train
-from safetensors.torch import load_file
+from runs import small_config, tensor_bytes, train
 
 from inrank_dist.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
@@ -32,16 +31,6 @@ def joined(results: list[Any], step: int) -> list[int]:
     return [sample for result in results for sample in result[1][step]]
 
 
-def tensors(run: Path) -> dict[tuple[str, str], bytes]:
-    """The bytes of every tensor of the newest checkpoint, by file and name."""
-    folder = list_checkpoints(run)[-1]
-    return {
-        (file.name, name): tensor.numpy().tobytes()
-        for file in folder.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
 @pytest.fixture(scope="module")
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """An undisturbed run on one process, with a checkpoint of every step."""
@@ -59,7 +48,7 @@ def test_resume_is_bit_identical(corpus: Path, straight: tuple[Path, Any], tmp_p
     assert recorder.losses() == losses[step:]
     assert recorder.samples == samples[step:]
     assert resumed == table
-    assert tensors(tmp_path) == tensors(run)
+    assert tensor_bytes(tmp_path) == tensor_bytes(run)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +121,7 @@ def test_sharded_resume_is_bit_identical(pool: Pool, corpus: Path, sharded: tupl
     config = small_config(corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=1)
     results = pool.run("runs:train_in_worker", config, True, world_size=4)
     assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == losses[16:]
-    assert tensors(tmp_path) == tensors(run)
+    assert tensor_bytes(tmp_path) == tensor_bytes(run)
 
 
 def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -164,7 +153,7 @@ def test_an_incomplete_checkpoint_is_not_found(corpus: Path, straight: tuple[Pat
     assert find_checkpoint(tmp_path).state.step == 7
     train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
     assert not list((tmp_path / "checkpoints").glob("tmp-*"))
-    assert tensors(tmp_path) == tensors(run)
+    assert tensor_bytes(tmp_path) == tensor_bytes(run)
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
@@ -201,5 +190,5 @@ def test_resume_of_other_ways_is_bit_identical(corpus: Path, tmp_path: Path, cha
         resumed, again = train(small_config(corpus, run__dir=run, **changes), resume=True)
         assert resumed.losses() == recorder.losses()[step:]
         assert again == table
-        assert tensors(run) == tensors(tmp_path / "straight")
+        assert tensor_bytes(run) == tensor_bytes(tmp_path / "straight")
         assert find_checkpoint(run).state.optimizer_steps == STEPS

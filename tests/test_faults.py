@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from faults import Fault
 from faults.launch import Ended, Job, launch
-from runs import small_config
-from safetensors.torch import load_file
+from runs import small_config, tensor_bytes
 
 from inrank_dist.engine.watch import farewell
 from inrank_dist.train.checkpoint import list_checkpoints, named_folders, open_checkpoint, step_of
@@ -81,21 +80,12 @@ def samples(folder: Path) -> dict[tuple[int, int], list[int]]:
     return seen
 
 
-def tensors(folder: Path) -> dict[tuple[str, str], bytes]:
-    newest = list_checkpoints(folder / "run")[-1]
-    return {
-        (file.name, name): tensor.numpy().tobytes()
-        for file in newest.glob("*.safetensors")
-        for name, tensor in load_file(file).items()
-    }
-
-
 def assert_the_same_run(folder: Path, straight: Path) -> None:
     """Weights, moments, metrics, samples and state are those of the undisturbed run."""
     ours, theirs = (open_checkpoint(list_checkpoints(each / "run")[-1]) for each in (folder, straight))
     assert ours.state.step == theirs.state.step == STEPS
     assert {**vars(ours.state), "seconds": 0} == {**vars(theirs.state), "seconds": 0}
-    assert tensors(folder) == tensors(straight)
+    assert tensor_bytes(folder / "run") == tensor_bytes(straight / "run")
     assert records(folder) == records(straight)
     whole = samples(straight)
     assert all(whole[place] == ids for place, ids in samples(folder).items())

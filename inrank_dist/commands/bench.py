@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ..bench.checkpoint import WAYS, Cost, measure_checkpoints
 from ..bench.checkpoint import as_table as as_cost_table
@@ -18,7 +17,7 @@ from ..data import check_batch_sizes, prepare
 from ..data.store import write_atomically
 from ..engine.context import Context
 from ..errors import UserError
-from .common import no_overrides
+from .common import console, no_overrides
 
 TIMEOUT_SECONDS = 4 * 3600
 """How long processes wait for process 0, which alone measures the dense route."""
@@ -84,9 +83,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    for name in ("interval", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
+    _at_least_one(arguments, "interval", "rounds")
     config, _ = load_config(arguments.config, overrides)
     steps = (arguments.rounds + 1) * len(WAYS) * arguments.interval
     config.train.steps = max(config.train.steps, steps)
@@ -101,9 +98,9 @@ def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
 
 
 def _show_cost(cost: Cost, config: Config, context: Context) -> None:
-    console = Console() if Console().is_terminal else Console(width=200)
-    console.print(as_cost_table(cost))
-    console.print(
+    screen = console(width=200)
+    screen.print(as_cost_table(cost))
+    screen.print(
         f"{config.model.name} {config.model.num_layers} x {config.model.hidden_size}, {context.world_size} process(es) "
         f"on {context.device.type}, torch {torch.__version__}: a checkpoint of {cost.bytes / 1e6:.1f} MB every "
         f"{cost.interval} steps, {len(cost.seconds['off'])} rounds",
@@ -113,11 +110,10 @@ def _show_cost(cost: Cost, config: Config, context: Context) -> None:
 
 
 def _show(results: Sequence[Result], workload: Workload, context: Context, file: Path | None) -> None:
-    # A table that is piped is not squeezed into 80 columns.
-    console = Console() if Console().is_terminal else Console(width=200)
-    console.print(as_table(results))
+    screen = console(width=200)
+    screen.print(as_table(results))
     for line in notes(results, workload, context):
-        console.print(line, highlight=False, soft_wrap=True)
+        screen.print(line, highlight=False, soft_wrap=True)
     if file:
         write_atomically(file, (json.dumps(as_record(results, workload, context), indent=1) + "\n").encode())
 
@@ -131,9 +127,7 @@ def _shapes(text: str) -> list[ModelShape]:
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
-    for name in ("rank", "buffer", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
+    _at_least_one(arguments, "rank", "buffer", "repeats")
     count = None
     if arguments.dense_layers != "all":
         text = arguments.dense_layers
@@ -141,6 +135,12 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         if count < 2 or count % 2:
             raise UserError(f"--dense-layers is {text!r}; write an even number (a block has two layers) or all")
     return Workload(arguments.rank, arguments.buffer, arguments.repeats, count)
+
+
+def _at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
 
 
 def _refuse_misfit(workload: Workload, shapes: Sequence[ModelShape]) -> None:

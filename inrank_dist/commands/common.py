@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ..config import Config, load_config
 from ..data import Tokenizer
@@ -74,6 +75,11 @@ def load_trained(arguments: argparse.Namespace) -> TrainedModel:
     load_parameters(checkpoint.folder, {name: p.detach() for name, p in model.named_parameters()})
     set_base_scale(model, config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step))
     return TrainedModel(checkpoint, config, tokenizer, skeleton, model.eval())
+
+
+def console(width: int) -> Console:
+    """For tables: as wide as the terminal, or ``width`` where it is piped, so that none is squeezed into 80 columns."""
+    return Console() if Console().is_terminal else Console(width=width)
 
 
 def device() -> torch.device:

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from ..lowrank.criterion import effective_rank
@@ -11,7 +10,7 @@ from ..lowrank.linear import LowRankLinear
 from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
 from ..train.monitors.ranks import equals_null
-from .common import add_run_arguments, load_trained, no_overrides
+from .common import add_run_arguments, console, load_trained, no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,18 +55,17 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             str(parameters),
             f"{parameters / (shape[0] * shape[1]):.0%}",
         )
-    # A table that is piped is not squeezed into 80 columns.
-    console = Console() if Console().is_terminal else Console(width=160)
+    screen = console(width=160)
     dense = sum(parameter.numel() for parameter in trained.skeleton.parameters())
     now = sum(parameter.numel() for parameter in trained.model.parameters())
-    console.print(
+    screen.print(
         f"{arguments.run}, step {state.step}, {state.tokens} tokens, lowrank.mode {settings.mode}", highlight=False
     )
     if state.layout:
-        console.print(table)
-    console.print(f"{now} parameters, {now / dense:.1%} of {dense} dense", highlight=False)
+        screen.print(table)
+    screen.print(f"{now} parameters, {now / dense:.1%} of {dense} dense", highlight=False)
     if at_null:
-        console.print(
+        screen.print(
             f"in {at_null} of {len(state.layout)} layers the rank is the null rank within 2%: "
             "there the rule has not seen learning",
             highlight=False,

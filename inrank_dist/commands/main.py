@@ -20,7 +20,7 @@ COMMANDS = {
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
     "verify": "whether the checkpoints of a run are whole and can be resumed from",
     "report": "one self-contained HTML file with plots",
-    "bench": "time and memory of a decision against the published route",
+    "bench": "measurements: a rank decision against the published route, what checkpoints cost",
 }
 
 

@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError
 from ..train.checkpoint import Finding, examine
-from .common import no_overrides
+from .common import console, no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +29,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError(f"{arguments.run} is not a run folder; write --run with the folder of a training run")
     checkpoints, left = examine(arguments.run)
     if checkpoints or left:
-        # A table that is piped is not squeezed into 80 columns.
-        console = Console() if Console().is_terminal else Console(width=240)
-        console.print(_table([*checkpoints, *left]))
+        console(width=240).print(_table([*checkpoints, *left]))
     if not checkpoints:
         raise UserError(f"{arguments.run} holds no checkpoint; train it first")
     bad = [finding.folder.name for finding in checkpoints if not finding.resumable]

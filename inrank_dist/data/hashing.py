@@ -62,7 +62,7 @@ def hash_files(
             if known.get(key, [None])[0] == stamp:
                 hashes[path] = Hashed(known[key][1], stamp)
                 continue
-            hashes[path] = Hashed(_hash_file(path, must_be_utf8=text), stamp)
+            hashes[path] = Hashed(hash_file(path, must_be_utf8=text), stamp)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}) - make it readable or leave it out") from error
         settled = time.time() - max(stamp[2:]) / 1e9 > CLOCK_TICK_S
@@ -77,7 +77,13 @@ def hash_files(
     return hashes
 
 
-def _hash_file(path: Path, *, must_be_utf8: bool) -> str:
+def hash_file(path: Path, *, must_be_utf8: bool = False) -> str:
+    """sha256 (hex) of a file's content.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it must be UTF-8 and is not.
+    """
     digest = hashlib.sha256()
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0

@@ -143,8 +143,13 @@ def _alive(pid: int) -> bool:
 def _flush(folder: Path) -> None:
     """Put every file and folder name on the disk, so that a machine that stops cannot leave short files."""
     for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush_path(path)
+
+
+def flush_path(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

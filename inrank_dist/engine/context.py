@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -140,6 +140,22 @@ class Context:
         dist.all_gather_object(values, value, group=group)
         return values
 
+    def together(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+        """Every process does something in which the user's mistake may show in some; all then raise the first one's.
+
+        Returns:
+            What ``work`` returned in this process.
+        """
+        result, mistake = None, None
+        try:
+            result = work()
+        except UserError as error:
+            mistake = error
+        for each in self.gather(mistake, group):
+            if each is not None:
+                raise each
+        return cast(Result, result)
+
     def agree(self, what: str, answers: Mapping[str, object]) -> None:
         """Check that all processes hold the same answers, by hash; one small all-reduce when they do.
 
@@ -157,8 +173,7 @@ class Context:
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         if extremes[0] == -extremes[1]:
             return
-        gathered: list[dict[str, int]] = [{} for _ in range(self.world_size)]
-        dist.all_gather_object(gathered, {name: _digest(answer) for name, answer in answers.items()})
+        gathered = self.gather({name: _digest(answer) for name, answer in answers.items()})
         names = sorted(
             {name for each in gathered for name in each if any(other.get(name) != each[name] for other in gathered)}
         )

@@ -160,9 +160,8 @@ class Trainer:
     def _between_steps(self, clock: "_Clock", stop: bool) -> None:
         """Validation and checkpoint, where they are due; or the end, where it was asked for."""
         last = self.step == self.config.train.steps
-        lasting, passing = self._saves(self.config.checkpoint.interval), self._saves(
-            self.config.checkpoint.ephemeral_interval
-        )  # fmt: skip
+        lasting = self._saves(self.config.checkpoint.interval)
+        passing = self._saves(self.config.checkpoint.ephemeral_interval)
         with clock.stopped():
             if self.evaluation_due and not stop:
                 stop = not self._evaluate()

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pool import place
 from torch.distributed import TCPStore
 
 from . import Fault
@@ -38,19 +38,12 @@ class Job:
 
     def __init__(self, words: Sequence[object], folder: Path, *, world_size: int, fault: Fault | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.began = folder, time.monotonic()
+        self.folder = folder
         # The store listens on a port that the system picks, as torchrun's does.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = []
         for rank in range(world_size):
-            environment = {} if world_size == 1 else {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": self.store.port,
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }  # fmt: skip
+            environment = place(rank, world_size, self.store.port) if world_size > 1 else {}
             arguments = ([str(word) for word in words], folder, rank, environment, fault)
             process = _context.Process(target=_run, args=arguments, daemon=True)
             process.start()
@@ -86,13 +79,13 @@ def launch(words: Sequence[object], folder: Path, *, world_size: int, fault: Fau
     return Job(words, folder, world_size=world_size, fault=fault).wait()
 
 
-def _run(words: list[str], folder: Path, rank: int, environment: dict[str, Any], fault: Fault | None) -> None:
+def _run(words: list[str], folder: Path, rank: int, environment: dict[str, str], fault: Fault | None) -> None:
     import torch
 
     output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update(environment)
     torch.set_num_threads(1)
     from inrank_dist.commands.main import main
 

@@ -7,18 +7,22 @@ files of its manifest is a whole checkpoint, and everything else is ignored and 
 hashes every file before it uses one.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ...data.hashing import hash_file
+from ...data.store import flush_path
 from ...errors import UserError
+
+Found = TypeVar("Found")
 
 MANIFEST, MARKER = "manifest.json", "complete"
 
@@ -89,16 +93,12 @@ def leftovers(run_folder: Path) -> list[Path]:
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Folders of the complete checkpoints of a run, oldest first. Sizes are compared, contents are not hashed."""
-    return [folder for folder in named_folders(run_folder) if damage(folder) is None]
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as names and sizes tell; None: nothing."""
-    try:
-        read_manifest(folder)
-    except Damaged as error:
-        return str(error)
-    return None
+    complete = []
+    for folder in named_folders(run_folder):
+        with contextlib.suppress(Damaged):
+            read_manifest(folder)
+            complete.append(folder)
+    return complete
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -179,22 +179,13 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
 
     def entry(name: str) -> FileEntry:
         try:
-            with (folder / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-                return FileEntry(os.fstat(file.fileno()).st_size, digest.hexdigest())
+            return FileEntry((folder / name).stat().st_size, hash_file(folder / name))
         except OSError as error:
             raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
 
     names = list(names)
     with ThreadPoolExecutor(HASHERS) as pool:
         return dict(zip(names, pool.map(entry, names), strict=True))
-
-
-def _digest(file: Any) -> Any:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
 
 
 def begin(final: Path) -> Path:
@@ -214,7 +205,7 @@ def seal(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Flush files to the disk; their entries."""
     names = list(names)
     for name in names:
-        _flush(folder / name)
+        flush_path(folder / name)
     return hash_files(folder, names)
 
 
@@ -227,11 +218,11 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     """Make a private folder, whose files are sealed, the checkpoint."""
     manifest = {"format": FORMAT, "ephemeral": ephemeral, "files": {name: asdict(e) for name, e in files.items()}}
     write_json(partial / MANIFEST, manifest)
-    _flush(partial / MANIFEST)
+    flush_path(partial / MANIFEST)
     digest = hashlib.sha256((partial / MANIFEST).read_bytes()).hexdigest()
     (partial / MARKER).write_bytes(f"{digest}\n".encode())
-    _flush(partial / MARKER)
-    _flush(partial)
+    flush_path(partial / MARKER)
+    flush_path(partial)
     try:
         read_manifest(partial)
     except Damaged as error:
@@ -240,7 +231,7 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     if final.exists():  # damaged, or without the validation that was still due
         final.rename(old)
     partial.rename(final)
-    _flush(final.parent)
+    flush_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -274,18 +265,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def newest_sound(
-    run_folder: Path, folders: Iterable[Path], check: Callable[[Path], Any], say: Callable[[str], None]
-) -> tuple[Path, Any]:
-    """The newest of ``folders`` that passes ``check``, with what that returned; a loud line for each that does not.
+    run_folder: Path, folders: Iterable[Path], check: Callable[[Path], Found], say: Callable[[str], None]
+) -> Found:
+    """What ``check`` returned of the newest of ``folders`` that passes it; a loud line for each that does not.
 
     Raises:
         Damaged: none does; the message is that of the newest.
@@ -293,12 +276,10 @@ def newest_sound(
     first: Damaged | None = None
     for folder in sorted(folders, key=step_of, reverse=True):
         try:
-            found = check(folder)
+            return check(folder)
         except Damaged as error:
             first = first or error
             say(f"warning: {error}; trying the checkpoint before it")
-            continue
-        return folder, found
     raise Damaged(
         f"{first}; {run_folder} holds no checkpoint that can be used: restore one, or write another run.dir"
         if first

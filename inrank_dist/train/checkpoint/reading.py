@@ -6,7 +6,7 @@ from pathlib import Path
 from ...engine.context import Context
 from ...errors import UserError
 from .contents import Checkpoint, check_contents
-from .folder import Damaged, named_folders, newest_sound, recover, step_of, verify
+from .folder import named_folders, newest_sound, recover, step_of, verify
 from .state import read_state
 
 log = logging.getLogger("inrank_dist")
@@ -34,7 +34,7 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint:
         raise UserError(f"{run_folder} is not a run folder; write --run with the folder of a training run")
     folders = named_folders(run_folder)
     if step is None:
-        return newest_sound(run_folder, folders, open_checkpoint, log.warning)[1]
+        return newest_sound(run_folder, folders, open_checkpoint, log.warning)
     for folder in folders:
         if step_of(folder) == step:
             return open_checkpoint(folder)
@@ -54,7 +54,7 @@ def peek_checkpoint(run_folder: Path) -> Checkpoint | None:
         verify(folder, tensors=False)
         return Checkpoint(folder, read_state(folder))
 
-    return newest_sound(run_folder, folders, peek, lambda line: None)[1] if folders else None
+    return newest_sound(run_folder, folders, peek, lambda line: None) if folders else None
 
 
 def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
@@ -68,20 +68,14 @@ def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
     if not folders:
         return None
 
-    def check(folder: Path) -> Checkpoint:
-        found = None
-        problem: str | None = None
-        try:
-            verify(folder, context.rank, context.world_size)
-            found = Checkpoint(folder, read_state(folder))
-            if context.is_main:
-                check_contents(found)
-        except Damaged as error:
-            problem = str(error)
-        problems = [each for each in context.gather(problem) if each]
-        if problems:
-            raise Damaged(problems[0])
-        assert found is not None
+    def look(folder: Path) -> Checkpoint:
+        verify(folder, context.rank, context.world_size)
+        found = Checkpoint(folder, read_state(folder))
+        if context.is_main:
+            check_contents(found)
         return found
 
-    return newest_sound(run_folder, folders, check, log.warning)[1]
+    def check(folder: Path) -> Checkpoint:
+        return context.together(lambda: look(folder))
+
+    return newest_sound(run_folder, folders, check, log.warning)

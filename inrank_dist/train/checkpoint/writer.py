@@ -4,7 +4,7 @@ import errno
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -17,6 +17,8 @@ from . import folder as folders
 from .folder import FileEntry
 from .state import STATE, TrainState, write_state
 from .tensors import stage_and_write_tensors, write_tensors, written_by
+
+Result = TypeVar("Result")
 
 
 class CheckpointWriter:
@@ -89,18 +91,8 @@ class CheckpointWriter:
         """Everything from the tensors' files to the removal of old checkpoints."""
         with _Told(final):
             write()
-        problem: str | None = None
-        files: dict[str, FileEntry] = {}
-        try:
-            with _Told(final):
-                files = folders.seal(partial, written_by(partial, self.context.rank))
-        except UserError as error:
-            problem = str(error)
-        answers = self.context.gather((files, problem), self._group)
-        for _, problem in answers:
-            if problem:
-                raise UserError(problem)
-        every = {name: entry for files, _ in answers for name, entry in files.items()}
+        files = self._together(final, lambda: folders.seal(partial, written_by(partial, self.context.rank)))
+        every = {name: entry for each in self.context.gather(files, self._group) for name, entry in each.items()}
         self._on_main(final, lambda: self._commit(final, partial, state, ephemeral, every))
         self._on_main(final, lambda: self._retain(state.step))
 
@@ -118,16 +110,16 @@ class CheckpointWriter:
 
     def _on_main(self, final: Path, work: Callable[[], object]) -> None:
         """Process 0 does something; if it fails, all raise the same."""
-        problem: str | None = None
-        if self.context.is_main:
-            try:
-                with _Told(final):
-                    work()
-            except UserError as error:
-                problem = str(error)
-        problem = self.context.gather(problem, self._group)[0]
-        if problem:
-            raise UserError(problem)
+        self._together(final, work if self.context.is_main else lambda: None)
+
+    def _together(self, final: Path, work: Callable[[], Result]) -> Result:
+        """Every process does something; if it fails in one, all raise the same."""
+
+        def told() -> Result:
+            with _Told(final):
+                return work()
+
+        return self.context.together(told, self._group)
 
 
 class _Told:
@@ -139,7 +131,7 @@ class _Told:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> Literal[False]:
         cause = error
         if isinstance(error, CheckpointException):
             cause = next(iter(error.failures.values()))[0]
@@ -153,3 +145,4 @@ class _Told:
             ) from None
         if isinstance(error, CheckpointException):
             raise RuntimeError(f"{self.final} could not be written: {error}") from None
+        return False
