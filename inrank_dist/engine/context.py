@@ -4,6 +4,8 @@ import gc
 import hashlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -28,6 +30,7 @@ class Context:
     Attributes:
         rank, world_size, local_rank: as set by torchrun and its kin; 0, 1, 0 without a launcher.
         device: ``cuda:LOCAL_RANK`` where there is a GPU, else ``cpu``.
+        attempt: a name that the processes of this attempt of the job share and no attempt before had; set by ``start``.
     """
 
     def __init__(self) -> None:
@@ -57,6 +60,7 @@ class Context:
             self.device = torch.device("cuda", self.local_rank)
         else:
             self.device = torch.device("cpu")
+        self.attempt = ""
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +91,11 @@ class Context:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         try:
-            dist.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=timeout)
+            store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout)))
+            store.set_timeout(timeout)
+            self.attempt = name_attempt(store, self.rank, self.world_size, timeout_seconds)
+            store = dist.PrefixStore(self.attempt, store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
             place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
             raise UserError(
@@ -178,6 +186,35 @@ class Context:
             {name for each in gathered for name in each if any(other.get(name) != each[name] for other in gathered)}
         )
         raise Disagreement(f"processes disagree on {what} of: {', '.join(names)}")
+
+
+def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that the processes of this attempt of a job share and no attempt before had.
+
+    torchrun keeps one store over all attempts, and its count of restarts differs between nodes (a node whose own
+    processes are sound does not count), so a process may read there what its predecessors wrote and wait for the dead.
+    Therefore each shows a word that it has just made up, and process 0 answers that word with the name.
+
+    Raises:
+        dist.DistStoreError: the others did not come within ``timeout_seconds``.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"inrank word of {rank}", word)
+        name = str(store.get(f"inrank name for {word}").decode())
+        store.add(f"{name} known", 1)
+        return name
+    name, answered, until = uuid.uuid4().hex, set(), time.monotonic() + timeout_seconds
+    while store.add(f"{name} known", 0) < world_size - 1:
+        for other in range(1, world_size):
+            key = f"inrank word of {other}"  # perhaps still a predecessor's; then it changes
+            if store.check([key]) and (word := store.get(key).decode()) not in answered:
+                store.set(f"inrank name for {word}", name)
+                answered.add(word)
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"only {store.add(f'{name} known', 0) + 1} of {world_size} processes came")
+        time.sleep(0.01)
+    return name
 
 
 def _digest(answer: object) -> int:

@@ -60,8 +60,7 @@ class Watch:
             # A connection of its own: a thread that waits in another one holds it.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"inrank watch {attempt}", store)
+            self._store = dist.PrefixStore(f"{context.attempt} watch", store)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
