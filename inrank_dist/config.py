@@ -109,8 +109,10 @@ class Config:
         def no_effect(why: str, section: str, *keys: str) -> None:
             idle.update({f"{section}.{key}": why for key in keys})
 
-        if self.parallel.engine in ("local", "ddp"):
+        if self.parallel.engine not in ("auto", "fsdp"):
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size")
+        if not self.parallel.engine.startswith("zero"):
+            no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "deepspeed")
         if self.parallel.engine == "local":
             no_effect("parallel.engine is local", "parallel", "timeout_seconds")
         if self.schedule.name != "wsd":
@@ -297,7 +299,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(known)}" if len(known) < 20 else "; --help lists all"
 
 
-# Types. Settings are of int, float, bool, str, Literal of texts, list of str, and any of them or None.
+# Types. Settings are of int, float, bool, str, Literal of texts, list of str, dict, and any of them or None.
 
 
 def _parse(text: str, expected: Any) -> Any:
@@ -321,6 +323,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return isinstance(value, str) and value in arguments
     if origin is list:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if len(_alternatives(expected)) > 1:
         return any(_fits(value, kind) for kind in arguments)
     if expected in (int, float) and isinstance(value, bool):
@@ -341,6 +345,8 @@ def in_words(expected: Any) -> str:
         return "one of " + ", ".join(typing.get_args(expected))
     if typing.get_origin(expected) is list:
         return "a list such as [a,b]"
+    if typing.get_origin(expected) is dict:
+        return "keys and values such as {a: 1}"
     if len(_alternatives(expected)) > 1:
         return " or ".join(in_words(kind) for kind in _alternatives(expected))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]

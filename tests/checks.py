@@ -26,9 +26,9 @@ def function_of(trainer: Trainer) -> dict[str, Tensor]:
     trainer.engine.model.eval()
     with torch.no_grad():
         seen = {"logits": trainer.engine.logits(tokens)}
-    parameters = trainer.engine.parameters()
+    tensors = trainer.engine.tensors()
     for name in trainer.engine.layout:
-        seen[name] = whole(parameters[f"{name}.U"]).double() @ whole(parameters[f"{name}.V"]).double().T
+        seen[name] = whole(tensors[f"{name}.U"]).double() @ whole(tensors[f"{name}.V"]).double().T
     return seen
 
 
@@ -93,23 +93,21 @@ def every_parameter_moves(config: Config) -> int:
             if engine.module is not module:
                 rebuilt += 1
                 assert not still
-                trained = {name: p for name, p in engine.parameters().items() if p.requires_grad}
-                assert {id(p) for g in engine.optimizer.param_groups for p in g["params"]} == set(
-                    map(id, trained.values())
-                )
-                for name, parameter in trained.items():
-                    state = engine.optimizer.state[parameter]
-                    assert float(state["step"]) == step
-                    assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-                    still[name] = whole(parameter)
+                engine.check()
+                assert {float(state["step"]) for state in engine.optimizer.state.values()} == {step}
+                tensors = engine.tensors()
+                trained = [name for name, p in engine.parameters().items() if p.requires_grad]
+                for name in trained:
+                    moments = [tensors[f"optimizer.{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")]
+                    assert all(moment.shape == tensors[name].shape for moment in moments)
+                    still[name] = whole(tensors[name])
             return records
 
         def moved(lr: float, norm: Tensor) -> None:
             move(lr, norm)
-            for name, parameter in engine.parameters().items():
-                if name not in still:
-                    continue
-                now, before = whole(parameter), still.pop(name)
+            tensors = engine.tensors() if still else {}
+            for name in list(still):
+                now, before = whole(tensors[name]), still.pop(name)
                 columns = (now != before).any(0) if now.ndim == 2 else (now != before).any()
                 # Weight decay moves every column of V; a fresh column of U, zero so far, moves by its gradient alone.
                 assert columns.all(), f"{name}: {columns.tolist()}"
@@ -170,11 +168,11 @@ def aims_at_the_gradient(config: Config) -> float:
                 return records
             assert logits is not None
             torch.testing.assert_close(function_of(trainer)["logits"], logits, rtol=0, atol=1e-6)
-            parameters = engine.parameters()
+            tensors = engine.tensors()
             dense = dense_gradients(trainer, list(grown), *batch)
             for name in grown:
                 old = before[name]
-                U, V = (whole(parameters[f"{name}.{factor}"]).double() for factor in "UV")
+                U, V = (whole(tensors[f"{name}.{factor}"]).double() for factor in "UV")
                 assert not U[:, old:].any()
                 fresh = V[:, old:]
                 overlap = V.T @ fresh
@@ -212,7 +210,7 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
         module = engine.module.get_submodule(name)
         hooks += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
     engine.accumulate(batches, tokens, training=False)
-    engine.optimizer.zero_grad()
+    engine.drop_gradients()
     for hook in hooks:
         hook.remove()
     for name in layers:

@@ -1,9 +1,12 @@
 """What workers of the pool count while the model changes: collectives, their bytes, allocated memory."""
 
+import ctypes
 import gc
+import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -286,3 +289,59 @@ def measured_in_buckets(modes: dict[str, int], rows: int, sizes: list[int]) -> l
         return [measure(mine, processes, size) for size in sizes]
     finally:
         context.stop()
+
+
+def reshaped_many_times(config: Config, warm_up: int, times: int) -> list[tuple[int, int]]:
+    """Reshape before every step, wider and back, and see that every parameter moves in the step after.
+
+    Returns:
+        After ``warm_up`` and after ``times`` more reshapes, the model being as large as at the start: bytes of all
+        tensors that Python knows of, and resident memory in bytes.
+    """
+    sizes: list[tuple[int, int]] = []
+
+    def hook(trainer: Trainer) -> None:
+        ranks, take_step = trainer.ranks, trainer.take_step
+        narrow = dict(trainer.engine.layout)
+        wide = {name: replace(layer, modes=layer.modes + 2) for name, layer in narrow.items()}
+
+        def reshaped() -> Any:
+            engine = trainer.engine
+            if trainer.step:  # there are moments to carry over
+                layout, action = (wide, "grow") if engine.layout == narrow else (narrow, "freeze")
+                events = ranks._plan(layout, measure_spectra(engine.factors(), ranks.processes), action, trainer.step)  # type: ignore
+                engine.reshape(layout, events, lambda name: ranks._directions(name, trainer.step, events[name].fresh))
+                if trainer.step in (warm_up, warm_up + times):
+                    assert layout == narrow
+                    sizes.append((_tensor_bytes(), _resident_bytes()))
+            before = {name: _rows_of(tensor) for name, tensor in engine.tensors().items()}
+            taken = take_step()
+            after = {name: _rows_of(tensor) for name, tensor in engine.tensors().items()}
+            still = [name for name, rows in before.items() if rows.numel() and torch.equal(after[name], rows)]
+            assert not still, f"step {trainer.step}: {still} do not move"
+            return taken
+
+        trainer.take_step = reshaped  # type: ignore[method-assign]
+
+    train(config, hook=hook)
+    return sizes
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _tensor_bytes() -> int:
+    """Bytes of the storages of all tensors that are alive."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

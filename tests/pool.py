@@ -4,6 +4,7 @@ import faulthandler
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -81,6 +82,16 @@ def place(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in environment.items()}
 
 
+def _forget_modules() -> None:
+    """DeepSpeed numbers modules through the life of a process and compares the numbers; the workers' lives differ."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.partition_parameters import Init
+
+        Init.param_id = 0
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
@@ -89,6 +100,7 @@ def _work(pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         os.environ.update(environment)
+        _forget_modules()
         module, _, name = function.partition(":")
         faulthandler.dump_traceback_later(timeout - 5, exit=False)  # a hang says where
         try:

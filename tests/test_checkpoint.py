@@ -65,10 +65,16 @@ def sharded(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
     return run, (losses, samples, results[0][2])
 
 
-@pytest.mark.parametrize("step", EVENTS)
+ON_OTHERS = [("local", 1, None), ("fsdp", 2, None), ("ddp", 2, None), ("fsdp", 3, None), ("fsdp", 4, 2)]
+ON_ZERO = [(8, "zero0", 3), (16, "zero1", 3), (8, "zero2", 1), (24, "zero2", 3), (24, "zero3", 1), (16, "zero3", 2)]
+
+
 @pytest.mark.parametrize(
-    ("engine", "world_size", "shard_size"),
-    [("local", 1, None), ("fsdp", 2, None), ("ddp", 2, None), ("fsdp", 3, None), ("fsdp", 4, 2)],
+    ("step", "engine", "world_size", "shard_size"),
+    [
+        *((step, *other) for step in EVENTS for other in ON_OTHERS),
+        *(pytest.param(*other, None, marks=pytest.mark.slow) for other in ON_ZERO),
+    ],
 )
 def test_resume_on_other_processes_and_engines(
     pool: Pool,
@@ -96,8 +102,12 @@ def test_resume_on_other_processes_and_engines(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(("ddp", 2), ("fsdp", 3)), (("local", 1), ("fsdp", 2)), (("ddp", 4), ("local", 1)), (("local", 1), ("ddp", 2))],
-)
+    [
+        (("ddp", 2), ("fsdp", 3)), (("local", 1), ("fsdp", 2)), (("ddp", 4), ("local", 1)), (("local", 1), ("ddp", 2)),
+        (("zero0", 2), ("fsdp", 3)), (("zero1", 3), ("fsdp", 2)), (("zero2", 2), ("fsdp", 1)),
+        (("zero3", 3), ("fsdp", 2)), (("zero3", 2), ("zero1", 4)), (("zero2", 4), ("local", 1)),
+    ],
+)  # fmt: skip
 def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]) -> None:
     """Saved by the others, too: same samples, same ranks, same losses to 1e-6."""
     settings: dict[str, Any] = {
@@ -114,6 +124,30 @@ def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, in
     assert rest[0][2] == whole[0][2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fsdp_to_zero_and_back_in_the_warm_up(
+    pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path, stage: int
+) -> None:
+    """FSDP2 on four up to step 8, ZeRO on three over the growth at 16, FSDP2 on two over the freeze: losses to 1e-6."""
+    run, (losses, samples, table) = sharded
+    cut(run, tmp_path, 8)
+    settings: dict[str, Any] = {"train__global_batch_size": 12, "train__micro_batch_size": 1}
+    config = small_config(
+        corpus, run__dir=tmp_path, parallel__engine=f"zero{stage}", checkpoint__interval=2, checkpoint__keep=STEPS,
+        **settings,
+    )  # fmt: skip
+    middle = pool.run("runs:train_in_worker", config, True, world_size=3)
+    cut(tmp_path, tmp_path / "back", 18)
+    config = small_config(corpus, run__dir=tmp_path / "back", parallel__engine="fsdp", **settings)
+    last = pool.run("runs:train_in_worker", config, True, world_size=2)
+    seen = [[r["loss"] for r in results[0][0] if r["kind"] == "step"] for results in (middle, last)]
+    assert seen[0] == pytest.approx(losses[8:], rel=1e-6)
+    assert seen[1] == pytest.approx(losses[18:], rel=1e-6)
+    assert [joined(last, i) for i in range(STEPS - 18)] == samples[18:]
+    assert all(result[2] == table for result in (*middle, *last))
+
+
 def test_sharded_resume_is_bit_identical(pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path) -> None:
     """The same engine on the same processes loses nothing either: weights and moments byte for byte."""
     run, (losses, _, _) = sharded
@@ -122,6 +156,35 @@ def test_sharded_resume_is_bit_identical(pool: Pool, corpus: Path, sharded: tupl
     results = pool.run("runs:train_in_worker", config, True, world_size=4)
     assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == losses[16:]
     assert tensor_bytes(tmp_path) == tensor_bytes(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel__engine": "zero0"},
+        {"parallel__engine": "zero1", "train__precision": "bf16"},
+        {"parallel__engine": "zero2", "parallel__offload_optimizer": "true"},
+        {"parallel__engine": "zero3", "parallel__offload_optimizer": "true"},
+        {"parallel__engine": "zero3", "optimizer__name": "sgd", "lowrank__growth_init": "gradient"},
+        {"parallel__engine": "zero2", "checkpoint__async": "true", "lowrank__base": "frozen"},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())),
+)
+def test_resume_with_deepspeed_is_bit_identical(
+    pool: Pool, corpus: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    settings = {"train__micro_batch_size": 2, "checkpoint__interval": 12, "checkpoint__keep": STEPS, **settings}
+    whole = pool.run(
+        "runs:train_in_worker", small_config(corpus, run__dir=tmp_path / "whole", **settings), world_size=2
+    )
+    cut(tmp_path / "whole", tmp_path / "rest", 12)
+    rest = pool.run(
+        "runs:train_in_worker", small_config(corpus, run__dir=tmp_path / "rest", **settings), True, world_size=2
+    )
+    losses, again = ([r["loss"] for r in results[0][0] if r["kind"] == "step"] for results in (whole, rest))
+    assert again == losses[12:]
+    assert tensor_bytes(tmp_path / "rest") == tensor_bytes(tmp_path / "whole")
 
 
 def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, tmp_path: Path) -> None:

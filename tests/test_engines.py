@@ -9,6 +9,12 @@ from runs import small_config, train
 from inrank_dist.errors import UserError
 
 TOLERANCE = 1e-5
+GATHERED_EACH_TIME = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
+"""ZeRO-3 as with large layers; it would keep small ones gathered."""
+
+
+def slow(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def assert_same_run(result, reference, world_size: int) -> None:
@@ -51,6 +57,7 @@ def reference(corpus: Path):
         ("fsdp", 4, None),
         ("fsdp", 4, 2),
         ("fsdp", 2, 1),
+        *(slow(f"zero{stage}", world_size, None) for stage in range(4) for world_size in (1, 2, 4)),
     ],
 )
 def test_every_engine_gives_the_same_run(
@@ -66,7 +73,8 @@ def test_every_engine_gives_the_same_run(
     assert_same_run(result, reference, world_size)
 
 
-def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", slow("zero1"), slow("zero2"), slow("zero3")])
+def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path, engine: str) -> None:
     """Widths 20 and 7 over 3 processes, vocabulary 301, rank 1: uneven shards, fewer ranks than processes."""
     config = small_config(
         corpus,
@@ -81,12 +89,16 @@ def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path) 
         train__micro_batch_size=1,
     )
     recorder, table = train(config)
+    config.parallel.engine = engine
     for world_size in (2, 3):
         result = pool.run("runs:train_in_worker", config, world_size=world_size)
         assert_same_run(result, (recorder.records, table, recorder.samples), world_size)
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [("local", 1), ("ddp", 2), ("fsdp", 2), slow("zero0", 2), slow("zero1", 2), slow("zero2", 2), slow("zero3", 2)],
+)
 def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
     pool: Pool, corpus: Path, engine: str, world_size: int
 ) -> None:
@@ -95,14 +107,20 @@ def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
         assert actions == ["grow", "grow", "freeze"]
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [
+        ("local", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3),
+        slow("zero0", 2), slow("zero1", 2), ("zero2", 2), ("zero3", 2), slow("zero2", 3), slow("zero3", 3),
+    ],
+)  # fmt: skip
 def test_every_parameter_moves_after_every_event(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """A stale parameter in the optimizer or in FSDP2 is silent: the loss goes on falling without it."""
     config = small_config(corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1)
     assert pool.run("checks:every_parameter_moves", config, world_size=world_size) == [3] * world_size
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", slow("zero2"), slow("zero3")])
 def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, engine: str) -> None:
     """Diverging ranks would be silent; instead every process names the layer."""
     config = small_config(corpus, parallel__engine=engine)
@@ -110,7 +128,10 @@ def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, eng
         assert message == "processes disagree on the ranks of: blocks.1.mlp.up"
 
 
-@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("ddp", 2), ("fsdp", 3)])
+@pytest.mark.parametrize(
+    ("engine", "world_size"),
+    [("local", 1), ("ddp", 2), ("fsdp", 3), slow("zero0", 2), slow("zero1", 3), slow("zero2", 3), slow("zero3", 3)],
+)
 def test_new_modes_look_along_the_gradient(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """One step of a randomised SVD on rows finds most of what the best directions hold, and changes no logit."""
     config = small_config(
@@ -165,9 +186,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, variant: dict[str, object]) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", slow("zero3")])
+def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, variant: dict[str, object]) -> None:
     config = small_config(corpus, **variant)
     recorder, table = train(config)
+    config.parallel.engine = engine
     result = pool.run("runs:train_in_worker", config, world_size=2)
     assert_same_run(result, (recorder.records, table, recorder.samples), 2)
     rebuilt = {record["kind"] for record in recorder.records} & {"rank_event", "base_removed"}
@@ -178,7 +201,34 @@ def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, variant: dict[
         assert not any(base for _, _, base in table.values())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+ZERO_SETTINGS = {
+    "sgd": ("zero2", {"optimizer__name": "sgd", "optimizer__lr": 0.1}),
+    "frobenius decay": ("zero2", {"lowrank__frobenius_decay": 0.5}),
+    "frozen base": ("zero1", {"lowrank__base": "frozen"}),
+    "gathered each time": ("zero3", {"parallel__deepspeed": GATHERED_EACH_TIME}),
+    "small buckets": ("zero2", {"parallel__deepspeed": "{zero_optimization: {reduce_bucket_size: 1000}}"}),
+    "no overlap, no scatter": (
+        "zero1",
+        {"parallel__deepspeed": "{zero_optimization: {overlap_comm: false, reduce_scatter: false}}"},
+    ),
+    "offload, stage 2": ("zero2", {"parallel__offload_optimizer": "true"}),
+    "offload, stage 3": ("zero3", {"parallel__offload_optimizer": "true"}),
+}
+
+
+@pytest.mark.parametrize(("engine", "settings"), ZERO_SETTINGS.values(), ids=ZERO_SETTINGS.keys())
+@pytest.mark.slow
+def test_settings_change_no_result_of_deepspeed(
+    pool: Pool, corpus: Path, engine: str, settings: dict[str, object]
+) -> None:
+    ours = {key: value for key, value in settings.items() if not key.startswith("parallel__")}
+    recorder, table = train(small_config(corpus, **ours))
+    config = small_config(corpus, parallel__engine=engine, **settings)
+    result = pool.run("runs:train_in_worker", config, world_size=2)
+    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", slow("zero0"), slow("zero1"), slow("zero2"), slow("zero3")])
 def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
     """Weights and moments stay fp32; the loss of a short run differs by bfloat16's rounding only."""
     recorder, _ = train(small_config(corpus, train__steps=24))
@@ -191,7 +241,7 @@ def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
 def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
     recorder, table = train(small_config(corpus))
     config = small_config(corpus, train__compile="true", parallel__engine=engine)

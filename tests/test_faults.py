@@ -55,8 +55,12 @@ def statuses(ended: list[Ended]) -> list[int]:
 @pytest.fixture(scope="module")
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs, with a checkpoint of every third step."""
-    folder = tmp_path_factory.mktemp("straight")
-    ended = launch(words(folder, corpus, checkpoint__keep=STEPS), folder, world_size=2)
+    return undisturbed(corpus, tmp_path_factory.mktemp("straight"))
+
+
+def undisturbed(corpus: Path, folder: Path, **changes: Any) -> Path:
+    """A run that nothing disturbs."""
+    ended = launch(words(folder, corpus, checkpoint__keep=STEPS, **changes), folder, world_size=2)
     assert statuses(ended) == [0, 0], ended
     events = [r for r in records(folder) if r["kind"] == "rank_event"]
     assert [(r["step"], r["action"]) for r in events] == [(s, "freeze" if s == 30 else "grow") for s in EVENTS]
@@ -118,16 +122,32 @@ def fault_at(step: int, folder: Path, action: str = "kill") -> Fault:
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_killed_at_every_step(corpus: Path, straight: Path, tmp_path: Path, step: int) -> None:
     """SIGKILL to one of two processes at every step, in one phase after another; every fourth run is killed twice."""
-    as_it_was(straight, tmp_path, step)
-    command = words(tmp_path, corpus)
+    killed_and_resumed(corpus, straight, tmp_path, step)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_killed_at_random_steps(corpus: Path, tmp_path: Path, engine: str) -> None:
+    """Ten of them, with DeepSpeed."""
+    straight = undisturbed(corpus, tmp_path / "straight", parallel__engine=engine)
+    for step in Random(0).sample(range(1, STEPS), 10):
+        killed_and_resumed(corpus, straight, tmp_path / str(step), step, parallel__engine=engine)
+
+
+def killed_and_resumed(corpus: Path, straight: Path, folder: Path, step: int, **changes: Any) -> None:
+    """Kill one of two processes at a step, and let the job go on; every fourth is killed twice."""
+    folder.mkdir(exist_ok=True)
+    as_it_was(straight, folder, step)
+    command = words(folder, corpus, **changes)
     for again in range(2 if step % 4 == 0 else 1):
-        fault = fault_at(step, tmp_path) if not again else Fault("kill", 0, None, "backward", str(tmp_path / "again"))
-        ended = launch(command, tmp_path, world_size=2, fault=fault)
+        fault = fault_at(step, folder) if not again else Fault("kill", 0, None, "backward", str(folder / "again"))
+        ended = launch(command, folder, world_size=2, fault=fault)
         assert statuses(ended)[fault.process] == -signal.SIGKILL, (fault, ended)
         assert statuses(ended)[1 - fault.process] == 1
         assert f"process {1 - fault.process} lost another process" in ended[1 - fault.process].output
-    assert statuses(launch(command, tmp_path, world_size=2)) == [0, 0]
-    assert_the_same_run(tmp_path, straight)
+    assert statuses(launch(command, folder, world_size=2)) == [0, 0]
+    assert_the_same_run(folder, straight)
 
 
 def test_killed_and_resumed(corpus: Path, straight: Path, tmp_path: Path) -> None:
@@ -144,12 +164,19 @@ def test_killed_and_resumed(corpus: Path, straight: Path, tmp_path: Path) -> Non
         pytest.param("save-data", None, {"checkpoint__async_": True}, marks=pytest.mark.slow),
         ("prepare", None, {"data__cache_dir": "cache"}),
         pytest.param("evaluation", STEPS, {}, marks=pytest.mark.slow),
+        pytest.param("backward", 8, {"parallel__engine": "zero2"}, marks=pytest.mark.slow),
+        pytest.param("reshape", 12, {"parallel__engine": "zero3"}, marks=pytest.mark.slow),
+        pytest.param(
+            "prepare", None, {"data__cache_dir": "cache", "parallel__engine": "zero2"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_signal_to_one_process_stops_all_of_them(
     corpus: Path, straight: Path, tmp_path: Path, phase: str, step: int | None, changes: dict[str, Any]
 ) -> None:
     """In training, validation, a rank event, an asynchronous save, preparation: status 75, saved, exactly resumed."""
+    if "parallel__engine" in changes:
+        straight = undisturbed(corpus, tmp_path / "straight", parallel__engine=changes["parallel__engine"])
     changes = {key: tmp_path / value if key == "data__cache_dir" else value for key, value in changes.items()}
     changes = {key.removesuffix("_"): value for key, value in changes.items()}
     command = words(tmp_path, corpus, **changes)

@@ -28,6 +28,17 @@ from inrank_dist.train.settings import TrainSettings
         ("ddp", "backward"),
         pytest.param("fsdp", "loss", marks=pytest.mark.slow),
         pytest.param("ddp", "gradient", marks=pytest.mark.slow),
+        *(
+            pytest.param(engine, where, marks=pytest.mark.slow)
+            for engine, where in (
+                ("zero0", "loss"),
+                ("zero1", "gradient"),
+                ("zero2", "gradient"),
+                ("zero2", "backward"),
+                ("zero3", "gradient"),
+                ("zero3", "loss"),
+            )
+        ),
     ],
 )
 def test_a_bad_gradient_in_one_process_is_skipped_by_all(pool: Pool, corpus: Path, engine: str, where: str) -> None:

@@ -14,6 +14,7 @@ import sentencepiece
 import yaml
 
 from inrank_dist.commands.main import main
+from inrank_dist.engine import zero_settings
 
 Fails = Callable[..., str]
 
@@ -148,6 +149,29 @@ def damaged(trained: Path, tmp_path: Path) -> Path:
         ("--log.interval 0", "log.interval is 0"),
         ("--run.seed -1", "run.seed is -1"),
         ("--parallel.engine fsdp --parallel.shard_size 2", "parallel.shard_size is 2, which does not divide"),
+        ("--parallel.engine fsdp --parallel.offload_optimizer true", "write parallel.engine: zero2 or zero3"),
+        ("--parallel.engine zero1 --parallel.offload_optimizer true", "write parallel.engine: zero2 or zero3"),
+        ("--parallel.engine zero4", "parallel.engine is zero4; write one of auto, local"),
+        ("--parallel.engine zero2 --parallel.deepspeed 5", "parallel.deepspeed is 5; write keys and values such as"),
+        *((f"--parallel.engine zero2 --parallel.deepspeed={extra}", says) for extra, says in (
+            ('{"gradient_clipping":1}', "sets gradient_clipping, which train.grad_clip decides; write train.grad_clip"),
+            ('{"bf16":{"enabled":true}}', "sets bf16, which train.precision decides; write train.precision instead"),
+            ('{"zero_optimization":{"stage":2}}', "which parallel.engine decides; write parallel.engine instead"),
+            ('{"zero_optimization":{"offload_param":{}}}', "which is not supported with rank events; leave it out"),
+            ('{"comunication_data_type":"fp32"}', "which is not passed on; did you mean communication_data_type?"),
+            ('{"elasticity":{}}', "which is not passed on; known are zero_optimization, torch_autocast"),
+            ('{"zero_optimization":{"overlap_com":true}}', "overlap_com Extra inputs are not permitted"),
+            ('{"communication_data_type":"fp17"}', "Invalid communication_data_type"),
+            ('{"zero_optimization.overlap_comm":true}', "write zero_optimization: {overlap_comm: ... in braces"),
+            ('{"zero_optimization":5}', "sets zero_optimization to 5; write keys and values such as {a: 1}"),
+            ('{"zero_optimization":{"offload_optimizer":"cpu"}}', "to 'cpu'; write keys and values such as {a: 1}"),
+            ('{"torch_autocast":true}', "sets torch_autocast to True; write keys and values"),
+            ('{"torch_autocast":{"bogus":1}}', "sets torch_autocast.bogus, which is not passed on"),
+            ('{"zero_optimization":{"cpu_offload_param":true}}', "not supported with rank events; leave it out"),
+            ('{"zero_optimization":{"round_robin_gradients":true}}', "not supported with rank events; leave it out"),
+            ('{"comms_logger":5}', "parallel.deepspeed is refused by DeepSpeed: "),
+            ('{"flops_profiler":5}', "parallel.deepspeed is refused by DeepSpeed: "),
+        )),
         # the data
         ("--data.paths []", "data.paths is empty"),
         ("--data.source hub", "data.name is None"),
@@ -249,6 +273,16 @@ def test_folder_below_a_file(place: Path, fails: Fails, key: str) -> None:
     assert error.startswith(f"{key} is {place}/file")
     nothing_half_written(place)
     assert (place / "file").read_text() == ""
+
+
+def test_without_deepspeed(place: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is done, and without a word of Python's own."""
+    monkeypatch.setattr(zero_settings, "find_spec", lambda name: None)
+    assert fails("train", "--config", place / "config.yaml", "--parallel.engine", "zero2") == (
+        "parallel.engine is zero2, which needs DeepSpeed; write pip install 'inrank_dist[deepspeed]' (in a checkout: "
+        "pip install -e '.[deepspeed]'), or parallel.engine: fsdp"
+    )
+    nothing_half_written(place)
 
 
 # The data.

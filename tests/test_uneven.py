@@ -7,7 +7,7 @@ import pytest
 import torch
 from pool import Pool
 from runs import small_config, train
-from test_engines import assert_same_run
+from test_engines import assert_same_run, slow
 
 VOCABULARY = 1001
 
@@ -33,16 +33,20 @@ WIDTHS = {
 
 
 @pytest.mark.parametrize(
-    ("widths", "world_size"),
+    ("engine", "widths", "world_size"),
     [
-        ("10 and 7", 5),
-        pytest.param("10 and 7", 3, marks=pytest.mark.slow),
-        pytest.param("64", 3, marks=pytest.mark.slow),
-        pytest.param("64", 5, marks=pytest.mark.slow),
+        ("fsdp", "10 and 7", 5),
+        slow("fsdp", "10 and 7", 3),
+        slow("fsdp", "64", 3),
+        slow("fsdp", "64", 5),
+        slow("zero1", "10 and 7", 5),
+        slow("zero2", "10 and 7", 3),
+        slow("zero3", "10 and 7", 5),
+        slow("zero3", "64", 3),
     ],
 )
 def test_uneven_and_empty_shards_give_the_run_of_one_process(
-    pool: Pool, words: Path, widths: str, world_size: int
+    pool: Pool, words: Path, engine: str, widths: str, world_size: int
 ) -> None:
     """Vocabulary 1,001 over 3 and 5 processes, ranks 1 to 3. 7 rows over 5 processes are 2, 2, 2, 1 and none; 64 over 5
     are 13 each and 12; 1,001 over 5 are 201 each and 197."""
@@ -57,6 +61,7 @@ def test_uneven_and_empty_shards_give_the_run_of_one_process(
         train__micro_batch_size=1,
     )
     recorder, table = train(config)
+    config.parallel.engine = engine
     actions = [record["action"] for record in recorder.records if record["kind"] == "rank_event"]
     assert actions == ["grow", "freeze"]
     assert {rank for rank, _, _ in table.values()} <= {1, 2, 3}

@@ -38,6 +38,8 @@ def main(words: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 2 the user's mistake (one line on stderr). Anything else is raised.
     """
     words = list(sys.argv[1:] if words is None else words)
+    # The deepspeed launcher passes what it also writes to LOCAL_RANK.
+    words = [word for word in words if not word.startswith("--local_rank=")]
     # One voice a node: the other processes of a launcher make the same mistake at the same time.
     local_rank = os.environ.get("LOCAL_RANK", "0")
     speaks = not local_rank.isdecimal() or int(local_rank) == 0

@@ -12,13 +12,14 @@ import torch
 from ..config import SETTINGS, Config, load_config, shown
 from ..data import Prepared, check_batch_sizes, prepare
 from ..engine.context import Context
+from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
 from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
 from ..train.report import write_report
-from ..train.start import dense_skeleton, layer_shapes
+from ..train.start import dense_skeleton, layer_shapes, zero_config
 from ..train.stop import Stopped, StopRequest
 from .common import add_config_arguments, read_config
 
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
     check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
+    if engine.startswith("zero"):
+        zero_config(zero_stage(engine), config, context.world_size)
     if arguments.dry_run:
         print(_plan(config, skeleton, shapes))
         return

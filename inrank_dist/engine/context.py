@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -109,7 +110,11 @@ class Context:
         if dist.is_initialized():
             # DDP's reducer keeps the group alive; freed after the group is destroyed, it can wait for itself forever.
             gc.collect()
-            dist.destroy_process_group()
+            deepspeed = sys.modules.get("deepspeed.comm")  # which keeps groups of its own, and must forget them
+            if deepspeed is not None and deepspeed.is_initialized():
+                deepspeed.destroy_process_group()
+            else:
+                dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> None:
         """Sum a tensor in place over all processes."""

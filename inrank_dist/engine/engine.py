@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from ..lowrank.linear import set_base_scale
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from .context import Context
-from .optimizer import OptimizerSettings, build_optimizer, map_moments
+from .optimizer import OptimizerSettings, build_optimizer, decayed_parameters, map_moments
 
 Values = Callable[[str], Tensor]
 """Parameter name -> its whole start value on CPU, the same on every process."""
@@ -90,7 +90,7 @@ class Engine:
 
         self._build(layout, start)
 
-    # How parameters are held: the four methods that a sharding engine overrides.
+    # How parameters are held: what a sharding engine overrides.
 
     def rows(self, size: int) -> tuple[int, int]:
         """First row and end of the rows that this process holds of a parameter with ``size`` rows."""
@@ -103,17 +103,33 @@ class Engine:
     def _shard(self, module: LanguageModel) -> None:
         """Shard a module on ``meta``, in place."""
 
-    def _wrap(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
-        """Make the tensor that stands for a whole parameter from this process's rows of it."""
+    def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
+        """Make the tensor that stands for a whole one of this shape from this process's rows of it."""
         return local
 
     def _local(self, tensor: Tensor) -> Tensor:
         """This process's rows of a parameter, gradient or moment; shares memory with it."""
         return tensor.detach()
 
+    def _assign(self, module: LanguageModel, rows: Callable[[str, nn.Parameter], Tensor]) -> None:
+        """Give a module on ``meta`` its parameters, from this process's rows of them."""
+        placed: dict[int, nn.Parameter] = {}
+        state = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if id(parameter) not in placed:  # tied parameters stay one object
+                wrapped = self._wrap(rows(name, parameter), parameter.shape)
+                placed[id(parameter)] = nn.Parameter(wrapped, requires_grad=parameter.requires_grad)
+            state[name] = placed[id(parameter)]
+        module.load_state_dict(state, assign=True)
+
     def _callable(self, module: LanguageModel) -> nn.Module:
-        """What is called in place of the module."""
+        """What is called in place of the module, whose optimizer is made."""
         return module
+
+    def _release(self) -> None:
+        """Let go of the model and its optimizer."""
+        del self.module, self.model, self.optimizer
+        gc.collect()  # a model is a web of cycles; its memory is wanted at once
 
     def _sum_over_shards(self, tensor: Tensor) -> None:
         """Sum in place over the processes that hold different rows of the same replica."""
@@ -143,15 +159,9 @@ class Engine:
             if self.options.compile:
                 block.compile()
         module.tok_embed.register_forward_hook(self._observe)
+        decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
         self._shard(module)
-        placed: dict[int, nn.Parameter] = {}
-        state = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if id(parameter) not in placed:  # tied parameters stay one object
-                wrapped = self._wrap(local(name, parameter), parameter)
-                placed[id(parameter)] = nn.Parameter(wrapped, requires_grad=parameter.requires_grad)
-            state[name] = placed[id(parameter)]
-        module.load_state_dict(state, assign=True)
+        self._assign(module, local)
         for owner in module.modules():
             for name, buffer in list(owner.named_buffers(recurse=False)):
                 owner.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
@@ -159,10 +169,13 @@ class Engine:
         set_base_scale(module, self._base_scale)
         self.layout = dict(layout)
         self.module = module
+        self.optimizer = self._build_optimizer(dict(module.named_parameters()), decayed)
         self.model = self._callable(module)
-        self.optimizer = build_optimizer(
-            module, self.optimizer_settings, decay_factors=self.options.frobenius_decay == 0
-        )
+
+    def _build_optimizer(self, parameters: Mapping[str, nn.Parameter], decayed: Set[str]) -> torch.optim.Optimizer:
+        is_sgd = self.optimizer_settings.name == "sgd"  # of which DTensor knows no fused one
+        kind = torch.optim.SGD if is_sgd else partial(torch.optim.AdamW, fused=True)
+        return build_optimizer(kind, parameters, decayed, self.optimizer_settings)
 
     def reshape(
         self,
@@ -177,8 +190,7 @@ class Engine:
             events: the maps of those whose rank changes.
             directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
         """
-        tensors = {name: self._local(parameter) for name, parameter in self.parameters().items()}
-        moments = {name: self._moments(parameter) for name, parameter in self.parameters().items()}
+        tensors, moments = self._rows()
         for layer, event in events.items():
             names = {factor: f"{layer}.{factor}" for factor in "UV"}
             U, V = (tensors[name] for name in names.values())
@@ -198,12 +210,17 @@ class Engine:
                         betas=(self.optimizer_settings.beta1, self.optimizer_settings.beta2),
                         rule=self.optimizer_settings.moments_on_event,
                     )
-        del self.module, self.model, self.optimizer
-        gc.collect()  # the old model is a web of cycles; its memory is wanted before FSDP2 pads short shards
+        self._release()
         self._build(layout, lambda name, _: tensors[name])
         for name, parameter in self.parameters().items():
             self._set_moments(parameter, moments[name])
         self.check()
+
+    def _rows(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """This process's rows of every parameter, and of what the optimizer remembers of it."""
+        parameters = self.parameters()
+        moments = {name: self._moments(parameter) for name, parameter in parameters.items()}
+        return {name: self._local(parameter) for name, parameter in parameters.items()}, moments
 
     def check(self) -> None:
         """Assert that the optimizer's parameters are the model's, every one of them."""
@@ -230,10 +247,13 @@ class Engine:
         for index, (inputs, targets) in enumerate(batches):
             with self._accumulating(last=index == len(batches) - 1):
                 loss = self.loss(inputs, targets)
-                # DDP and FSDP2 average gradients over processes; the sum is wanted.
-                (loss * (self.context.world_size / tokens)).backward()
+                # Gradients are averaged over processes; the sum is wanted.
+                self._backward(loss * (self.context.world_size / tokens))
             total += loss.detach()
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Summed loss of one micro-batch, in the model's present mode (train or eval)."""
@@ -260,14 +280,18 @@ class Engine:
     @torch.no_grad()
     def is_lost(self) -> Tensor:
         """Whether anything that this process holds is not finite; float64, 1 or 0, on the device."""
-        finite = [self._local(tensor).isfinite().all() for tensor in self.tensors().values()]
+        finite = [tensor.isfinite().all().to(self.device) for tensor in self._held()]
         return (~torch.stack(finite).all()).double()
+
+    def _held(self) -> Iterable[Tensor]:
+        """Every parameter and moment, as far as this process holds it."""
+        return (self._local(tensor) for tensor in self.tensors().values())
 
     @torch.no_grad()
     def gradient_norm(self) -> tuple[Tensor, Tensor]:
         """Norm of the gradient over all parameters, and of what this process holds of it; float32 scalars on the
         device."""
-        mine = torch.nn.utils.get_total_norm(self._gradients())
+        mine = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
         norm = mine.square()
         self._sum_over_shards(norm)
         return norm.sqrt(), mine
@@ -279,16 +303,20 @@ class Engine:
         Args:
             norm: from ``gradient_norm``.
         """
-        if self.options.grad_clip > 0:
-            scale = (self.options.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(self._gradients(), scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.options.frobenius_decay > 0:
             self._decay_products(lr * self.options.frobenius_decay)
+        clip = self.options.grad_clip
+        self._move((clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else None)
+        self.optimizer_steps += 1
+
+    def _move(self, scale: Tensor | None) -> None:
+        """Take the optimizer's step with the gradients times ``scale``, and drop them."""
+        if scale is not None:
+            torch._foreach_mul_(self._gradients(), scale)
         self.optimizer.step()
         self.drop_gradients()
-        self.optimizer_steps += 1
 
     def drop_gradients(self) -> None:
         """Forget the gradients; nothing else changes."""
@@ -332,10 +360,17 @@ class Engine:
         """Gradients of every layer's factors on a global batch, all rows that this process holds; nothing is moved."""
         self.accumulate(batches, tokens, training=False)
         parameters = self.parameters()
-        held = {name: self._local(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
-        gradients = {layer: Factors(held[f"{layer}.U"], held[f"{layer}.V"]) for layer in self.layout}
+        gradients = {
+            layer: Factors(*(self._gradient(parameters[f"{layer}.{factor}"]) for factor in "UV"))
+            for layer in self.layout
+        }
         self.drop_gradients()
         return gradients
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """This process's rows of a parameter's gradient, copied."""
+        assert parameter.grad is not None
+        return self._local(parameter.grad).clone()
 
     @torch.no_grad()
     def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
@@ -355,11 +390,15 @@ class Engine:
         return rows[start - offset : end - offset]
 
     def _counted(self, parameter: nn.Parameter) -> Tensor:
-        return self.counted(self._local(parameter), parameter.shape[0])
+        return self.counted(self._local(parameter), self._shape(parameter)[0])
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of a parameter as a whole."""
+        return parameter.shape
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to save, by name: parameters under their own names, moments under names such as
-        ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They share memory with the engine."""
+        ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They may share memory with the engine."""
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
             saved[name] = parameter.detach()
@@ -367,15 +406,22 @@ class Engine:
                 saved[f"optimizer.{moment}.{name}"] = self.optimizer.state[parameter][moment]
         return saved
 
-    def allocate_moments(self, steps: int) -> None:
-        """Make zero moments as after ``steps`` optimizer steps, so that saved ones can be read into ``tensors()``."""
+    def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Take over everything that was saved.
+
+        Args:
+            steps: optimizer steps taken by then.
+            read: fills tensors such as ``tensors()`` gave when they were saved, in place.
+        """
         self.optimizer_steps = steps
-        for parameter in self.parameters().values():
-            if parameter.requires_grad:
-                local = self._local(parameter)
-                self._set_moments(
-                    parameter, {name: torch.zeros_like(local) for name in self.optimizer_settings.moments}
-                )
+        if steps:
+            for parameter in self.parameters().values():
+                if parameter.requires_grad:
+                    local = self._local(parameter)
+                    self._set_moments(
+                        parameter, {name: torch.zeros_like(local) for name in self.optimizer_settings.moments}
+                    )
+        read(self.tensors())
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.optimizer.state.get(parameter)
@@ -383,14 +429,18 @@ class Engine:
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         if moments:
-            state = {name: self._wrap(moment, parameter) for name, moment in moments.items()}
+            state = {name: self._wrap(moment, parameter.shape) for name, moment in moments.items()}
             if self.optimizer_settings.name == "adamw":
                 state["step"] = torch.tensor(float(self.optimizer_steps), device=self.device)
             self.optimizer.state[parameter] = state
 
     def parameter_count(self) -> int:
         """Parameters of the model as it is now, a fading or frozen base included."""
-        return sum(parameter.numel() for parameter in self.parameters().values())
+        return sum(self._shape(parameter).numel() for parameter in self.parameters().values())
+
+    def facts(self) -> dict[str, str]:
+        """What a user would want to know of how this engine runs here, for the log."""
+        return {}
 
 
 class DDPEngine(Engine):

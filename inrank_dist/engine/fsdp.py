@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -71,12 +71,11 @@ class FSDPEngine(Engine):
             fully_shard(module.head, mesh=self.mesh, mp_policy=policy)
         fully_shard(module, mesh=self.mesh, mp_policy=policy)
 
-    def _wrap(self, local: Tensor, parameter: nn.Parameter) -> Tensor:
-        start, end = self.rows(parameter.shape[0])
+    def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
+        start, end = self.rows(shape[0])
         assert local.shape[0] == end - start
-        return DTensor.from_local(
-            local, self.mesh, self.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def _local(self, tensor: Tensor) -> Tensor:
         detached = tensor.detach()

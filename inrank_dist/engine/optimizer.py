@@ -1,6 +1,6 @@
 """The optimizer: its settings, its parameter groups, and how its moments follow a rank event."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,30 +56,45 @@ class OptimizerSettings:
         return () if self.name == "sgd" and self.beta1 == 0 else MOMENTS[self.name]
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, decay_factors: bool) -> torch.optim.Optimizer:
-    """The optimizer over the parameters of ``model`` that take gradients, in two groups: with and without weight decay.
+def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
+    """Names of the parameters that take weight decay.
 
     Args:
-        decay_factors: False where the factors have a decay of their own (``lowrank.frobenius_decay``).
+        factors: False where the factors have a decay of their own (``lowrank.frobenius_decay``).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_factor = name.rpartition(".")[2] in ("U", "V")
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings and (decay_factors or not is_factor)
-        (decayed if decays else plain).append(parameter)
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2
+        and id(parameter) not in embeddings
+        and (factors or name.rpartition(".")[2] not in ("U", "V"))
+    }
+
+
+def build_optimizer(
+    kind: Callable[..., torch.optim.Optimizer],
+    parameters: Mapping[str, nn.Parameter],
+    decayed: Set[str],
+    settings: OptimizerSettings,
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that take gradients, in two groups: with and without weight decay.
+
+    Args:
+        kind: makes it, as ``torch.optim.AdamW`` or ``torch.optim.SGD`` do.
+        decayed: names of those that take weight decay.
+    """
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    decays = [parameter for name, parameter in trained.items() if name in decayed]
+    plain = [parameter for name, parameter in trained.items() if name not in decayed]
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": decays, "weight_decay": settings.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.beta1)  # DTensor knows no fused SGD
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=True)
+        return kind(groups, lr=settings.lr, momentum=settings.beta1)
+    return kind(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps)
 
 
 def map_moments(

@@ -301,6 +301,7 @@ class Trainer:
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "world_size": context.world_size,
                 "engine": self.engine.name,
+                "engine_facts": self.engine.facts(),
                 "device": _device_name(context.device),
                 "model": config.model.name,
                 "mode": config.lowrank.mode,

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from ..config import Config
 from ..engine.context import Context
 from ..engine.engine import BuildOptions, DDPEngine, Engine
 from ..engine.fsdp import FSDPEngine
+from ..engine.settings import zero_stage
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.init import generator_for, start_base, start_factors
@@ -124,4 +126,29 @@ def build_engine(
         "ddp": DDPEngine,
         "fsdp": functools.partial(FSDPEngine, shard_size=config.parallel.shard_size),
     }
-    return engines[kind](skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
+    make = engines.get(kind) or _zero(zero_stage(kind), config, context)
+    return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
+
+
+def _zero(stage: int, config: Config, context: Context) -> Callable[..., Engine]:
+    from ..engine.zero import ZeroEngine
+
+    return functools.partial(ZeroEngine, stage=stage, config=zero_config(stage, config, context.world_size))
+
+
+def zero_config(stage: int, config: Config, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is told.
+
+    Raises:
+        UserError: ``parallel.deepspeed`` holds something that DeepSpeed does not know.
+    """
+    from ..engine.zero import deepspeed_config  # imports DeepSpeed, which takes seconds and may not be there
+
+    return deepspeed_config(
+        stage,
+        offload=config.parallel.offload_optimizer,
+        bf16=config.train.precision == "bf16",
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.global_batch_size // world_size // config.train.micro_batch_size,
+        extra=config.parallel.deepspeed,
+    )

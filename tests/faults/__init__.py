@@ -128,7 +128,7 @@ def arm(fault: Fault) -> None:
         path.write_bytes(content)
         return result
 
-    training = lambda held, *_: held.model.training  # noqa: E731
+    training = lambda held, *_: held.module.training  # noqa: E731
     if fault.phase == "forward":
         around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), training)
     elif fault.phase == "backward":
@@ -173,7 +173,7 @@ def arm(fault: Fault) -> None:
     elif fault.phase == "retention":
         around(folder.shutil, "rmtree", when=lambda path, *_, **__: path.name.startswith("tmp-removed-"))
     elif fault.phase == "evaluation":
-        around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), lambda held, *_: not held.model.training)
+        around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), lambda held, *_: not held.module.training)
     elif fault.phase == "prepare":
         around(sys.modules["inrank_dist.data.prepare"], "make_once")
 

@@ -13,9 +13,10 @@ from torch.distributed import TCPStore
 
 from . import Fault
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.utils.tensorboard", "datasets", "inrank_dist.commands.train", "faults"]
+    ["torch", "torch._dynamo", "torch.utils.tensorboard", "datasets", "inrank_dist.train.loop", "deepspeed", "faults"]
 )
 
 

@@ -59,11 +59,12 @@ def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:
         Damaged: a tensor is missing, incomplete, or of another shape or dtype.
     """
     stored = stored_tensors(folder)
-    if state.optimizer_steps:
-        engine.allocate_moments(state.optimizer_steps)
-    target = engine.tensors()
-    check_tensors(folder, stored, target)
-    _read(folder, target)
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        check_tensors(folder, stored, tensors)
+        _read(folder, tensors)
+
+    engine.restore(state.optimizer_steps, read)
 
 
 def load_parameters(folder: Path, parameters: dict[str, Tensor]) -> None:

@@ -94,6 +94,9 @@ class ConsoleMonitor:
             record.get(key, "-") for key in ("model", "mode", "seed", "device", "engine", "torch")
         )
         self._say(f"{model}, {mode}, seed {seed}, on {world} ({device}, {engine}, torch {torch})")
+        facts = record.get("engine_facts")
+        if isinstance(facts, dict) and facts:
+            self._say(f"{engine}: " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
         line = f"{amount(record.get('parameters'))} parameters"
         if self._table.ranks:
             line += f", {plural(len(self._table.ranks), 'low-rank layer')}, {self._mean_rank()}"
