@@ -345,3 +345,47 @@ def _resident_bytes() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Saving:
+    """Bytes of one process around what a checkpoint takes and gives.
+
+    Attributes:
+        saving, restoring: most extra memory meanwhile.
+        share: the rows of all parameters and moments that this process is charged with.
+        model: all parameters and moments.
+        largest: the largest of them, whole.
+    """
+
+    saving: int
+    restoring: int
+    share: int
+    model: int
+    largest: int
+
+
+def memory_of_saving(config: Config) -> Saving:
+    """Train a few steps, then save to memory and restore, and count."""
+    found: list[Saving] = []
+
+    def hook(trainer: Trainer) -> None:
+        engine = trainer.engine
+
+        def kept(*_: Any, **__: Any) -> None:
+            """In place of the run's only checkpoint."""
+            gc.collect()
+            with Allocations() as allocations:
+                with record_function("save"):
+                    tensors = engine.tensors()
+                with record_function("restore"):
+                    engine.restore(engine.optimizer_steps, lambda target: None)
+            share = sum(_rows_of(tensor).nbytes for tensor in tensors.values())
+            sizes = [tensor.nbytes for tensor in tensors.values()]
+            peaks = [allocations.extra(region)[0] for region in ("save", "restore")]
+            found.append(Saving(*peaks, share, sum(sizes), max(sizes)))
+
+        trainer.save = kept  # type: ignore[method-assign]
+
+    train(config, hook=hook)
+    return found[0]

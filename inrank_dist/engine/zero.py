@@ -84,17 +84,19 @@ def deepspeed_config(
     # Everything travels in float32 unless asked for.
     config = merge(merge({"torch_autocast": {"lower_precision_safe_modules": []}}, extra or {}), ours)
     deepspeed = load_deepspeed()
-    with _told():
+    with _told(bool(extra)):
         deepspeed.DeepSpeedConfig(config)
     return config
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turn what DeepSpeed says of its settings into one line; it raises whatever comes."""
+def _told(passed_on: bool) -> Iterator[None]:
+    """Where settings of the user's were passed on, what DeepSpeed raises is about them: tell it in one line."""
     try:
         yield
     except (ValueError, AssertionError, TypeError, AttributeError, KeyError) as error:
+        if not passed_on:
+            raise
         told = " ".join(line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line)
         raise UserError(
             f"parallel.deepspeed is refused by DeepSpeed: {told or type(error).__name__}; write what its documentation "
@@ -108,6 +110,7 @@ class ZeroEngine(Engine):
     Args:
         stage: of ZeRO; 0: replicas, as DDP.
         config: from ``deepspeed_config``.
+        passed_on: whether settings of the user's are in it, who is told then what DeepSpeed says of them.
     """
 
     def __init__(
@@ -121,8 +124,11 @@ class ZeroEngine(Engine):
         options: BuildOptions,
         stage: int,
         config: Mapping[str, Any],
+        passed_on: bool = False,
     ) -> None:
         self.deepspeed = load_deepspeed()
+        self.utils = self.deepspeed.utils
+        self.passed_on = passed_on
         os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # without a launcher; DeepSpeed insists
         self.name, self.stage = f"zero{stage}", stage
         self.offload = config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -179,7 +185,7 @@ class ZeroEngine(Engine):
         trained = sum(self._shape(p).numel() for p in module.parameters() if p.requires_grad)
         buckets = {"zero_optimization": {"reduce_bucket_size": min(trained, MOST_IN_A_BUCKET)}}
         config = merge(buckets, self.config)
-        with _told():
+        with _told(self.passed_on):
             engine, _, _, _ = self.deepspeed.initialize(model=module, optimizer=self.optimizer, config=config)
         self._make_moments(engine.optimizer)
         return cast(nn.Module, engine)
@@ -229,7 +235,7 @@ class ZeroEngine(Engine):
         padded = rows.new_zeros(most, *shape[1:])
         padded[: rows.shape[0]] = rows
         whole = rows.new_empty(most * self.context.world_size, *shape[1:])
-        dist.all_gather(list(whole.split(most)), padded)
+        dist.all_gather_into_tensor(whole, padded)
         return whole[: shape[0]].clone() if len(whole) > shape[0] else whole
 
     def _cut(self, whole: Tensor) -> Tensor:
@@ -255,38 +261,32 @@ class ZeroEngine(Engine):
     @torch.no_grad()
     def _write(self, parameter: nn.Parameter, whole: Tensor) -> None:
         """Overwrite a parameter and its master."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
         with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             parameter.data.copy_(whole)
         if not parameter.requires_grad:
             return
         if self.stage == 3:
-            safe_set_local_fp32_param(parameter, self._part(whole))
+            self.utils.safe_set_local_fp32_param(parameter, self._part(whole))
         elif self.stage > 0:
-            safe_set_full_fp32_param(parameter, whole)
+            self.utils.safe_set_full_fp32_param(parameter, whole)
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         if not self.optimizer_steps or not parameter.requires_grad:
             return {}
         names = self.optimizer_settings.moments
         if self.stage == 0:
             return {name: self._cut(self.optimizer.state[parameter][name]) for name in names}
-        return {name: self._cut(safe_get_full_optimizer_state(parameter, name)) for name in names}
+        return {name: self._cut(self.utils.safe_get_full_optimizer_state(parameter, name)) for name in names}
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
         for name, rows in moments.items():
             whole = self._gather(rows, self._shape(parameter))
             if self.stage == 0:
                 self.optimizer.state[parameter][name].copy_(whole)
             elif self.stage == 3:
-                safe_set_local_optimizer_state(parameter, self._part(whole), name)
+                self.utils.safe_set_local_optimizer_state(parameter, self._part(whole), name)
             else:
-                safe_set_full_optimizer_state(parameter, whole, name)
+                self.utils.safe_set_full_optimizer_state(parameter, whole, name)
 
     def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
         stride = torch.empty(shape, device="meta").stride()
@@ -323,13 +323,14 @@ class ZeroEngine(Engine):
                 self._set_moments(parameter, {moment: rows[f"optimizer.{moment}.{name}"] for moment in names})
 
     def _held(self) -> Iterable[Tensor]:
-        from deepspeed.utils import safe_get_local_optimizer_state
-
         names = self.optimizer_settings.moments
         for parameter in self.parameters().values():
             yield self._filled(parameter, cast(Any, parameter).ds_tensor) if self.stage == 3 else parameter.detach()
             if self.stage == 3 and parameter.requires_grad:
-                yield from (self._filled(parameter, safe_get_local_optimizer_state(parameter, name)) for name in names)
+                yield from (
+                    self._filled(parameter, self.utils.safe_get_local_optimizer_state(parameter, name))
+                    for name in names
+                )
         if self.stage < 3:
             for state in self.optimizer.state.values():
                 yield from (state[name] for name in names)
@@ -358,14 +359,12 @@ class ZeroEngine(Engine):
 
     def _gradients(self) -> list[Tensor]:
         """What this process holds of the combined gradient."""
-        from deepspeed.utils import safe_get_local_grad
-
         self._await_gradients()
         trained = [p for p in self.parameters().values() if p.requires_grad]
         if self.stage == 0:
             return [p.grad for p in trained if p.grad is not None]
         if self.stage == 3:
-            return [self._filled(p, safe_get_local_grad(p)) for p in trained]
+            return [self._filled(p, self.utils.safe_get_local_grad(p)) for p in trained]
         held = [p for p in trained if p._hp_mapping is not None]  # type: ignore[attr-defined]
         found = [p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group) for p in held]  # type: ignore[attr-defined]
         return found or [torch.zeros(1, device=self.device)]
@@ -376,10 +375,8 @@ class ZeroEngine(Engine):
             torch.cuda.current_stream(self.device).synchronize()
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
         self._await_gradients()
-        return self._cut(safe_get_full_grad(parameter))
+        return self._cut(self.utils.safe_get_full_grad(parameter))
 
     def _move(self, scale: Tensor | None) -> None:
         gate = cast(_Gate, self.optimizer)

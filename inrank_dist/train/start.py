@@ -133,7 +133,8 @@ def build_engine(
 def _zero(stage: int, config: Config, context: Context) -> Callable[..., Engine]:
     from ..engine.zero import ZeroEngine
 
-    return functools.partial(ZeroEngine, stage=stage, config=zero_config(stage, config, context.world_size))
+    settings, passed_on = zero_config(stage, config, context.world_size), bool(config.parallel.deepspeed)
+    return functools.partial(ZeroEngine, stage=stage, config=settings, passed_on=passed_on)
 
 
 def zero_config(stage: int, config: Config, world_size: int) -> dict[str, Any]:
