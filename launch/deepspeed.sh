@@ -6,6 +6,7 @@
 # CUDA_VISIBLE_DEVICES chooses GPUs as always; empty: the CPU. SIGTERM, SIGINT and SIGUSR1 go to the training.
 # INRANK_VENV names the virtual environment (.venv of this checkout, if it is there; else what is on PATH).
 set -euo pipefail
+# shellcheck source=processes.sh
 . "$(dirname "$0")/processes.sh"
 parse_words "$@"
 command -v deepspeed >/dev/null || fail "deepspeed is not installed; write pip install -e '.[deepspeed]'"
@@ -24,6 +25,7 @@ else
 fi
 
 # The launcher passes no signal on. Its own child starts the training's processes; they are who must hear.
+# shellcheck disable=SC2329  # the traps call it
 pass_on() {
     python - "$launcher" "$1" <<'PYTHON'
 import signal, sys

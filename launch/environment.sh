@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv with the project in it, once, and again only when pyproject.toml changes.
 # Usage: . launch/environment.sh; make_environment EXTRA   (EXTRA: "" or a list such as dev)
 

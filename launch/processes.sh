@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers beside it: finds the environment, reads -n, counts the GPUs that may be used.
 # Sets processes, the array words, and the array gpus: the numbers of the GPUs, empty for the CPU.
 
@@ -21,6 +22,7 @@ parse_words() {
     done
     shift $((OPTIND - 1))
     [ $# -gt 0 ] || fail "no command; write $0 [-n PROCESSES] COMMAND, such as train --config FILE"
+    # shellcheck disable=SC2034  # for the script that sources this
     words=("$@")
     local venv=${INRANK_VENV:-$root/.venv}
     if [ -d "$venv/bin" ]; then

@@ -5,6 +5,7 @@
 # Without -n there is a process for each GPU, or one where there is none. Words after COMMAND go to inrank unchanged.
 # INRANK_VENV names the virtual environment (.venv of this checkout, if it is there; else what is on PATH).
 set -euo pipefail
+# shellcheck source=processes.sh
 . "$(dirname "$0")/processes.sh"
 parse_words "$@"
 exec torchrun --standalone --nproc-per-node "$processes" -m inrank_dist "${words[@]}"
