@@ -82,14 +82,17 @@ def place(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in environment.items()}
 
 
-def _forget_modules() -> None:
-    """DeepSpeed numbers modules through the life of a process and compares the numbers; the workers' lives differ."""
+def _forget_deepspeed() -> None:
+    """Undo what ZeRO-3 leaves behind in a process. It numbers modules and compares the numbers, and it replaces torch's
+    linear function, which changes the order of gradients: workers that have lived different lives would disagree,
+    without a word where ZeRO-2 puts gradients in buckets as they come."""
     if "deepspeed" in sys.modules:
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init
 
         Init.param_id = 0
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        torch.nn.functional.linear = getattr(Init, "linear_bk", torch.nn.functional.linear)
 
 
 def _work(pipe: Connection) -> None:
@@ -100,7 +103,7 @@ def _work(pipe: Connection) -> None:
         except (EOFError, OSError):
             return
         os.environ.update(environment)
-        _forget_modules()
+        _forget_deepspeed()
         module, _, name = function.partition(":")
         faulthandler.dump_traceback_later(timeout - 5, exit=False)  # a hang says where
         try:
