@@ -2,10 +2,8 @@
 # Sourced by the launchers beside it: finds the environment, reads -n, counts the GPUs that may be used.
 # Sets processes, the array words, and the array gpus: the numbers of the GPUs, empty for the CPU.
 
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
+# shellcheck source=environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 parse_words() {
     local root count

@@ -1,10 +1,11 @@
 """FSDP2: parameters, gradients and moments sharded by rows."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -74,8 +75,7 @@ class FSDPEngine(Engine):
     def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
         start, end = self.rows(shape[0])
         assert local.shape[0] == end - start
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+        return as_dtensor(local, self.mesh, self.placements, shape)
 
     def _local(self, tensor: Tensor) -> Tensor:
         detached = tensor.detach()
@@ -95,3 +95,9 @@ class FSDPEngine(Engine):
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last)
         return super()._accumulating(last)
+
+
+def as_dtensor(rows: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
+    """The whole contiguous tensor of which each process of ``mesh`` holds its rows; shares memory with them."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -19,7 +19,7 @@ def zero_stage(engine: str) -> int:
 class ParallelSettings:
     """Which engine holds the model, and over how many processes it is sharded."""
 
-    engine: Literal["auto", "local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"] = "auto"
+    engine: Literal["auto", Kind] = "auto"
     """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; zero0 to zero3: a stage of DeepSpeed ZeRO
     (the extra deepspeed); auto: local on one process, fsdp on several."""
     shard_size: int | None = None

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from ..errors import UserError
 from ..lowrank.convert import Layout
@@ -31,6 +31,7 @@ from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from .context import Context
 from .engine import BuildOptions, Engine, Values, chunk
+from .fsdp import as_dtensor
 from .optimizer import OptimizerSettings, build_optimizer
 from .zero_settings import merge
 
@@ -142,7 +143,7 @@ class ZeroEngine(Engine):
     def rows(self, size: int) -> tuple[int, int]:
         return chunk(size, self.context.rank, self.context.world_size)
 
-    def _assign(self, module: LanguageModel, rows: Any) -> None:
+    def _assign(self, module: LanguageModel, rows: Callable[[str, nn.Parameter], Tensor]) -> None:
         placed: dict[int, nn.Parameter] = {}
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             if id(parameter) not in placed:
@@ -289,8 +290,7 @@ class ZeroEngine(Engine):
                 self.utils.safe_set_full_optimizer_state(parameter, whole, name)
 
     def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return as_dtensor(local, self.mesh, [Shard(0)], shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """As ``Engine.tensors``, copied; all processes ask together."""
@@ -301,7 +301,7 @@ class ZeroEngine(Engine):
                 saved[f"optimizer.{moment}.{name}"] = self._wrap(rows, self._shape(parameter))
         return saved
 
-    def restore(self, steps: int, read: Any) -> None:
+    def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
         self.optimizer_steps = steps
         names = self.optimizer_settings.moments if steps else ()
         rows: dict[str, Tensor] = {}
@@ -405,7 +405,7 @@ class ZeroEngine(Engine):
     def facts(self) -> dict[str, str]:
         from deepspeed.accelerator import get_accelerator
 
-        kind = type(self.optimizer).__mro__[2]
+        kind = self._optimizer_kind.__bases__[1]
         return {
             "deepspeed": self.deepspeed.__version__,
             "accelerator": get_accelerator().device_name(),
