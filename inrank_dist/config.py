@@ -115,6 +115,10 @@ class Config:
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "deepspeed")
         if self.parallel.engine == "local":
             no_effect("parallel.engine is local", "parallel", "timeout_seconds")
+        if self.lowrank.mode == "inrank":
+            no_effect("lowrank.mode is inrank, whose shapes are never final", "train", "cuda_graph")
+        if all(step > self.train.steps for step in self.train.profile):
+            no_effect(f"train.steps is {self.train.steps}", "train", "profile")
         if self.schedule.name != "wsd":
             no_effect(f"schedule.name is {self.schedule.name}", "schedule", "decay_fraction")
         if self.schedule.name == "constant":
@@ -299,7 +303,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; known are {', '.join(known)}" if len(known) < 20 else "; --help lists all"
 
 
-# Types. Settings are of int, float, bool, str, Literal of texts, list of str, dict, and any of them or None.
+# Types. Settings are of int, float, bool, str, Literal of texts, list of str or int, dict, and any of them or None.
 
 
 def _parse(text: str, expected: Any) -> Any:
@@ -310,7 +314,7 @@ def _parse(text: str, expected: Any) -> Any:
     if all(kind in (str, type(None)) or typing.get_origin(kind) is Literal for kind in kinds):
         return text
     # In a list of texts, 1 and true are texts.
-    is_list = any(typing.get_origin(kind) is list for kind in kinds)
+    is_list = any(kind == list[str] for kind in kinds)
     try:
         return yaml.load(text, yaml.BaseLoader if is_list else _Loader) if text.strip() else text
     except (yaml.YAMLError, ValueError):
@@ -344,7 +348,7 @@ def in_words(expected: Any) -> str:
     if typing.get_origin(expected) is Literal:
         return "one of " + ", ".join(typing.get_args(expected))
     if typing.get_origin(expected) is list:
-        return "a list such as [a,b]"
+        return "a list such as [1,2]" if typing.get_args(expected) == (int,) else "a list such as [a,b]"
     if typing.get_origin(expected) is dict:
         return "keys and values such as {a: 1}"
     if len(_alternatives(expected)) > 1:

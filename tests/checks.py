@@ -10,6 +10,7 @@ from torch import Tensor
 from inrank_dist.config import Config
 from inrank_dist.engine.context import Disagreement
 from inrank_dist.lowrank import spectrum
+from inrank_dist.lowrank.linear import set_joining
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
 from inrank_dist.train.loop import Trainer
 
@@ -197,6 +198,7 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
     engine = trainer.engine
     gradients: dict[str, Tensor] = {}
     hooks = []
+    set_joining(engine.module, False)  # layers that run together are not called one by one
     for name in layers:
         inputs: list[Tensor] = []
 
@@ -213,6 +215,7 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
     engine.drop_gradients()
     for hook in hooks:
         hook.remove()
+    set_joining(engine.module, True)
     for name in layers:
         engine.context.sum(gradients[name])
     return gradients

@@ -16,38 +16,18 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
+from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
+from inrank_dist.engine.cost import held_bytes, sent_bytes
 from inrank_dist.engine.engine import Engine, chunk
+from inrank_dist.lowrank.convert import convert
 from inrank_dist.lowrank.division import Processes
 from inrank_dist.lowrank.spectrum import Factors, measure_spectra
 from inrank_dist.train.loop import Trainer
-
-Counted = tuple[str, int]
-"""An operation and the bytes of the tensors that it was given."""
-
-
-class Collectives(TorchDispatchMode):
-    """Every operation on a process group meanwhile, whoever calls it: they all pass torch's dispatcher."""
-
-    NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
-    SILENT = ("wait_tensor", "wrap_tensor_autograd")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Counted] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor comes back with what it does to its parts, collectives among it
-        name = func.overloadpacket.__name__
-        if func.namespace in self.NAMESPACES and name not in self.SILENT:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-            self.seen.append((name.strip("_"), sum(tensor.nbytes for tensor in tensors)))
-        return func(*args, **(kwargs or {}))
+from inrank_dist.train.start import cost_setup
 
 
 def all_seen() -> dict[str, list[Counted]]:
@@ -389,3 +369,36 @@ def memory_of_saving(config: Config) -> Saving:
 
     train(config, hook=hook)
     return found[0]
+
+
+def held_and_sent(config: Config, steps: int) -> tuple[int, int, float, float]:
+    """Train, and count what one more step holds and sends.
+
+    Returns:
+        Bytes that go with the engine, in a step between backward pass and optimizer, and what the formula says of them;
+        bytes that this process sends in a step, and what the formula says.
+    """
+    context = Context()
+    context.start(60, always=True)
+    try:
+        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
+        trainer = Trainer(config, context, data)
+        for _ in range(steps):
+            batches, _, _ = trainer.take_step()
+            trainer.ranks.after_step(trainer.step, batches, 1)
+        engine, setup = trainer.engine, cost_setup(config, context.world_size)
+        module = convert(engine.skeleton, engine.layout)
+        trainer.take_step()  # ZeRO-3 takes note of what comes when after a rank event
+        trainer.take_step()
+        with Collectives() as collectives:
+            trainer.take_step()
+        batch = [(each.inputs, each.targets) for each in trainer.loader.next_batch()]
+        engine.accumulate(batch, 1)
+        engine.parameters()  # gives up what is still gathered
+        with_engine = _tensor_bytes()
+        engine.release()
+        held = with_engine - _tensor_bytes()
+        trainer.loader.close()
+        return held, held_bytes(module, setup).total, collectives.sent, sent_bytes(module, setup)
+    finally:
+        context.stop()

@@ -8,10 +8,10 @@ import torch
 
 from inrank_dist.bench.decision import ModelShape, Result, Workload, measure_decision, sample_layers
 from inrank_dist.bench.decision_table import as_record, notes
-from inrank_dist.bench.memory import peak_extra_bytes
 from inrank_dist.commands import bench as command
 from inrank_dist.commands.main import main
 from inrank_dist.engine.context import Context
+from inrank_dist.train.memory import peak_extra_bytes
 
 TINY = ModelShape("tiny", 3, 33)
 CPU = torch.device("cpu")
@@ -150,7 +150,6 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("", "required: SUBJECT"),
         ("decisions", "invalid choice: 'decisions'"),
         ("decision --shapes small,huge", "--shapes has 'huge'; write a comma-separated list of small, medium, large"),
         ("decision --shapes ,", "--shapes has ''"),

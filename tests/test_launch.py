@@ -165,3 +165,14 @@ def test_words(script: str, words: list[str], status: int, says: str) -> None:
     assert done.stderr.startswith(says)
     assert len(done.stderr.splitlines()) == (1 if status else 0)
     assert ("Usage: launch/" in done.stdout) == (status == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_measurement_for_a_gpu_runs_on_cpu_with_small_shapes() -> None:
+    small = ["--models", "", "--widths", 64, "--vocab", 320, "--seq", 16, "--batch", 1, "--rounds", 1]
+    done = run("bench-gpu.sh", *small)
+    assert done.returncode == 0, done.stderr
+    for form in ("full rank, compiled", "InRank before the freeze", "InRank after the freeze, compiled", "CoLA"):
+        assert form in done.stdout
+    assert "bf16; median" in done.stdout

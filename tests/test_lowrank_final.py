@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inrank_dist.lowrank.final import budget_ranks, uniform_ranks
+from inrank_dist.lowrank.final import budget_ranks, fitting_multiple, rounded_ranks, uniform_ranks
 
 SHAPES = {"a": (12, 8), "b": (8, 8), "c": (30, 10)}
 CAPS = {"a": 8, "b": 8, "c": 10}
@@ -24,7 +24,7 @@ def test_uniform_keeps_the_number_of_parameters() -> None:
 
 def test_uniform_is_rounded_and_fits_the_smallest_layer() -> None:
     assert set(uniform_ranks({"a": 5, "b": 6}, SHAPES, CAPS, 4).values()) == {4}
-    assert set(uniform_ranks({"a": 1, "b": 1}, SHAPES, CAPS, 4).values()) == {4}
+    assert set(uniform_ranks({"a": 1, "b": 1}, SHAPES, CAPS, 4).values()) == {1}  # not four times as many
     assert set(uniform_ranks({"b": 8, "c": 10}, {"b": (8, 8), "c": (300, 10)}, CAPS, 1).values()) == {8}
 
 
@@ -60,3 +60,35 @@ def test_budget_gives_multiples_and_at_least_one_group() -> None:
     assert budget_ranks(sigmas, SHAPES, 1e-9, 2) == {"a": 2, "b": 2, "c": 2}
     assert all(rank % 2 == 0 for rank in budget_ranks(sigmas, SHAPES, 0.5, 2).values())
     assert budget_ranks(sigmas, SHAPES, 1e9, 2) == {"a": 8, "b": 8, "c": 8}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.sampled_from([1, 4, 8, 64]))
+def test_rounding_keeps_the_number_of_parameters_and_the_energy(seed: int, chosen: list[int], multiple: int) -> None:
+    """Against all ways to round each layer up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [str(index) for index in range(len(chosen))]
+    ranks, shapes = dict(zip(names, chosen, strict=True)), dict.fromkeys(names, (50, 50))
+    sigmas = {name: torch.rand(50, generator=generator).double().sort(descending=True).values for name in names}
+    got = rounded_ranks(ranks, sigmas, shapes, multiple)
+    groups = {name: fitting_multiple(multiple, rank, 50) for name, rank in ranks.items()}
+    assert all(got[name] % groups[name] == 0 and got[name] <= 2 * ranks[name] for name in names)
+    assert all(abs(got[name] - ranks[name]) < groups[name] for name in names)
+    assert sum(got.values()) <= sum(ranks.values())
+    if len(set(groups.values())) == 1:  # then the greedy choice is the best
+        group = next(iter(groups.values()))
+        ways = ({rank - rank % group, -(-rank // group) * group} for rank in chosen)
+        every = (dict(zip(names, way, strict=True)) for way in itertools.product(*ways))
+        fitting = [way for way in every if sum(way.values()) <= sum(chosen) and all(r <= 50 for r in way.values())]
+        assert discarded(got, sigmas) == pytest.approx(min(discarded(way, sigmas) for way in fitting))
+
+
+def test_rounding_never_goes_beyond_the_modes_that_exist() -> None:
+    sigma = {"a": torch.ones(10, dtype=torch.float64), "b": torch.ones(13, dtype=torch.float64)}
+    assert rounded_ranks({"a": 9, "b": 9}, sigma, {"a": (20, 20), "b": (20, 20)}, 8) == {"a": 10, "b": 8}
+
+
+@pytest.mark.parametrize(("cap", "rank"), [(127, 127), (100, 100), (96, 96), (160, 160), (13, 13)])
+def test_rounding_at_a_cap_throws_nothing_away(cap: int, rank: int) -> None:
+    """A cap that is no multiple of 64: to round down there would cost up to half of the parameters."""
+    assert rounded_ranks({"a": cap}, {"a": torch.ones(cap, dtype=torch.float64)}, {"a": (400, 400)}, 64) == {"a": rank}

@@ -83,6 +83,14 @@ def test_settings_are_given_by_name() -> None:
         LowRankSettings("full")  # type: ignore[misc]
 
 
+def test_final_ranks_suit_the_device_unless_told() -> None:
+    free = LowRankSettings(initial_rank=3, buffer=5)
+    assert free.rule.multiple_of == 1, "growth is not rounded"
+    assert (free.final_multiple("cuda"), free.final_multiple("cpu")) == (64, 8)
+    told = LowRankSettings(initial_rank=4, buffer=4, multiple_of=4)
+    assert (told.rule.multiple_of, told.final_multiple("cuda"), told.final_multiple("cpu")) == (4, 4, 4)
+
+
 def test_rule_follows_the_settings() -> None:
     settings = LowRankSettings(
         threshold=0.8, criterion="variance", buffer=12, max_rank_fraction=0.25, multiple_of=4, initial_rank=4

@@ -117,6 +117,19 @@ def damaged(trained: Path, tmp_path: Path) -> Path:
         ("--lowrank.mode grow", "lowrank.mode is grow; write one of full, fixed, inrank, efficient"),
         ("--train.precision fp8", "train.precision is fp8; write one of fp32, bf16"),
         ("--optimizer.lr nan", "optimizer.lr is nan; write a number"),
+        ("--train.cuda_graph true", "train.cuda_graph is true but train.compile is false; write train.compile: true"),
+        (
+            "--train.cuda_graph true --train.compile true --parallel.engine fsdp",
+            "train.cuda_graph is true but parallel.engine is fsdp, whose weights move; write parallel.engine: ddp",
+        ),
+        (
+            "--train.cuda_graph true --train.compile true --train.micro_batch_size 2",
+            "train.cuda_graph is true but a step has",
+        ),
+        ("--train.profile 3", "train.profile is 3; write a list such as [1,2]"),
+        ("--train.profile [a]", "train.profile is [a]; write a list such as [1,2]"),
+        ("--train.profile [0]", "train.profile has step 0; write numbers of steps from 1 on"),
+        ("--train.peak_tflops 0", "train.peak_tflops is 0"),
         # the model
         ("--model.num_heads 3", "model.num_heads 3 does not divide"),
         ("--model.dropout 1", "model.dropout is 1.0"),

@@ -17,7 +17,7 @@ from inrank_dist.models import (
     LanguageModel,
     ModelSettings,
     build_model,
-    dense_flops_per_token,
+    flops_per_token,
     parameter_count,
 )
 
@@ -383,16 +383,16 @@ def test_flops_follow_the_modules_that_are_there() -> None:
     matrices = 2 * (4 * 32 * 32 + 2 * 4 * 32 * 32) + 32 * VOCAB
     attention = 12 * 2 * 32 * seq_len
     model = on_meta(settings)
-    assert dense_flops_per_token(model, seq_len) == 6 * matrices + attention
-    assert dense_flops_per_token(on_meta(tiny(tie_embeddings=False)), seq_len) == 6 * matrices + attention
+    assert flops_per_token(model, seq_len) == 6 * matrices + attention
+    assert flops_per_token(on_meta(tiny(tie_embeddings=False)), seq_len) == 6 * matrices + attention
     rank = 5
     low_rank = nn.Sequential(nn.Linear(32, rank, bias=False), nn.Linear(rank, 128))
     model.set_submodule("blocks.0.mlp.up", low_rank)
     matrices += rank * (32 + 128) - 32 * 128
-    assert dense_flops_per_token(model, seq_len) == 6 * matrices + attention
+    assert flops_per_token(model, seq_len) == 6 * matrices + attention
     # A frozen matrix passes gradients on but has none of its own: two of the three products.
     model.get_parameter("blocks.1.mlp.up.weight").requires_grad_(False)
-    assert dense_flops_per_token(model, seq_len) == 6 * matrices - 2 * 32 * 128 + attention
+    assert flops_per_token(model, seq_len) == 6 * matrices - 2 * 32 * 128 + attention
 
 
 # Settings -------------------------------------------------------------------------------------------------

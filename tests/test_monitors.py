@@ -48,7 +48,7 @@ START = {
 
 def step(number: int, **extra: Any) -> dict[str, Any]:
     record = {"kind": "step", "step": number, "loss": 5.0 - number / 1000, "tokens": number * 2048}
-    record |= {"tokens_per_s": 54321.0, "lr": 6e-4, "grad_norm": 0.912, "parameters": 91_200_000}
+    record |= {"tokens_per_s": 54321.0, "data_wait": 0.0, "lr": 6e-4, "grad_norm": 0.912, "parameters": 91_200_000}
     return record | extra
 
 
@@ -254,6 +254,13 @@ class TestConsole:
         assert "grad 0.912" in second and "54,321 tok/s" in second and "rank 15.0 (null 31.0)" in second
         assert second.endswith("ETA 0:33:00"), "990 steps at 2 s"
 
+    def test_waiting_for_data_is_shown_where_it_counts(self) -> None:
+        """A run that starves must say so; one that does not must not bore."""
+        assert "tok/s  data 3%  ETA" in console_lines(step(1, data_wait=0.031))[0]
+        assert "tok/s  data 1%  ETA" in console_lines(step(1, data_wait=0.01))[0]
+        for little in (0.0, 0.0099, None):
+            assert "data" not in console_lines(step(1, data_wait=little))[0]
+
     def test_the_step_time_is_smoothed_and_forgotten_on_resume(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """One slow step must not make the time left ten times as long; a resume's gap is no step at all."""
         clock = Clock()
@@ -368,7 +375,7 @@ class TestTensorBoard:
         found = scalars(tmp_path)
         assert found["train/loss"] == [(1, pytest.approx(4.999))]
         assert found["train/lr"] == [(1, pytest.approx(6e-4)), (2, pytest.approx(6e-4))]
-        for tag in ("train/grad_norm", "train/tokens_per_s", "train/parameters", "train/tokens"):
+        for tag in ("train/grad_norm", "train/tokens_per_s", "train/data_wait", "train/parameters", "train/tokens"):
             assert len(found[tag]) == 2, tag
         assert found["validation/loss"] == [(2, 4.5)] and found["validation/perplexity"] == [(2, 90.0)]
         assert found["rank/blocks.0.mlp.down"][-1] == (2, 16.0)

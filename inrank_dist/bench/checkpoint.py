@@ -5,7 +5,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..data import Prepared
 from ..engine.context import Context
 from ..train.checkpoint import list_checkpoints
 from ..train.loop import Trainer
+from .common import spread
 
 WAYS = ("off", "sync", "async")
 
@@ -78,9 +78,5 @@ def as_table(cost: Cost) -> Table:
     for way, rounds in cost.seconds.items():
         median = statistics.median(rounds)
         save = "-" if way == "off" else f"{1e3 * cost.interval * (median - off):.1f}"
-        table.add_row(way, _spread([1e3 * each for each in rounds]), f"{median / off:.3f}", save)
+        table.add_row(way, spread([1e3 * each for each in rounds]), f"{median / off:.3f}", save)
     return table
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"

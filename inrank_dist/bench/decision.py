@@ -20,7 +20,7 @@ from ..engine.context import Context
 from ..lowrank.criterion import Decision, RankRule
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import Factors, measure_spectra
-from .memory import peak_extra_bytes
+from ..train.memory import peak_extra_bytes
 
 log = logging.getLogger("inrank_dist")
 

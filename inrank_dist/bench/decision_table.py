@@ -4,13 +4,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from ..engine.context import Context
+from .common import MIB, spread, surroundings
 from .decision import Result, Workload
-
-MIB = 2**20
 
 COLUMNS = (
     "shape", "layers", "out x in", "R", "ours\nms/layer", "dense\nms/layer", "ours\ns/model", "dense\ns/model",
@@ -31,10 +29,10 @@ def as_table(results: Sequence[Result]) -> Table:
             str(layers),
             f"{4 * narrow} x {narrow}",
             str(result.modes),
-            _spread([1e3 * seconds / layers for seconds in result.ours_seconds]),
-            _spread([1e3 * seconds / layers for seconds in result.dense_whole]),
-            _spread(result.ours_seconds),
-            mark + _spread(result.dense_whole),
+            spread([1e3 * seconds / layers for seconds in result.ours_seconds]),
+            spread([1e3 * seconds / layers for seconds in result.dense_whole]),
+            spread(result.ours_seconds),
+            mark + spread(result.dense_whole),
             f"1/{1 / result.share:.1f}",
             f"{result.ours_bytes_layer / MIB:.1f} / {result.ours_bytes / MIB:.1f}",
             f"{result.dense_bytes / MIB:.1f}",
@@ -103,19 +101,3 @@ def as_record(results: Sequence[Result], workload: Workload, context: Context) -
             for result in results
         ],
     }
-
-
-def surroundings(context: Context) -> dict[str, Any]:
-    """Where it was measured."""
-    on_gpu = context.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(context.device) if on_gpu else "CPU",
-        "torch": torch.__version__,
-        "processes": context.world_size,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _spread(values: Sequence[float]) -> str:
-    digits = 2 if statistics.median(values) < 10 else 1 if statistics.median(values) < 100 else 0
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"

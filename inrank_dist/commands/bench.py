@@ -2,30 +2,40 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..bench.checkpoint import WAYS, Cost, measure_checkpoints
-from ..bench.checkpoint import as_table as as_cost_table
 from ..bench.decision import SHAPES, ModelShape, Result, Workload, measure_decision
 from ..bench.decision_table import as_record, as_table, notes
 from ..config import Config, load_config
-from ..data import check_batch_sizes, prepare
+from ..data import check_batch_sizes
 from ..data.store import write_atomically
 from ..engine.context import Context
 from ..errors import UserError
-from .common import console, no_overrides
+from ..train.memory import keep_freed_memory
+from . import bench_speed
+from .common import at_least_one, console, no_overrides, refuse_unwritable
+
+if TYPE_CHECKING:
+    from ..bench.checkpoint import Cost
 
 TIMEOUT_SECONDS = 4 * 3600
 """How long processes wait for process 0, which alone measures the dense route."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``SUBJECT [options]``."""
+    """``[SUBJECT] [options]``; without a subject it is ``speed``."""
     subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", dest="subject", required=True)
+    speed = subjects.add_parser(
+        "speed",
+        help="time, memory and communication of a step, full rank against low rank (default)",
+        description=bench_speed.DESCRIPTION,
+        allow_abbrev=False,
+    )
+    bench_speed.add_arguments(speed)
     decision = subjects.add_parser(
         "decision",
         help="time and extra memory of one rank decision against the dense SVD of the published code",
@@ -66,15 +76,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of each way (default 5)")
 
 
+def complete(words: Sequence[str]) -> list[str]:
+    """Without a subject it is ``speed``."""
+    bare = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    return ["speed", *words] if bare else list(words)
+
+
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Measure and print one table."""
+    if arguments.subject == "speed":
+        no_overrides(rest)
+        bench_speed.run(arguments)
+        return
     if arguments.subject == "checkpoint":
         _checkpoint(arguments, rest)
         return
     no_overrides(rest)
     shapes, workload = _shapes(arguments.shapes), _workload(arguments)
     _refuse_misfit(workload, shapes)
-    _refuse_unwritable(arguments.json)
+    refuse_unwritable(arguments.json)
     context = Context()
     context.start(TIMEOUT_SECONDS)
     results = [measure_decision(shape, workload, context) for shape in shapes]
@@ -83,11 +103,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    _at_least_one(arguments, "interval", "rounds")
+    # Here, because it brings in what reads text, which the other subjects can do without.
+    from ..bench.checkpoint import WAYS, measure_checkpoints
+    from ..data import prepare
+
+    at_least_one(arguments, "interval", "rounds")
     config, _ = load_config(arguments.config, overrides)
     steps = (arguments.rounds + 1) * len(WAYS) * arguments.interval
     config.train.steps = max(config.train.steps, steps)
     context = Context()
+    keep_freed_memory(context.device)
     engine = config.parallel.resolve(context.world_size)
     check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
     context.start(config.parallel.timeout_seconds, always=engine != "local")
@@ -97,7 +122,9 @@ def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
     context.stop()
 
 
-def _show_cost(cost: Cost, config: Config, context: Context) -> None:
+def _show_cost(cost: "Cost", config: Config, context: Context) -> None:
+    from ..bench.checkpoint import as_table as as_cost_table
+
     screen = console(width=200)
     screen.print(as_cost_table(cost))
     screen.print(
@@ -127,7 +154,7 @@ def _shapes(text: str) -> list[ModelShape]:
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
-    _at_least_one(arguments, "rank", "buffer", "repeats")
+    at_least_one(arguments, "rank", "buffer", "repeats")
     count = None
     if arguments.dense_layers != "all":
         text = arguments.dense_layers
@@ -135,12 +162,6 @@ def _workload(arguments: argparse.Namespace) -> Workload:
         if count < 2 or count % 2:
             raise UserError(f"--dense-layers is {text!r}; write an even number (a block has two layers) or all")
     return Workload(arguments.rank, arguments.buffer, arguments.repeats, count)
-
-
-def _at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} is {getattr(arguments, name)}; write a whole number of at least 1")
 
 
 def _refuse_misfit(workload: Workload, shapes: Sequence[ModelShape]) -> None:
@@ -152,13 +173,3 @@ def _refuse_misfit(workload: Workload, shapes: Sequence[ModelShape]) -> None:
             f"min(in, out) = {narrow.hidden}; write a rank of at most {cap}, and at most {narrow.hidden} with "
             "the buffer"
         )
-
-
-def _refuse_unwritable(file: Path | None) -> None:
-    """Found before minutes are spent on measuring."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise UserError(f"--json is {file}, which is a folder; write the name of a file")
-    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
-        raise UserError(f"--json is {file}, but {file.parent} is no folder that can be written; write one that can")

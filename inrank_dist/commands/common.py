@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +86,21 @@ def console(width: int) -> Console:
 def device() -> torch.device:
     """Where one process computes."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def at_least_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Reject options that count something and are below 1; None is one that was left out."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; write a whole number of at least 1")
+
+
+def refuse_unwritable(file: Path | None) -> None:
+    """Reject ``--json FILE`` where it cannot be written, before minutes are spent on measuring."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"--json is {file}, which is a folder; write the name of a file")
+    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
+        raise UserError(f"--json is {file}, but {file.parent} is no folder that can be written; write one that can")

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     state, settings = trained.checkpoint.state, trained.config.lowrank
     null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
     null.load_state_dict(state.ranks["null"])
-    explained = state.ranks["explained"]
+    explained, found = state.ranks["explained"], state.ranks["found"]
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")
     for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
         sigma = singular_values(grams[name])
         null_rank = null.of(shape) if null.checks else None
-        at_null += null_rank is not None and equals_null(layer.rank, null_rank)
+        at_null += null_rank is not None and equals_null(found.get(name, layer.rank), null_rank)
         parameters = (module.U.numel() + module.V.numel()) + (module.base.numel() if module.base is not None else 0)
         table.add_row(
             name,

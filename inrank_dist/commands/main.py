@@ -18,9 +18,10 @@ COMMANDS = {
     "eval": "validation loss and perplexity of a checkpoint",
     "generate": "samples of text from a checkpoint",
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
+    "plan": "parameters, arithmetic, memory and communication of a config, without the hardware",
     "verify": "whether the checkpoints of a run are whole and can be resumed from",
     "report": "one self-contained HTML file with plots",
-    "bench": "measurements: a rank decision against the published route, what checkpoints cost",
+    "bench": "measurements: full rank against low rank; a rank decision; what checkpoints cost",
 }
 
 
@@ -52,6 +53,8 @@ def main(words: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f".{command}", __package__)
         parser = Parser(prog=f"inrank {command}", description=COMMANDS[command], allow_abbrev=False)
         module.add_arguments(parser)
+        if hasattr(module, "complete"):
+            rest = module.complete(rest)
         arguments, overrides = parser.parse_known_args(rest)
         module.run(arguments, overrides)
         sys.stdout.flush()

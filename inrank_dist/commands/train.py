@@ -1,6 +1,7 @@
 """``inrank train``: the main job."""
 
 import argparse
+import gc
 import logging
 import math
 import os
@@ -10,18 +11,20 @@ from pathlib import Path
 import torch
 
 from ..config import SETTINGS, Config, load_config, shown
-from ..data import Prepared, check_batch_sizes, prepare
+from ..data import Prepared, prepare
 from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
 from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
+from ..train.memory import keep_freed_memory
 from ..train.monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
 from ..train.report import write_report
-from ..train.start import dense_skeleton, layer_shapes, zero_config
+from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
 from ..train.stop import Stopped, StopRequest
 from .common import add_config_arguments, read_config
+from .plan import show_plan
 
 log = logging.getLogger("inrank_dist")
 
@@ -32,6 +35,10 @@ HARMLESS = (
     "parallel",
     "train.micro_batch_size",
     "train.compile",
+    "train.cuda_graph",
+    "train.profile",
+    "train.peak_tflops",
+    "lowrank.fuse",
     "train.activation_checkpointing",
     "train.max_skipped",
     "data",  # other text has another fingerprint and is refused for that
@@ -69,12 +76,26 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     engine = config.parallel.resolve(context.world_size)
     # Everything that can be wrong without data is found before a minute is spent on data.
     skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size)
-    shapes = layer_shapes(skeleton, config.lowrank)
-    check_batch_sizes(config.train.global_batch_size, config.train.micro_batch_size, context.world_size)
+    layer_shapes(skeleton, config.lowrank)
+    if config.train.cuda_graph and engine not in ("local", "ddp"):
+        raise UserError(
+            f"train.cuda_graph is true but parallel.engine is {engine}, whose weights move; write parallel.engine: ddp "
+            "or train.cuda_graph: false"
+        )
+    if config.train.cuda_graph and context.device.type == "cpu":
+        log.warning("warning: train.cuda_graph has no effect: there is no GPU")
+    setup = cost_setup(config, context.world_size)
+    if config.train.cuda_graph and setup.accumulation > 1:
+        # A gradient that autograd took over from the memory of a graph is overwritten by the next micro-batch.
+        raise UserError(
+            f"train.cuda_graph is true but a step has {setup.accumulation} micro-batches; write train.micro_batch_size "
+            f"{config.train.global_batch_size // context.world_size} or train.cuda_graph: false"
+        )
     if engine.startswith("zero"):
         zero_config(zero_stage(engine), config, context.world_size)
     if arguments.dry_run:
-        print(_plan(config, skeleton, shapes))
+        if context.is_main:
+            show_plan(config, context.world_size, None)
         return
     _refuse_unwritable(config.run.folder)
     seen = peek_checkpoint(config.run.folder)
@@ -82,6 +103,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         _refuse_changes(config, seen, arguments.allow_change)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
+    keep_freed_memory(context.device)
     stop = StopRequest()
     stop.listen(config.checkpoint.grace_seconds)
     try:
@@ -123,6 +145,9 @@ def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, al
     asked = any(context.gather(data is None or stop.signal is not None))
     if data is None or asked:
         raise Stopped("stopped before the training began; nothing is lost, the same command starts it")
+    # Rank events collect garbage; what is there by now (half a million objects of torch alone) is none, look no more.
+    gc.collect()
+    gc.freeze()
     trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat)
     # Only now, when nothing is left to complain of, is the run folder touched.
     monitors = context.main_does(_open_run_folder, config, checkpoint) or Monitors()
@@ -142,26 +167,6 @@ def _prepare(config: Config, stop: StopRequest) -> Prepared | None:
             return prepare(config.data, config.tokenizer, config.model.max_seq_len)
     except Stopped:
         return None
-
-
-def _plan(config: Config, skeleton: torch.nn.Module, shapes: dict[str, tuple[int, int]]) -> str:
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    train = config.train
-    tokens = train.steps * train.global_batch_size * config.model.max_seq_len
-    batch = f"{train.global_batch_size} sequences of {config.model.max_seq_len} tokens"
-    lines = [
-        f"{config.model.name}: {parameters / 1e6:.1f}M parameters dense, vocabulary {config.tokenizer.vocab_size}",
-        f"{train.steps} steps of {batch}: {tokens / 1e6:.1f}M tokens",
-    ]
-    if shapes:
-        low = config.lowrank
-        factored = sum(out * in_ for out, in_ in shapes.values())
-        start = sum((out + in_) * low.rule.modes(low.initial_rank, min(out, in_)) for out, in_ in shapes.values())
-        lines.append(
-            f"lowrank.mode {low.mode}: {len(shapes)} layers factored, rank {low.initial_rank} at the start; "
-            f"{(parameters - factored + start) / 1e6:.1f}M parameters at the start without the base"
-        )
-    return "\n".join(lines)
 
 
 def _refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -1,15 +1,21 @@
 """Text to batches: read, tokenise and pack once; then one order of samples on any number of processes."""
 
+from typing import TYPE_CHECKING, Any
+
 from inrank_dist.data.loader import Loader, LoaderState, MicroBatch, check_batch_sizes, validation_batches
-from inrank_dist.data.prepare import Prepared, prepare
+from inrank_dist.data.prefetch import Prefetcher
 from inrank_dist.data.settings import DataSettings, TokenizerSettings
 from inrank_dist.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from inrank_dist.data.preparation import Prepared, prepare
 
 __all__ = [
     "DataSettings",
     "Loader",
     "LoaderState",
     "MicroBatch",
+    "Prefetcher",
     "Prepared",
     "Tokenizer",
     "TokenizerSettings",
@@ -17,3 +23,12 @@ __all__ = [
     "prepare",
     "validation_batches",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What reads and packs text, when it is first asked for: ``datasets`` takes seconds to import."""
+    if name in ("Prepared", "prepare"):
+        from inrank_dist.data import preparation
+
+        return getattr(preparation, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

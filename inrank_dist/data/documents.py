@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from inrank_dist.data.corpus import Documents
+from inrank_dist.data.permutation import stable_permutation
 from inrank_dist.data.progress import phase
 from inrank_dist.data.settings import DataSettings
 from inrank_dist.errors import UserError
@@ -75,15 +76,6 @@ def choose_documents(documents: Documents, data: DataSettings, *, progress: bool
     train, validation = parts
     digest = hashlib.sha256(train.digests.tobytes() + b"validation" + validation.digests.tobytes())
     return Corpus(train.rows, validation.rows, digest.hexdigest(), int(train.sizes.sum()), int(validation.sizes.sum()))
-
-
-def stable_permutation(length: int, *seeds: int) -> np.ndarray:
-    """A permutation (length,) int64 that depends on its arguments alone.
-
-    By sorting raw random numbers: NumPy promises that these stay the same in later versions, and does not
-    promise it for ``Generator.permutation``.
-    """
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(seeds)).random_raw(length), kind="stable")
 
 
 def _measure(rows: Dataset, title: str, progress: bool) -> _Measured:

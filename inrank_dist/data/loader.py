@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from inrank_dist.data.documents import stable_permutation
+from inrank_dist.data.permutation import stable_permutation
 from inrank_dist.errors import UserError
+
+if TYPE_CHECKING:  # seconds to import
+    from datasets import Dataset
 
 #: Target of a position that is not scored; the default ``ignore_index`` of
 #: ``torch.nn.functional.cross_entropy``.
@@ -75,7 +77,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: "Dataset",
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -136,7 +138,7 @@ class Loader:
 
 
 def validation_batches(
-    dataset: Dataset, *, batch_size: int, rank: int, world_size: int, max_sequences: int | None
+    dataset: "Dataset", *, batch_size: int, rank: int, world_size: int, max_sequences: int | None
 ) -> Iterator[MicroBatch]:
     """``max_sequences`` rows spread evenly over ``dataset`` (None: all rows), in order, each on exactly one process.
 

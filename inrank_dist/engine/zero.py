@@ -143,6 +143,11 @@ class ZeroEngine(Engine):
     def rows(self, size: int) -> tuple[int, int]:
         return chunk(size, self.context.rank, self.context.world_size)
 
+    def _shard(self, module: LanguageModel) -> None:
+        if self.stage == 3:
+            # A block is gathered as one, not layer by layer: fewer and larger collectives, and layers may run together.
+            self.utils.set_z3_leaf_modules(module, list({type(block) for block in module.blocks}))
+
     def _assign(self, module: LanguageModel, rows: Callable[[str, nn.Parameter], Tensor]) -> None:
         placed: dict[int, nn.Parameter] = {}
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -212,11 +217,11 @@ class ZeroEngine(Engine):
         if self.stage in (1, 2):
             zero._lazy_init_hp_params_optimizer_state()
 
-    def _release(self) -> None:
+    def release(self) -> None:
         cast(Any, self.model).destroy()
         if self.stage == 3:
             _forget_models()
-        super()._release()
+        super().release()
 
     def check(self) -> None:
         if self.stage == 0:

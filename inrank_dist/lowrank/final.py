@@ -9,14 +9,42 @@ Final = Literal["per_layer", "uniform", "budget"]
 Shape = tuple[int, int]
 
 
+def fitting_multiple(multiple_of: int, rank: int, limit: int | None = None) -> int:
+    """``multiple_of``, or the half, quarter ... of it that is not above ``rank`` and to which ``rank`` can be rounded
+    up without going beyond ``limit``; at least 1."""
+    while multiple_of > max(rank, 1) or (limit is not None and -(-rank // multiple_of) * multiple_of > limit >= rank):
+        multiple_of //= 2
+    return multiple_of
+
+
+def rounded_ranks(
+    ranks: Mapping[str, int], sigmas: Mapping[str, Tensor], shapes: Mapping[str, Shape], multiple_of: int
+) -> dict[str, int]:
+    """Each rank rounded up or down to a multiple, with about as many parameters in all and the least energy discarded.
+
+    All are rounded down, then those are raised that save the most energy ``sum sigma^2`` for each parameter, as long as
+    the parameters are no more than those of ``ranks``. A rank below ``multiple_of`` is rounded to a half, quarter ...
+    of it, so that none is more than doubled and none falls to nothing; so is one that could not be rounded up.
+
+    Args:
+        sigmas: layer -> ``(R,)`` singular values, descending; no layer gets more than its ``R``.
+    """
+    groups = {name: fitting_multiple(multiple_of, rank, len(sigmas[name])) for name, rank in ranks.items()}
+    least = {name: ranks[name] - ranks[name] % group for name, group in groups.items()}
+    most = {name: -(-ranks[name] // group) * group for name, group in groups.items()}
+    budget = sum(rank * sum(shapes[name]) for name, rank in ranks.items())
+    return _spend(budget, sigmas, shapes, groups, least, most)
+
+
 def uniform_ranks(
     ranks: Mapping[str, int], shapes: Mapping[str, Shape], caps: Mapping[str, int], multiple_of: int
 ) -> dict[str, int]:
     """One rank for all layers with about as many parameters as ``ranks``: their mean weighted by ``in + out``, rounded
-    to ``multiple_of``, at most the smallest of ``caps``."""
+    to ``multiple_of`` (to a half, quarter ... of it where it is less than that), at most the smallest of ``caps``."""
     weights = {name: sum(shapes[name]) for name in ranks}
     mean = sum(ranks[name] * weights[name] for name in ranks) / sum(weights.values())
-    rank = max(round(mean / multiple_of), 1) * multiple_of
+    group = fitting_multiple(multiple_of, round(mean))
+    rank = round(mean / group) * group
     return dict.fromkeys(ranks, min(rank, *(caps[name] for name in ranks)))
 
 
@@ -33,23 +61,38 @@ def budget_ranks(
         fraction: the budget, as a fraction of the dense parameters ``in * out`` of these layers.
     """
     budget = fraction * sum(out * in_ for out, in_ in (shapes[name] for name in sigmas))
-    ranks = {}
+    groups = {name: fitting_multiple(multiple_of, len(sigma)) for name, sigma in sigmas.items()}
+    return _spend(budget, sigmas, shapes, groups, groups, {name: len(sigma) for name, sigma in sigmas.items()})
+
+
+def _spend(
+    budget: float,
+    sigmas: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    groups: Mapping[str, int],
+    least: Mapping[str, int],
+    most: Mapping[str, int],
+) -> dict[str, int]:
+    """Raise ranks from ``least`` to at most ``most`` by groups, the most energy for each parameter first.
+
+    A layer whose next group does not fit the rest of the budget stops there.
+    """
+    ranks = dict(least)
+    budget -= sum(rank * sum(shapes[name]) for name, rank in ranks.items())
     candidates = []
     for position, (name, sigma) in enumerate(sigmas.items()):
         cost = sum(shapes[name])
-        ranks[name] = min(multiple_of, len(sigma))
-        budget -= ranks[name] * cost
-        for start in range(multiple_of, len(sigma) - multiple_of + 1, multiple_of):
-            energy = float(sigma[start : start + multiple_of].square().sum())
-            candidates.append((-energy / cost, start, position, name))
+        for start in range(least[name], most[name] - groups[name] + 1, groups[name]):
+            energy = float(sigma[start : start + groups[name]].square().sum())
+            candidates.append((-energy / (cost * groups[name]), start, position, name))
     # Within a layer the groups come in descending order; equal ones in theirs, so that no group is taken before its
     # predecessor.
     stopped: set[str] = set()
     for _, _, _, name in sorted(candidates):
-        cost = multiple_of * sum(shapes[name])
+        cost = groups[name] * sum(shapes[name])
         if name in stopped or cost > budget:
             stopped.add(name)
             continue
-        ranks[name] += multiple_of
+        ranks[name] += groups[name]
         budget -= cost
     return ranks

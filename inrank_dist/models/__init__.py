@@ -1,7 +1,7 @@
 """Dense GPT-2 and Llama language models in plain PyTorch."""
 
 from inrank_dist.models.build import build_model
-from inrank_dist.models.count import dense_flops_per_token, parameter_count
+from inrank_dist.models.count import flops_per_token, parameter_count
 from inrank_dist.models.init import InitRule
 from inrank_dist.models.language_model import IGNORED_TARGET, LanguageModel
 from inrank_dist.models.settings import ModelSettings
@@ -12,6 +12,6 @@ __all__ = [
     "LanguageModel",
     "ModelSettings",
     "build_model",
-    "dense_flops_per_token",
+    "flops_per_token",
     "parameter_count",
 ]

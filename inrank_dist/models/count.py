@@ -15,8 +15,8 @@ def parameter_count(settings: ModelSettings, vocab_size: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def dense_flops_per_token(model: LanguageModel, seq_len: int) -> int:
-    """Forward plus backward floating-point operations per token, for model-FLOPs utilisation.
+def flops_per_token(model: LanguageModel, seq_len: int) -> int:
+    """Forward plus backward floating-point operations per token, for model-FLOPs utilisation (MFU).
 
     6 for each entry of a matrix (4 if it is frozen: no gradient of its own) plus 12 * layers * hidden *
     seq_len for attention, without a discount for causality and without recomputation (PaLM, arXiv

@@ -13,6 +13,16 @@ from inrank_dist.models.settings import ModelSettings
 IGNORED_TARGET = -100
 
 
+class TokenLoss(nn.Module):
+    """Sum of the cross-entropies of tokens; a module so that it can be compiled by itself."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Logits (B, T, vocab_size) of any dtype and targets (B, T) int64 -> nats, a float32 scalar."""
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
+        )
+
+
 class LanguageModel(nn.Module):
     """A decoder-only transformer: `tok_embed`, `blocks`, `final_norm`, `head`.
 
@@ -28,6 +38,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.head = nn.Linear(settings.hidden_size, vocab_size, bias=False)
+        self.token_loss = TokenLoss()
         self._tie()
 
     def _tie(self) -> None:
@@ -63,9 +74,8 @@ class LanguageModel(nn.Module):
         logits = self.head(self.final_norm(x))
         if targets is None:
             return logits
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-        )
+        loss: Tensor = self.token_loss(logits, targets)
+        return loss
 
     def reset_buffers(self) -> None:
         """Recompute every non-persistent buffer on the device where it is, e.g. after `to_empty`."""

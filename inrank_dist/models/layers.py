@@ -3,7 +3,7 @@
 Shapes: B batch, T sequence length, C hidden_size, H heads, D head_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrank_dist.models.settings import ModelSettings
+
+
+def read_together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """Outputs of layers that read the same input.
+
+    Layers of one class may know how to run together faster than one after the other: a static method
+    ``forward_together(layers, x)`` of theirs is used then.
+    """
+    kind = type(layers[0])
+    if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
+        outputs: Sequence[Tensor] = kind.forward_together(layers, x)
+        return outputs
+    return [layer(x) for layer in layers]
 
 
 class Rotary(nn.Module):
@@ -73,7 +86,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C); position t sees positions 0..t."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for projection in (self.q, self.k, self.v)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in read_together((self.q, self.k, self.v), x)
         )
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)

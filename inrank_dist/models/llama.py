@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.layers import Attention, Block, Rotary
+from inrank_dist.models.layers import Attention, Block, Rotary, read_together
 from inrank_dist.models.settings import ModelSettings
 
 
@@ -21,7 +21,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = read_together((self.gate, self.up), x)
+        return self.down(F.silu(gate) * up)
 
 
 class Llama(LanguageModel):

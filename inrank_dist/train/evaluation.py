@@ -1,18 +1,21 @@
 """Validation loss, the same number for any engine and any number of processes."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset
 
 from ..data import validation_batches
 from ..engine.engine import Engine
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @torch.no_grad()
 def validation_loss(
     engine: Engine,
-    dataset: Dataset,
+    dataset: "Dataset",
     *,
     batch_size: int,
     max_sequences: int | None,

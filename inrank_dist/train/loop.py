@@ -4,27 +4,31 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 
 from .. import __version__
 from ..config import Config
-from ..data import Loader, LoaderState, Prepared
+from ..data import Loader, LoaderState, Prefetcher, Prepared
 from ..engine.context import Context
+from ..engine.cost import held_bytes
 from ..engine.engine import Batches
 from ..errors import UserError
-from ..lowrank.convert import convert
+from ..lowrank.convert import Layout, convert
 from ..lowrank.init import generator_for
+from ..models import LanguageModel, flops_per_token
 from .checkpoint import Checkpoint, CheckpointWriter, TrainState, load_tensors
 from .evaluation import validation_loss
 from .health import Health, Verdict
 from .monitors import Monitors
+from .profiling import Profile, StepProfiler, memory_split
 from .ranks import RankEvents
 from .sampling import sample_tokens
 from .schedule import learning_rate
-from .start import StartValues, build_engine, dense_skeleton, layer_shapes, start_layout
+from .speed import peak_of
+from .start import StartValues, build_engine, cost_setup, dense_skeleton, layer_shapes, start_layout
 from .stop import Stopped, StopRequest
 
 
@@ -56,7 +60,7 @@ class Trainer:
         self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
         self.stop, self.beat = stop or StopRequest(), beat
         saved = checkpoint.state if checkpoint else None
-        self.loader = Loader(
+        loader = Loader(
             data.train,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
@@ -66,6 +70,7 @@ class Trainer:
             fingerprint=data.fingerprint,
             state=LoaderState.from_dict(saved.loader) if saved else None,
         )
+        self.loader = Prefetcher(loader, pin=context.device.type == "cuda")
         skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
         shapes = layer_shapes(skeleton, config.lowrank)
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
@@ -92,6 +97,11 @@ class Trainer:
         self.train_loss = saved.train_loss if saved else None
         self.validation: float | None = None
         companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
+        self.profiler = StepProfiler(config.train.profile, config.run.folder / "profile", context)
+        self.peak = peak_of(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
+        self.flops = 0  # forward and backward, of all steps since the start of this process
+        self._counted: tuple[Layout, int] = ({}, 0)
+        self.flops_dense = flops_per_token(skeleton, data.block_length)
         self.writer = CheckpointWriter(config.run.folder, context, config.checkpoint, companions)
 
     def run(self, monitors: Monitors) -> None:
@@ -105,20 +115,27 @@ class Trainer:
             Stopped: on request; a checkpoint of the last step is complete.
         """
         self.monitors = monitors
+        with closing(self.loader):
+            self._run()
+
+    def _run(self) -> None:
         clock = _Clock(self.seconds, self.tokens)
         patience = float(self.config.parallel.timeout_seconds)
         self._announce()
         self._between_steps(clock, stop=False)
         longest, settled = 0.0, False
         while self.step < self.config.train.steps:
-            self.beat(f"step {self.step + 1}", patience)
+            is_profiled = self.step + 1 in self.profiler.steps
+            slowest = max(patience, self.config.parallel.timeout_seconds)
+            self.beat(f"step {self.step + 1}", slowest if is_profiled else patience)
             began = time.perf_counter()
             stop, reshaped = self._train_one_step(clock)
             seconds = time.perf_counter() - began
             self._between_steps(clock, stop)
             # The first step after a start or a reshape may compile; where steps take long, so may the next.
-            longest = max(longest, seconds) if settled else seconds
-            settled = not reshaped
+            if not is_profiled:
+                longest = max(longest, seconds) if settled else seconds
+                settled = not reshaped
             patience = max(float(self.config.parallel.step_timeout_seconds), 5 * longest)
             if reshaped:
                 patience = max(patience, self.config.parallel.timeout_seconds)
@@ -132,7 +149,11 @@ class Trainer:
 
     def _train_one_step(self, clock: "_Clock") -> tuple[bool, bool]:
         """One optimizer step with what follows from it; whether anyone asked to stop, and whether layers changed."""
-        batches, verdict, rate = self.take_step()
+        (batches, verdict, rate), write = self.profiler.run(self.step + 1, self.take_step)
+        if write:
+            with clock.stopped():
+                self.beat(f"writing the trace of step {self.step}", self.config.parallel.timeout_seconds)
+                self._tell_profile(write())
         if verdict.reason or verdict.spike is not None:
             self.monitors.write(_notice(verdict, self.step, self.health.skipped))
         if verdict.failed:
@@ -153,6 +174,7 @@ class Trainer:
     def take_step(self) -> tuple[Batches, Verdict, float]:
         """The next optimizer step, without what follows from it: its batches, what was found, the learning rate."""
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
+        self.flops += self._tokens_per_step * self._flops_per_token
         verdict, rate = self._train_step(batches)
         self.step += 1
         return batches, verdict, rate
@@ -204,20 +226,51 @@ class Trainer:
         return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
 
     def _log(self, verdict: Verdict, rate: float, clock: "_Clock") -> None:
+        speed, data_wait, flops = clock.rates(self.tokens, self.loader.waited, self.flops)
+        peak = self.peak.flops * self.context.world_size
         if math.isfinite(verdict.loss):
             self.train_loss = verdict.loss
+        record = {}
+        if self.engine.device.type == "cuda":
+            record["peak_memory"] = torch.cuda.max_memory_allocated(self.engine.device)
+            torch.cuda.reset_peak_memory_stats(self.engine.device)
         self.monitors.write(
             {
                 "kind": "step",
                 "step": self.step,
                 "loss": verdict.loss,
                 "tokens": self.tokens,
-                "tokens_per_s": clock.rate(self.tokens),
+                "tokens_per_s": speed,
+                "data_wait": data_wait,
+                "mfu": flops / peak,
+                "mfu_dense": speed * self.flops_dense / peak,
                 "lr": rate,
                 "grad_norm": verdict.norm,
                 "parameters": self.engine.parameter_count(),
+                **record,
             }
         )
+
+    @property
+    def _unsharded(self) -> LanguageModel:
+        """The model as it is now, on ``meta``."""
+        return convert(self.engine.skeleton, self.engine.layout)
+
+    @property
+    def _flops_per_token(self) -> int:
+        """Of the model as it is now."""
+        layout, flops = self._counted
+        if layout is not self.engine.layout:
+            flops = flops_per_token(self._unsharded, self.data.block_length)
+            self._counted = (self.engine.layout, flops)
+        return flops
+
+    def _tell_profile(self, profile: Profile | None) -> None:
+        if profile is None:
+            return
+        held = held_bytes(self._unsharded, cost_setup(self.config, self.context.world_size))
+        memory = memory_split(held, profile.most, on_gpu=self.engine.device.type == "cuda")
+        self.monitors.write({"kind": "profile", "step": self.step, "trace": str(profile.trace), "memory": memory})
 
     def _evaluate(self) -> bool:
         """Validate; False where someone asked to stop meanwhile, and it is still to be done."""
@@ -310,6 +363,8 @@ class Trainer:
                 "steps": config.train.steps,
                 "seed": config.run.seed,
                 "torch": torch.__version__,
+                "peak_flops": self.peak.flops,
+                "peak_source": self.peak.source,
                 "unigram_entropy": self.data.unigram_entropy,
                 "train_tokens": self.data.train_tokens,
                 "validation_tokens": self.data.validation_tokens,
@@ -335,6 +390,7 @@ class Trainer:
                 "ranks": {
                     name: {
                         "rank": layer.rank,
+                        "found": self.ranks.found.get(name, layer.rank),
                         "null_rank": self.ranks.null.of(shapes[name]) if self.ranks.null.checks else None,
                         "shape": list(shapes[name]),
                     }
@@ -377,17 +433,17 @@ class _Clock:
 
     def __init__(self, seconds: float, tokens: int) -> None:
         self._began = time.perf_counter() - seconds
-        self._mark = (seconds, tokens)
+        self._mark: tuple[float, tuple[float, ...]] = (seconds, (tokens, 0.0, 0.0))
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._began
 
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call."""
+    def rates(self, *totals: float) -> list[float]:
+        """How much each total has grown per second since the last call."""
         now, (then, before) = self.seconds, self._mark
-        self._mark = (now, tokens)
-        return (tokens - before) / max(now - then, 1e-9)
+        self._mark = (now, totals)
+        return [(total - was) / max(now - then, 1e-9) for total, was in zip(totals, before, strict=True)]
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

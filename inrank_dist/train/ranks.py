@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
-from ..lowrank.final import budget_ranks, uniform_ranks
+from ..lowrank.final import budget_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.policy import Action
@@ -31,6 +31,8 @@ class RankEvents:
 
     Attributes:
         null: the null ranks so far.
+        found: layer -> the rank that the rule found at the last decision, which the null rank is to be held against;
+            the freeze may have given the layer another.
         explained: layer -> share of the spectrum that its rank explained at the last decision.
         quiet: decisions in a row in which no layer grew.
         frozen: whether the rank is frozen.
@@ -46,6 +48,7 @@ class RankEvents:
     def __init__(self, engine: Engine, values: StartValues, settings: LowRankSettings, seed: int, steps: int) -> None:
         self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
+        self.multiple = settings.final_multiple(engine.device.type)
         self.processes = engine.context.processes
         self._born, self._born_rows = self._draw_born, self._draw_born_rows
         if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
@@ -54,6 +57,7 @@ class RankEvents:
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
         self.explained: dict[str, float] = {}
+        self.found: dict[str, int] = {}
         self.quiet, self.frozen = 0, False
 
     def due(self, step: int) -> Action | None:
@@ -85,13 +89,14 @@ class RankEvents:
         if removes_base:
             layout = {name: dataclasses.replace(layer, base=False) for name, layer in layout.items()}
         decisions: dict[str, Decision] = {}
+        found: dict[str, int] = {}
         events: dict[str, RankEvent] = {}
         if action:
             try:
                 spectra = measure_spectra(self.engine.factors(), self.processes)
             except FloatingPointError as error:
                 raise UserError(f"at step {step} {error}; write a lower optimizer.lr") from None
-            decisions = self._decide(spectra, action)
+            decisions, found = self._decide(spectra, action)
             layout = self._new_layout(layout, decisions, action)
             events = self._plan(layout, spectra, action, step)
         if layout != self.engine.layout:
@@ -102,10 +107,11 @@ class RankEvents:
             if self.settings.growth_init == "published":
                 self._open_as_published(fresh, step)
         if action:
-            self._remember(decisions, action)
+            self._remember(decisions, found, action)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
 
-    def _decide(self, spectra: Spectra, action: Action) -> dict[str, Decision]:
+    def _decide(self, spectra: Spectra, action: Action) -> tuple[dict[str, Decision], dict[str, int]]:
+        """What becomes of every layer, and the rank that the rule by itself found in it."""
         measured = spectra
         if self.settings.base == "none" and self.settings.measure == "update":
             measured = measure_spectra(self._updates(), self.processes)
@@ -113,7 +119,8 @@ class RankEvents:
             name: self.rule.decide(sigma, self.engine.layout[name].rank, min(self.shapes[name]))
             for name, sigma in measured.sigma.items()
         }
-        if action == "freeze" and self.settings.final != "per_layer":
+        found = {name: decision.after for name, decision in decisions.items()}
+        if action == "freeze":
             for name, rank in self._final_ranks(spectra, decisions).items():
                 ratio = explained_ratio(measured.sigma[name], min(self.shapes[name]), self.rule.criterion)
                 reached = float(ratio[min(rank, len(ratio) - 1)])
@@ -125,17 +132,19 @@ class RankEvents:
                 for name, d in decisions.items()
             },
         )
-        return decisions
+        return decisions, found
 
     def _final_ranks(self, spectra: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
-        """Ranks of ``final`` uniform or budget; at most each layer's cap. The budget looks at the product, which the
-        freeze truncates, whatever the rule measures."""
+        """Ranks of ``final``; at most each layer's cap. What is discarded is measured on the product, which the freeze
+        truncates, whatever the rule measures."""
         caps = {name: self.rule.cap(min(shape)) for name, shape in self.shapes.items()}
-        if self.settings.final == "uniform":
-            ranks = {name: decision.after for name, decision in decisions.items()}
-            return uniform_ranks(ranks, self.shapes, caps, self.rule.multiple_of)
         allowed = {name: sigma[: caps[name]] for name, sigma in spectra.sigma.items()}
-        return budget_ranks(allowed, self.shapes, self.settings.final_budget, self.rule.multiple_of)
+        ranks = {name: decision.after for name, decision in decisions.items()}
+        if self.settings.final == "uniform":
+            return uniform_ranks(ranks, self.shapes, caps, self.multiple)
+        if self.settings.final == "budget":
+            return budget_ranks(allowed, self.shapes, self.settings.final_budget, self.multiple)
+        return rounded_ranks(ranks, allowed, self.shapes, self.multiple)
 
     def _new_layout(
         self, layout: dict[str, LayerLayout], decisions: Mapping[str, Decision], action: Action
@@ -192,8 +201,9 @@ class RankEvents:
         generator = generator_for(self.seed, "null born", out_features, in_features)
         return start_factors(out_features, in_features, modes, self.settings.init, 1.0, generator)
 
-    def _remember(self, decisions: Mapping[str, Decision], action: Action) -> None:
+    def _remember(self, decisions: Mapping[str, Decision], found: dict[str, int], action: Action) -> None:
         self.null.advance(set(self.shapes.values()))
+        self.found = found
         self.explained = {name: decision.reached for name, decision in decisions.items()}
         self.quiet = 0 if any(d.after > d.before for d in decisions.values()) else self.quiet + 1
         self.frozen = action == "freeze"
@@ -213,6 +223,7 @@ class RankEvents:
             layers = {
                 name: {
                     "rank": d.after,
+                    "found": self.found[name],
                     "explained": d.explained,
                     "null_rank": null[name],
                     "effective_rank": d.effective_rank,
@@ -226,6 +237,9 @@ class RankEvents:
             if name in events or d.after != d.before
         }
         if changes:
+            for name, change in changes.items():
+                if self.found[name] != change["to"]:
+                    change["found"] = self.found[name]
             event = {"kind": "rank_event", "step": step, "action": action, "seconds": seconds, "layers": changes}
             records.append(event)
         if removes_base:
@@ -237,11 +251,12 @@ class RankEvents:
         return {
             "null": self.null.state_dict(),
             "explained": self.explained,
+            "found": self.found,
             "quiet": self.quiet,
             "frozen": self.frozen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.null.load_state_dict(state["null"])
-        self.explained = dict(state["explained"])
+        self.explained, self.found = dict(state["explained"]), dict(state["found"])
         self.quiet, self.frozen = state["quiet"], state["frozen"]

@@ -1,6 +1,6 @@
 """Settings of the training loop, the optimizer and the files of a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import UserError
@@ -28,7 +28,17 @@ class TrainSettings:
     grad_clip: float = 1.0
     """Largest gradient norm over all parameters; 0: no clipping (the norm is logged all the same)."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block and the loss: one graph for all ranks while they grow, static shapes once they are
+    final."""
+    cuda_graph: bool = False
+    """Replay compiled blocks as CUDA graphs once shapes are final, which saves the launching of kernels where blocks
+    are small (GPUs; engines local and ddp; needs compile)."""
+    profile: list[int] = field(default_factory=list)
+    """Steps to profile, such as [20,21]: a trace of torch.profiler from every process in profile/ of the run folder,
+    and what the memory was taken up by in the log. They are slower than others."""
+    peak_tflops: float | None = None
+    """What one device can do at best in the precision used, for the MFU in the log; null: the vendor's figure for known
+    GPUs in bf16, elsewhere that of a large matrix product measured at the start."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass to save memory."""
     max_skipped: int = 10
@@ -41,6 +51,12 @@ class TrainSettings:
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "max_skipped")
         _at_least("train", self, 0, "grad_clip", "spike_deviations")
+        _at_least("train", self, 1e-3, "peak_tflops")
+        for step in self.profile:
+            if step < 1:
+                raise UserError(f"train.profile has step {step}; write numbers of steps from 1 on, such as [20,21]")
+        if self.cuda_graph and not self.compile:
+            raise UserError("train.cuda_graph is true but train.compile is false; write train.compile: true")
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..data import check_batch_sizes
 from ..engine.context import Context
-from ..engine.engine import BuildOptions, DDPEngine, Engine
+from ..engine.cost import Setup
+from ..engine.engine import BuildOptions, DDPEngine, Engine, Values
 from ..engine.fsdp import FSDPEngine
 from ..engine.settings import zero_stage
 from ..errors import UserError
@@ -110,12 +112,14 @@ class StartValues:
 
 
 def build_engine(
-    config: Config, context: Context, skeleton: LanguageModel, layout: Layout, values: StartValues | None
+    config: Config, context: Context, skeleton: LanguageModel, layout: Layout, values: Values | None
 ) -> Engine:
     """The engine that ``parallel.engine`` names, with the model in it. The process group is up (``context.start``)."""
     options = BuildOptions(
         bf16=config.train.precision == "bf16",
         compile=config.train.compile,
+        cuda_graph=config.train.cuda_graph,
+        fuse=config.lowrank.fuse,
         activation_checkpointing=config.train.activation_checkpointing,
         grad_clip=config.train.grad_clip,
         frobenius_decay=config.lowrank.frobenius_decay,
@@ -128,6 +132,25 @@ def build_engine(
     }
     make = engines.get(kind) or _zero(zero_stage(kind), config, context)
     return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
+
+
+def cost_setup(config: Config, world_size: int) -> Setup:
+    """What the formulas of ``engine.cost`` need beside the model.
+
+    Raises:
+        UserError: the batch sizes or the engine do not fit the number of processes.
+    """
+    train = config.train
+    check_batch_sizes(train.global_batch_size, train.micro_batch_size, world_size)
+    return Setup(
+        config.parallel.resolve(world_size),
+        world_size,
+        config.parallel.shard_size,
+        len(config.optimizer.moments),
+        train.global_batch_size // world_size // train.micro_batch_size,
+        train.precision == "bf16",
+        config.parallel.offload_optimizer,
+    )
 
 
 def _zero(stage: int, config: Config, context: Context) -> Callable[..., Engine]:

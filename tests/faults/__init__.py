@@ -175,23 +175,24 @@ def arm(fault: Fault) -> None:
     elif fault.phase == "evaluation":
         around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), lambda held, *_: not held.module.training)
     elif fault.phase == "prepare":
-        around(sys.modules["inrank_dist.data.prepare"], "make_once")
+        around(sys.modules["inrank_dist.data.preparation"], "make_once")
 
 
 def record_samples(file: Path) -> None:
     """Write down the samples of every step: step, then their numbers."""
-    from inrank_dist.data import Loader
+    from inrank_dist.data import Prefetcher
 
-    next_batch = Loader.next_batch
+    next_batch = Prefetcher.next_batch
 
-    def recorded(self: Loader) -> Any:
-        position = self._position
+    def recorded(self: Prefetcher) -> Any:
+        state = self.state()
         batches = next_batch(self)
         with file.open("a") as lines:
-            lines.write(json.dumps([position, [i for batch in batches for i in batch.sample_ids]]) + "\n")
+            place = f"{state.epoch}:{state.sample_index}"
+            lines.write(json.dumps([place, [i for batch in batches for i in batch.sample_ids]]) + "\n")
         return batches
 
-    Loader.next_batch = recorded  # type: ignore[method-assign]
+    Prefetcher.next_batch = recorded  # type: ignore[method-assign]
 
 
 def main(words: list[str]) -> int:

@@ -58,6 +58,7 @@ KINDS: dict[str, Any] = get_type_hints(TrainState) | {
     "ranks": {
         "null": {"checks": int, "ranks": [(int, int, int)]},
         "explained": {str: float},
+        "found": {str: int},
         "quiet": int,
         "frozen": bool,
     },
@@ -81,6 +82,8 @@ def read_state(folder: Path) -> TrainState:
     """
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
+            values["ranks"].setdefault("found", {})  # not yet there before ranks were rounded at the freeze
         _check(values, KINDS, "it")
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{folder / STATE} is damaged ({error})") from None

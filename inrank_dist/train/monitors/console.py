@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inrank_dist.train.monitors.ranks import RankTable, equals_null, mean
-from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
+from inrank_dist.train.monitors.ranks import RankTable, equals_null, found, mean
+from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural, size
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed step time."""
@@ -60,6 +60,8 @@ class ConsoleMonitor:
             self._say(f"{_at(record)}  validation loss {self._against_unigram(record)}")
         elif kind == "rank_event":
             self._rank_event(record)
+        elif kind == "profile":
+            self._say(_profile(record))
         elif kind == "base_removed":
             self._say(f"{_at(record)}  base removed: the factors now stand alone")
         elif kind == "skipped":
@@ -97,6 +99,8 @@ class ConsoleMonitor:
         facts = record.get("engine_facts")
         if isinstance(facts, dict) and facts:
             self._say(f"{engine}: " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
+        if (peak := number(record.get("peak_flops"))) is not None:
+            self._say(f"MFU: against {peak / 1e12:.3g} TFLOP/s a device ({record.get('peak_source', '-')})")
         line = f"{amount(record.get('parameters'))} parameters"
         if self._table.ranks:
             line += f", {plural(len(self._table.ranks), 'low-rank layer')}, {self._mean_rank()}"
@@ -114,11 +118,15 @@ class ConsoleMonitor:
         if self._step_seconds is not None:
             left = duration(max(self._total - step, 0) * self._step_seconds)
         rank = f"  {self._mean_rank(short=True)}" if self._table.ranks else ""
+        share = number(record.get("data_wait")) or 0.0
+        waited = f"  data {100 * share:.0f}%" if share >= 0.01 else ""
+        mfu = number(record.get("mfu"))
+        used = f"  MFU {100 * mfu:.1f}%" if mfu is not None else ""
         self._say(
             f"{step:>{len(str(self._total))}d}/{self._total} {100 * step / max(self._total, 1):5.1f}%"
             f"  loss {fixed(record.get('loss'), 4)}  lr {_scientific(record.get('lr'))}"
             f"  grad {fixed(record.get('grad_norm'), 3)}  {fixed(record.get('tokens_per_s'), 0)} tok/s"
-            f"{rank}  ETA {left}"
+            f"{used}{waited}{rank}  ETA {left}"
         )
         if self._bar is not None:
             self._bar.start()
@@ -147,7 +155,7 @@ class ConsoleMonitor:
             f" ({plural(len(layers), 'layer')}, null rank {fixed(null, 1)}, explained {fixed(explained, 2)})"
             f" in {fixed(record.get('seconds'), 2)} s"
         )
-        same = sum(equals_null(layer.get("to"), layer.get("null_rank")) for layer in layers)
+        same = sum(equals_null(found(layer, "to"), layer.get("null_rank")) for layer in layers)
         self._say(line + (f"; {_no_more_than_null(same, len(layers))}" if same else ""))
 
     def _summary(self, record: dict[str, Any]) -> None:
@@ -174,6 +182,9 @@ class ConsoleMonitor:
         if short:
             return f"rank {fixed(rank, 1)} (null {fixed(null, 1)})"
         known = f"null rank {fixed(null, 1)}" if null is not None else "null rank not measured"
+        found = mean(self._table.found.values())
+        if null is not None and found != rank:
+            known = f"found {fixed(found, 1)}, {known}"
         return f"mean rank {fixed(rank, 1)} ({known})"
 
     def _against_unigram(self, record: dict[str, Any]) -> str:
@@ -196,6 +207,12 @@ def _no_more_than_null(same: int, layers: int) -> str:
         f"in {same} of {layers} the rank is the null rank within 2%: "
         "the rule found no more than it finds on untrained factors"
     )
+
+
+def _profile(record: dict[str, Any]) -> str:
+    memory = record.get("memory") or {}
+    split = ", ".join(f"{name} {size(memory.get(name))}" for name in memory if name != "peak")
+    return f"{_at(record)}  profiled: {record.get('trace')}; peak memory {size(memory.get('peak'))}: {split}"
 
 
 def _skipped(record: dict[str, Any]) -> str:

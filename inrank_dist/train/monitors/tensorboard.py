@@ -8,7 +8,7 @@ from typing import Any
 from inrank_dist.train.monitors.ranks import RankTable, mean
 from inrank_dist.train.monitors.text import number
 
-STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "parameters", "tokens")
+STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu", "mfu_dense", "parameters", "tokens")
 EVAL_TAGS = ("loss", "perplexity")
 LAYER_TAGS = ("rank", "null_rank", "explained", "effective_rank")
 
@@ -16,10 +16,11 @@ LAYER_TAGS = ("rank", "null_rank", "explained", "effective_rank")
 class TensorBoardMonitor:
     """Writes event files to ``folder``.
 
-    Tags: ``train/{loss,lr,grad_norm,tokens_per_s,parameters,tokens}``, ``validation/{loss,perplexity}``,
-    for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``, ``effective_rank/NAME``, over all
-    layers ``rank_mean/rank`` and ``rank_mean/null_rank``, and the text ``sample``. From ``purge_step`` on,
-    what an earlier process wrote is hidden: a run resumed from step ``s`` gives ``s + 1``.
+    Tags: ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``,
+    ``validation/{loss,perplexity}``, for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
+    ``effective_rank/NAME``, over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``, and the text
+    ``sample``. From ``purge_step`` on, what an earlier process wrote is hidden: a run resumed from step ``s``
+    gives ``s + 1``.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:

@@ -30,6 +30,14 @@ def amount(value: Any) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
 
 
+def size(value: Any) -> str:
+    """Bytes as ``12.3 MiB`` or ``4.56 GiB``."""
+    count = number(value)
+    if count is None:
+        return "-"
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def duration(seconds: Any) -> str:
     """Seconds as ``h:mm:ss``, from one day on as ``2d 03:04:05``."""
     value = number(seconds)

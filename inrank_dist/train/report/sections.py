@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import equals_null, mean
+from inrank_dist.train.monitors.ranks import equals_null, found, mean
 from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
 from inrank_dist.train.report.history import History, Layer, last
 
@@ -49,7 +49,7 @@ def tiles(history: History) -> HTML:
 
 def layer_table(history: History) -> HTML:
     """Every low-rank layer: shape, rank beside null rank, explained ratio, parameters against dense."""
-    layers = list(history.layers.values())
+    layers, at_null = list(history.layers.values()), set(history.table.null_layers)
     if not layers:
         return ""
     head = _row(
@@ -66,7 +66,7 @@ def layer_table(history: History) -> HTML:
         ("Of dense", "n"),
     )
     longest = max([1.0, *(value for layer in layers for _, value in (*layer.rank, *layer.null_rank) if value)])
-    rows = "".join(_layer_row(layer, longest) for layer in layers)
+    rows = "".join(_layer_row(layer, longest, layer.name in at_null) for layer in layers)
     return (
         '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. '
         "<i>r (out + in)</i> counts the factors alone, without a base that is still there.</p>"
@@ -74,9 +74,9 @@ def layer_table(history: History) -> HTML:
     )
 
 
-def _layer_row(layer: Layer, longest: float) -> HTML:
+def _layer_row(layer: Layer, longest: float, at_null: bool) -> HTML:
     rank, null = last(layer.rank), last(layer.null_rank)
-    same = '<span class="flag">= null</span>' if equals_null(rank, null) else ""
+    same = '<span class="flag">= null</span>' if at_null else ""
     shape = f"{layer.shape[0]:,} \u00d7 {layer.shape[1]:,}" if layer.shape else "-"
     factors, dense = layer.factor_parameters, layer.dense_parameters
     share = f"{factors / dense:.2f}" if factors is not None and dense else "-"
@@ -168,7 +168,7 @@ def _rank_event_row(record: dict[str, Any]) -> HTML:
     before, after, null, explained = (
         mean(layer.get(key) for layer in layers) for key in ("from", "to", "null_rank", "explained")
     )
-    same = sum(equals_null(layer.get("to"), layer.get("null_rank")) for layer in layers)
+    same = sum(equals_null(found(layer, "to"), layer.get("null_rank")) for layer in layers)
     note = f'<span class="flag">{same:,} of {len(layers):,} = null rank</span>' if same else ""
     return _row(
         "td",

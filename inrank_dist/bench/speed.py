@@ -1,0 +1,400 @@
+"""``inrank bench speed``: steps of the full-rank model against steps of its low-rank forms, in alternating rounds.
+
+Every form is the trainer's own engine on the same batch: forward and backward pass, gradient norm, clipping, AdamW. The
+bottleneck alone is ours to measure only: a model of the kind of CoLA (Liu et al., arXiv 2502.10940), with an activation
+between the factors.
+"""
+
+import dataclasses
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import Config, load_config
+from ..engine.context import Context
+from ..engine.cost import Held, held_bytes, sent_bytes
+from ..engine.engine import Engine, Values
+from ..engine.settings import Kind
+from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
+from ..lowrank.final import fitting_multiple
+from ..lowrank.init import generator_for
+from ..lowrank.linear import LowRankLinear, set_joining
+from ..lowrank.settings import FINAL_MULTIPLES
+from ..models import LanguageModel, flops_per_token
+from ..train.memory import cuda_peak, peak_extra_bytes
+from ..train.speed import Peak, peak_of
+from ..train.start import build_engine, cost_setup, dense_skeleton
+from .traffic import Collectives
+
+log = logging.getLogger("inrank_dist")
+
+Model = Literal["full", "fixed", "untruncated", "growing", "frozen", "half", "bottleneck"]
+SENDERS: tuple[Kind, ...] = ("ddp", "fsdp", "zero3")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One row of the table: a model and how it is run.
+
+    Attributes:
+        model: full: dense; fixed: factors of the rank as asked for; growing: factors with a buffer over a dense base,
+            as before the freeze; untruncated: those without the base; frozen: factors of the rounded rank, as after the
+            freeze; half: of half that rank; bottleneck: as frozen, with an activation between the factors.
+        compiled: whether blocks and loss are compiled.
+        fused: whether factors that read the same input run as one product.
+        fused_adam: whether AdamW is torch's fused one.
+    """
+
+    model: Model
+    compiled: bool = False
+    fused: bool = True
+    fused_adam: bool = True
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        extras = [("not joined", not self.fused), ("compiled", self.compiled), ("plain AdamW", not self.fused_adam)]
+        return ", ".join([LABELS[self.model], *(word for word, is_so in extras if is_so)])
+
+
+LABELS: dict[Model, str] = {
+    "full": "full rank",
+    "fixed": "fixed rank",
+    "untruncated": "with buffer, no base",
+    "growing": "InRank before the freeze",
+    "frozen": "InRank after the freeze",
+    "half": "the same at half the rank",
+    "bottleneck": "bottleneck (CoLA's kind)",
+}
+
+STANDARD = (
+    Form("full"),
+    Form("full", compiled=True),
+    Form("fixed", fused=False),
+    Form("growing"),
+    Form("frozen", fused=False),
+    Form("frozen"),
+    Form("frozen", compiled=True),
+    Form("half"),
+    Form("half", compiled=True),
+    Form("bottleneck"),
+    Form("bottleneck", compiled=True),
+)
+
+ABLATION = (
+    Form("full", fused_adam=False),
+    Form("full"),
+    Form("full", compiled=True),
+    Form("growing", fused=False, fused_adam=False),
+    Form("untruncated", fused=False, fused_adam=False),
+    Form("fixed", fused=False, fused_adam=False),
+    Form("frozen", fused=False, fused_adam=False),
+    Form("frozen", fused_adam=False),
+    Form("frozen"),
+    Form("frozen", compiled=True),
+)
+"""One more in each row: no base, no buffer, rank rounded, factors joined, AdamW fused, compiled."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model to measure, and the batch of one process.
+
+    Attributes:
+        rank: of the factors; None: a quarter of the width.
+        targets: ``lowrank.targets``.
+    """
+
+    hidden: int
+    layers: int
+    vocab: int
+    seq: int
+    batch: int
+    targets: str
+    rank: int | None = None
+    buffer: int = 64
+
+    @property
+    def asked(self) -> int:
+        return self.rank or self.hidden // 4
+
+
+@dataclass
+class Row:
+    """One form, measured.
+
+    Attributes:
+        flops: of one token, forward and backward.
+        seconds: of one step, a number a round.
+        held: bytes of weights, gradients and moments in this process, by the formulas.
+        extra: bytes that a step holds at most beyond weights and moments, measured.
+        sent: engine -> bytes that one process sends in a step, measured, and by the formula.
+    """
+
+    form: Form
+    flops: int
+    held: Held
+    seconds: list[float] = field(default_factory=list)
+    extra: int = 0
+    sent: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of this process at the most."""
+        return self.held.parameters + self.held.moments + self.extra
+
+
+@dataclass
+class Outcome:
+    """One shape, measured.
+
+    Attributes:
+        rank: as asked for; rounded: as the freeze rounds it; half: half of that, rounded likewise.
+        tokens: of one step, all processes together.
+        peak: of one device.
+    """
+
+    shape: Shape
+    rank: int
+    rounded: int
+    half: int
+    engine: str
+    tokens: int
+    peak: Peak
+    rows: dict[Form, Row]
+
+    def speedup(self, form: Form) -> float:
+        """Median time of the full-rank model in the same form over that of ``form``."""
+        return self.reference(form).median / self.rows[form].median
+
+    def promised(self, form: Form) -> float:
+        """The same ratio of floating-point operations."""
+        return self.reference(form).flops / self.rows[form].flops
+
+    def reference(self, form: Form) -> Row:
+        """The full-rank model, compiled if ``form`` is, with the same AdamW; plainly where that was not measured."""
+        same = Form("full", compiled=form.compiled, fused_adam=form.fused_adam)
+        return self.rows.get(same) or self.rows[Form("full")]
+
+    def break_even(self, *, compiled: bool) -> float | None:
+        """Rank at which a step takes as long as one of the full-rank model, on the line through the two ranks that were
+        measured; below 1 where low rank is always slower; None where the times do not tell."""
+        form, less = Form("frozen", compiled=compiled), Form("half", compiled=compiled)
+        if form not in self.rows or less not in self.rows:
+            return None
+        ranks = self.rounded, self.half
+        if ranks[0] == ranks[1]:
+            return None
+        slope = (self.rows[form].median - self.rows[less].median) / (ranks[0] - ranks[1])
+        return ranks[0] + (self.reference(form).median - self.rows[form].median) / slope if slope > 0 else None
+
+    @property
+    def break_even_promised(self) -> float:
+        """The same rank by arithmetic: factors of it have as many parameters as the dense layers."""
+        h = self.shape.hidden
+        pairs = {"mlp": [(4 * h, h)] * 2, "all": [(h, h)] * 4 + [(4 * h, h)] * 2}[self.shape.targets]
+        return sum(a * b for a, b in pairs) / sum(a + b for a, b in pairs)
+
+
+class Bottleneck(LowRankLinear):
+    """``U act(V^T x) + b``."""
+
+    def _finish(self, x: Tensor, inner: Tensor) -> Tensor:
+        return super()._finish(x, F.silu(inner))
+
+
+def measure_speed(
+    shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int, senders: bool
+) -> Outcome:
+    """Time a step of every form, in alternating rounds after one that only warms up.
+
+    Args:
+        kind: engine.
+        rounds: of every form.
+        senders: whether to count what ``SENDERS`` send (on several processes).
+    """
+    config = _config(shape, context, kind, bf16)
+    skeleton = dense_skeleton(config.model, shape.vocab)
+    rounded = _rounded(shape.asked, context.device.type)
+    generator = generator_for(0, "bench", context.rank)
+    ids = torch.randint(shape.vocab, (shape.batch, shape.seq + 1), generator=generator).to(context.device)
+    batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+    tokens = shape.batch * shape.seq * context.world_size
+    setup = cost_setup(config, context.world_size)
+    engines: dict[Model, Engine] = {}
+    rows: dict[Form, Row] = {}
+    for form in forms:
+        layout = _layout(form.model, shape, skeleton, rounded, context.device.type)
+        if form.model not in engines:
+            engines[form.model] = _engine(config, context, skeleton, layout, form.model)
+        module = convert(skeleton, layout)
+        rows[form] = Row(form, flops_per_token(module, shape.seq), held_bytes(module, setup))
+
+    def step(engine: Engine) -> None:
+        engine.accumulate(batch, tokens)
+        norm, _ = engine.gradient_norm()
+        engine.step(1e-4, norm)
+
+    log.info("width %d, targets %s: %d forms, first they warm up", shape.hidden, shape.targets, len(forms))
+    for index in range(-1, rounds):
+        for form in forms:
+            with _running(engines[form.model], form):
+                _wait(context)
+                began = time.perf_counter()
+                step(engines[form.model])
+                _wait(context)
+                if index >= 0:
+                    rows[form].seconds.append(time.perf_counter() - began)
+    for form in forms:
+        with _running(engines[form.model], form):
+            rows[form].extra = _extra(engines[form.model], step, context)
+    for engine in engines.values():
+        engine.release()
+    engines.clear()
+    torch.compiler.reset()
+    if senders and context.world_size > 1:
+        for row in rows.values():
+            if row.form.model in ("full", "growing", "frozen") and not row.form.compiled and row.form.fused:
+                layout = _layout(row.form.model, shape, skeleton, rounded, context.device.type)
+                row.sent = _sent(config, context, skeleton, layout, batch, tokens)
+    peak = peak_of(context.device, bf16=bf16)
+    half = _rounded(max(rounded // 2, 1), context.device.type)
+    return Outcome(shape, shape.asked, rounded, half, kind, tokens, peak, rows)
+
+
+def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
+    words = {
+        "model.num_layers": shape.layers,
+        "model.num_heads": max(shape.hidden // 64, 1),
+        "model.hidden_size": shape.hidden,
+        "model.max_seq_len": shape.seq,
+        "tokenizer.vocab_size": shape.vocab,
+        "train.global_batch_size": shape.batch * context.world_size,
+        "train.micro_batch_size": shape.batch,
+        "train.precision": "bf16" if bf16 else "fp32",
+        "train.compile": "true",  # forms that are not compiled are run eagerly all the same
+        "lowrank.targets": f"[{shape.targets}]",
+        "parallel.engine": kind,
+    }
+    return load_config(None, [f"--{key}={value}" for key, value in words.items()])[0]
+
+
+def _rounded(rank: int, device_type: str) -> int:
+    """As the freeze rounds one rank by itself: to the nearest multiple."""
+    group = fitting_multiple(FINAL_MULTIPLES.get(device_type, 8), rank)
+    return round(rank / group) * group
+
+
+def _layout(model: Model, shape: Shape, skeleton: LanguageModel, rounded: int, device_type: str) -> Layout:
+    if model == "full":
+        return {}
+    half = _rounded(max(rounded // 2, 1), device_type)
+    buffered = model in ("growing", "untruncated")
+    rank = {"frozen": rounded, "bottleneck": rounded, "half": half}.get(model, shape.asked)
+    modes = min(rank + shape.buffer, shape.hidden) if buffered else rank
+    layer = LayerLayout(rank, modes, base=model == "growing")
+    return dict.fromkeys(find_targets(skeleton, [shape.targets]), layer)
+
+
+def _engine(config: Config, context: Context, skeleton: LanguageModel, layout: Layout, model: Model) -> Engine:
+    engine = build_engine(config, context, skeleton, layout, _values(convert(skeleton, layout)))
+    if model == "bottleneck":
+        for module in engine.module.modules():
+            if isinstance(module, LowRankLinear):
+                module.__class__ = Bottleneck
+    engine.set_base_scale(0.5)  # as in the middle of its decay
+    return engine
+
+
+def _values(module: LanguageModel) -> Values:
+    """Start values that cost next to nothing: a few random numbers again and again."""
+    few = torch.randn(2**20, generator=generator_for(0, "bench values")) * 0.02
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+    def value(name: str) -> Tensor:
+        if "norm" in name or name.endswith("bias"):
+            return torch.full(shapes[name], float(name.endswith("weight")))
+        size = shapes[name].numel()
+        return few.repeat(-(-size // len(few)))[:size].view(shapes[name])
+
+    return value
+
+
+@contextmanager
+def _running(engine: Engine, form: Form) -> Iterator[None]:
+    """Run an engine in a form."""
+    set_joining(engine.module, form.fused)
+    for group in engine.optimizer.param_groups:
+        if "fused" in group:
+            group["fused"], group["foreach"] = form.fused_adam, False
+    with torch.compiler.set_stance("default" if form.compiled else "force_eager"):
+        yield
+
+
+def _wait(context: Context) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+    context.barrier()
+
+
+def _extra(engine: Engine, step: Callable[[Engine], None], context: Context) -> int:
+    """Bytes that a step holds at most beyond weights and moments."""
+    if context.device.type == "cuda":
+        before = torch.cuda.memory_allocated(context.device)
+        with cuda_peak(context.device) as peak:
+            step(engine)
+        return peak() - before
+    return peak_extra_bytes(lambda: step(engine), context.device)
+
+
+def _sent(
+    config: Config,
+    context: Context,
+    skeleton: LanguageModel,
+    layout: Layout,
+    batch: Sequence[tuple[Tensor, Tensor]],
+    tokens: int,
+) -> dict[str, tuple[float, float]]:
+    """Engine -> what one process sends in a step, measured in the third one, and by the formula."""
+    counted: dict[str, tuple[float, float]] = {}
+    for kind in SENDERS:
+        if kind.startswith("zero") and not find_spec("deepspeed"):
+            continue
+        other = dataclasses.replace(
+            config,
+            parallel=dataclasses.replace(config.parallel, engine=kind),
+            train=dataclasses.replace(config.train, compile=False),
+        )
+        engine = build_engine(other, context, skeleton, layout, _values(convert(skeleton, layout)))
+        for _ in range(3):  # ZeRO-3 takes note of what comes when, and is settled then
+            with Collectives() as collectives:
+                engine.accumulate(batch, tokens)
+                norm, _ = engine.gradient_norm()
+                engine.step(1e-4, norm)
+        setup = cost_setup(other, context.world_size)
+        counted[kind] = (collectives.sent, sent_bytes(convert(skeleton, layout), setup))
+        engine.release()
+    return counted
+
+
+def pays_from(outcomes: Mapping[int, Outcome], form: Form) -> int | None:
+    """The smallest of the measured widths from which on the low-rank form is faster than full rank at every width."""
+    pays = None
+    for width in sorted(outcomes, reverse=True):
+        if form not in outcomes[width].rows or outcomes[width].speedup(form) <= 1:
+            break
+        pays = width
+    return pays

@@ -1,0 +1,173 @@
+"""``inrank bench speed``: full rank against low rank."""
+
+import argparse
+import json
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..bench.speed import ABLATION, STANDARD, Form, Outcome, Shape, measure_speed
+from ..bench.speed_table import as_record, as_table, conclusion, notes, title, verdict
+from ..data.settings import MIN_VOCABULARY
+from ..data.store import write_atomically
+from ..engine.context import Context
+from ..engine.settings import Kind, ParallelSettings
+from ..errors import UserError
+from ..train.memory import keep_freed_memory
+from .common import at_least_one, console, refuse_unwritable
+
+TIMEOUT_SECONDS = 3600
+WIDTHS = "512,1024,2048,4096"
+MODELS = {"gpt2-small": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "1.3b": (2048, 24)}
+"""Name -> width and number of layers, with the vocabulary of GPT-2."""
+
+DESCRIPTION = """Steps of the full-rank model and of its low-rank forms, on the same batch, in alternating rounds: fixed
+rank, InRank before and after the freeze, factors that read the same input joined and not, compiled and not, and a
+bottleneck with an activation between the factors (CoLA's kind) at the same rank. Starts in one process or under
+torchrun, where what ddp, fsdp and zero3 send is counted too."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the subject."""
+    parser.add_argument("--widths", metavar="LIST", help=f"widths to measure (default {WIDTHS})")
+    parser.add_argument(
+        "--models",
+        metavar="LIST",
+        help=f"instead of widths, of {', '.join(MODELS)}, all with GPT-2's vocabulary of 50257",
+    )
+    parser.add_argument("--layers", metavar="N", type=int, help="blocks at each width (default 1)")
+    parser.add_argument("--vocab", metavar="N", type=int, help="tokens of the vocabulary (default 8192)")
+    parser.add_argument("--seq", metavar="N", type=int, default=256, help="tokens of a sequence (default 256)")
+    parser.add_argument("--batch", metavar="N", type=int, default=2, help="sequences a process (default 2)")
+    parser.add_argument("--targets", metavar="LIST", default="mlp,all", help="mlp, all or both (default both)")
+    parser.add_argument("--rank", metavar="R", type=int, help="rank of every layer (default: a quarter of the width)")
+    parser.add_argument(
+        "--buffer", metavar="B", type=int, default=64, help="modes beyond it before the freeze (default 64)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of every form (default 5)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    parser.add_argument("--engine", default="auto", help="as parallel.engine (default auto)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled forms")
+    parser.add_argument(
+        "--forms",
+        metavar="NUMBERS",
+        help="of the table's rows, such as 1,2,6,7 (default all); the first must be a full-rank one",
+    )
+    parser.add_argument(
+        "--ablation", action="store_true", help="other rows: what each step from growing to frozen and compiled buys"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured there as well")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print a table a shape and choice of targets."""
+    at_least_one(arguments, "layers", "vocab", "seq", "batch", "rank", "buffer", "rounds")
+    if arguments.vocab is not None and arguments.vocab < MIN_VOCABULARY:
+        raise UserError(f"--vocab is {arguments.vocab}; write at least {MIN_VOCABULARY}")
+    known = typing.get_args(Kind)
+    if arguments.engine not in ("auto", *known):
+        raise UserError(f"--engine is {arguments.engine}; write auto or one of {', '.join(known)}")
+    shapes = _shapes(arguments)
+    forms = _forms(arguments)
+    refuse_unwritable(arguments.json)
+    context = Context()
+    if context.device.type == "cuda":
+        forms = tuple(form for form in forms if form.fused_adam)  # torch's plain AdamW keeps its steps elsewhere
+    kind: Kind = ParallelSettings(engine=arguments.engine).resolve(context.world_size)
+    keep_freed_memory(context.device)
+    context.start(TIMEOUT_SECONDS, always=kind != "local")
+    outcomes: list[Outcome] = []
+    for shape in shapes:
+        outcome = measure_speed(
+            shape,
+            forms,
+            context,
+            kind=kind,
+            bf16=arguments.precision == "bf16",
+            rounds=arguments.rounds,
+            senders=True,
+        )
+        outcomes.append(outcome)
+        context.main_does(_show, outcome)
+    context.main_does(_conclude, outcomes, context, arguments)
+    context.stop()
+
+
+def _show(outcome: Outcome) -> None:
+    screen = console(width=200)
+    screen.print("\n" + title(outcome), highlight=False, soft_wrap=True)
+    screen.print(as_table(outcome))
+    if line := verdict(outcome):
+        screen.print(line, highlight=False, soft_wrap=True)
+
+
+def _conclude(outcomes: Sequence[Outcome], context: Context, arguments: argparse.Namespace) -> None:
+    screen = console(width=200)
+    for line in ["", *conclusion(outcomes), *notes(outcomes, context, arguments.rounds, arguments.precision)]:
+        screen.print(line, highlight=False, soft_wrap=True)
+    if arguments.json:
+        record = as_record(outcomes, context, arguments.rounds, arguments.precision)
+        write_atomically(arguments.json, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _shapes(arguments: argparse.Namespace) -> list[Shape]:
+    targets = _words(arguments.targets)
+    for target in targets:
+        if target not in ("mlp", "all"):
+            raise UserError(f"--targets has {target!r}; write mlp, all or mlp,all")
+    sizes: list[tuple[int, int, int]] = []
+    if arguments.models:
+        for option in ("widths", "layers", "vocab"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--models and --{option} cannot both be; write one of them, or --models ''")
+        for name in _words(arguments.models):
+            if name not in MODELS:
+                raise UserError(f"--models has {name!r}; write a comma-separated list of {', '.join(MODELS)}")
+            sizes.append((*MODELS[name], 50257))
+    else:
+        for width in _numbers("--widths", arguments.widths or WIDTHS, 8):
+            sizes.append((width, arguments.layers or 1, arguments.vocab or 8192))
+    for hidden, _, _ in sizes:
+        if hidden % max(hidden // 64, 1):
+            raise UserError(f"--widths has {hidden}; write multiples of 64, or one below 128")
+        if arguments.rank and arguments.rank > hidden:
+            raise UserError(f"--rank is {arguments.rank} but a width is {hidden}; write at most {hidden}")
+    return [
+        Shape(
+            hidden,
+            layers,
+            vocab,
+            arguments.seq,
+            arguments.batch,
+            target,
+            arguments.rank,
+            arguments.buffer,
+        )
+        for hidden, layers, vocab in sizes
+        for target in targets
+    ]
+
+
+def _forms(arguments: argparse.Namespace) -> tuple[Form, ...]:
+    forms: tuple[Form, ...] = ABLATION if arguments.ablation else STANDARD
+    if arguments.forms:
+        chosen = _numbers("--forms", arguments.forms, 1)
+        if max(chosen) > len(forms):
+            raise UserError(f"--forms has {max(chosen)}; the table has {len(forms)} rows, write numbers up to that")
+        forms = tuple(forms[number - 1] for number in chosen)
+    if arguments.no_compile:
+        forms = tuple(form for form in forms if not form.compiled)
+    if not any(form.model == "full" and not form.compiled for form in forms):
+        raise UserError(f"--forms {arguments.forms} leaves out full rank, with which all is compared; write 1 as well")
+    return forms
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    for word in _words(text):
+        if not (word.isascii() and word.isdecimal() and int(word) >= least):
+            raise UserError(f"{option} has {word!r}; write comma-separated whole numbers of at least {least}")
+    return [int(word) for word in _words(text)]

@@ -1,0 +1,147 @@
+"""What an engine holds and sends, from the shapes alone: the formulas behind ``inrank plan``.
+
+``P`` parameters, ``T`` of them trained; ``N`` processes, ``S`` of them share one copy (``N`` unless sharding is
+hybrid); ``m`` moments (2 for AdamW); ``A`` micro-batches in a step. Weights, gradients and moments are float32, rows
+are cut as ``torch.chunk`` cuts them, and the largest part counts. Bytes that one process holds between backward pass
+and step:
+
+| engine       | parameters      | gradients                | moments   |
+|--------------|-----------------|--------------------------|-----------|
+| local, ddp   | 4 P             | 4 T                      | 4 m T     |
+| zero0        | 4 P             | 4 T                      | 4 m T     |
+| fsdp         | 4 P / S         | 4 T / S                  | 4 m T / S |
+| zero1        | 4 P + 4 T / N   | 4 T                      | 4 m T / N |
+| zero2        | 4 P + 4 T / N   | 4 T / N                  | 4 m T / N |
+| zero3        | 4 P / N + 4 T/N | 4 T / N                  | 4 m T / N |
+
+ZeRO-1 to -3 keep a master beside each trained weight. FSDP2 reduces gradients in the last micro-batch of a step;
+until then, where ``A > 1``, they are whole, 4 T. DeepSpeed keeps up to 1e9 parameters of ZeRO-3 gathered from the
+forward to the backward pass (``stage3_max_reuse_distance``), in a smaller model all of 4 P. Activations, what is
+gathered for the block at work, and buckets of gradients on their way come on top.
+
+Bytes that one process sends in a step, with an all-gather or reduce-scatter of ``x`` bytes sending ``x (N - 1) / N``
+and an all-reduce twice that (rings: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes a weight on its way, 4, or 2 with bf16 under fsdp:
+
+| engine       | sent                                                                                          |
+|--------------|-----------------------------------------------------------------------------------------------|
+| ddp, zero0   | all-reduce 4 T                                                                                |
+| fsdp         | A x all-gather w (2 B + R); reduce-scatter 4 T; hybrid: all-reduce 4 T / S over the replicas  |
+| zero1        | all-reduce 4 T; all-gather 4 T                                                                |
+| zero2        | A x all-reduce 4 T; all-gather 4 T                                                            |
+| zero3        | A x all-gather 4 P (twice above 1e9 parameters); A x reduce-scatter 4 T; parameters below 1e5 |
+|              | elements are gathered once a step                                                             |
+
+Those of ZeRO are what DeepSpeed does by default (``stage3_max_reuse_distance``,
+``stage3_param_persistence_threshold``).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..models import LanguageModel
+from .settings import Kind, zero_stage
+
+FLOAT = 4
+PERSISTENT, REUSED = 100_000, 1_000_000_000
+"""DeepSpeed's defaults, in elements: parameters below stay gathered at ZeRO-3; models below are gathered once."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that one process holds between backward pass and optimizer step.
+
+    Attributes:
+        parameters: with ZeRO's masters.
+        host: how much of the total is in the memory of the CPU (``parallel.offload_optimizer``).
+        gathered: what ZeRO-3 may keep gathered from the forward to the backward pass; not in the total.
+    """
+
+    parameters: int
+    gradients: int
+    moments: int
+    host: int = 0
+    gathered: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.moments
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything beside the shapes that the formulas need.
+
+    Attributes:
+        kind: engine.
+        processes: ``N``.
+        shard_size: ``S``, of fsdp; None: all.
+        moments: ``m``.
+        accumulation: ``A``.
+        bf16: computes in bfloat16.
+        offload: ZeRO keeps masters, gradients and moments in the memory of the CPU.
+    """
+
+    kind: Kind
+    processes: int = 1
+    shard_size: int | None = None
+    moments: int = 2
+    accumulation: int = 1
+    bf16: bool = False
+    offload: bool = False
+
+
+def held_bytes(module: nn.Module, setup: Setup) -> Held:
+    """What the process with the most rows holds of an unsharded model (on ``meta``)."""
+    N, m = setup.processes, setup.moments
+    every = list(module.parameters())
+    trained = [parameter for parameter in every if parameter.requires_grad]
+    P, T = FLOAT * _size(every), FLOAT * _size(trained)
+    if setup.kind in ("local", "ddp", "zero0"):
+        return Held(P, T, m * T)
+    if setup.kind == "fsdp":
+        S = setup.shard_size or N
+        mine = FLOAT * _cut(trained, S)
+        return Held(FLOAT * _cut(every, S), T if setup.accumulation > 1 else mine, m * mine)
+    stage = zero_stage(setup.kind)
+    part = -(-T // N)
+    parameters = -(-P // N) if stage == 3 else P
+    gathered = min(P, FLOAT * REUSED) if stage == 3 else 0
+    host = (2 + m) * part if setup.offload else 0
+    return Held(parameters + part, T if stage == 1 else part, m * part, host, gathered)
+
+
+def sent_bytes(module: LanguageModel, setup: Setup) -> float:
+    """What one process sends in an optimizer step of an unsharded model (on ``meta``)."""
+    N, A = setup.processes, setup.accumulation
+    every = list(module.parameters())
+    trained = [parameter for parameter in every if parameter.requires_grad]
+    P, T = FLOAT * _size(every), FLOAT * _size(trained)
+    ring = (N - 1) / N
+    if N == 1 or setup.kind == "local":
+        return 0.0
+    if setup.kind in ("ddp", "zero0"):
+        return 2 * ring * T
+    if setup.kind == "fsdp":
+        S = setup.shard_size or N
+        shards, replicas = (S - 1) / S, (N // S - 1) / (N // S)
+        blocks = S * _cut(module.blocks.parameters(), S)
+        gathered = (2 if setup.bf16 else FLOAT) * (S * _cut(every, S) + blocks)
+        reduced = FLOAT * S * _cut(trained, S)
+        return A * shards * gathered + shards * reduced + 2 * replicas * reduced / S
+    if setup.kind == "zero3":
+        lasting = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
+        times = 1 if P < FLOAT * REUSED else 2
+        return ring * (lasting + A * times * (P - lasting) + A * T)
+    return ring * T * (3 if setup.kind == "zero1" else 2 * A + 1)
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _cut(parameters: Iterable[nn.Parameter], shards: int) -> int:
+    """Elements of the largest part, by rows."""
+    return sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in parameters)
