@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
@@ -402,3 +403,43 @@ def held_and_sent(config: Config, steps: int) -> tuple[int, int, float, float]:
         return held, held_bytes(module, setup).total, collectives.sent, sent_bytes(module, setup)
     finally:
         context.stop()
+
+
+def collectives_of_a_step(config: Config) -> list[Counted]:
+    """Of the third optimizer step."""
+    context = Context()
+    context.start(60, always=True)
+    try:
+        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
+        trainer = Trainer(config, context, data)
+        for _ in range(3):
+            with Collectives() as collectives:
+                trainer.take_step()
+        trainer.loader.close()
+        return collectives.seen
+    finally:
+        context.stop()
+
+
+class Fetches(TorchDispatchMode):
+    """Counts numbers that are taken out of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+def fetched_in_a_step(config: Config) -> int:
+    """Numbers that an optimizer step, between two rank decisions, takes out of tensors."""
+    data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
+    trainer = Trainer(config, Context(), data)
+    for _ in range(2):
+        with Fetches() as fetches:
+            trainer.take_step()
+            trainer.ranks.after_step(trainer.step, None, 1)
+    trainer.loader.close()
+    return fetches.count

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cost_checks import fetched_in_a_step
 from pool import Pool
 from runs import small_config
 
@@ -35,7 +36,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize(("changes", "steps"), STAGES.values(), ids=STAGES)
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, slow(2)])
 def test_fsdp_holds_and_sends_what_the_formulas_say(
     pool: Pool, corpus: Path, changes: dict[str, object], steps: int, accumulation: int
 ) -> None:
@@ -48,11 +49,29 @@ def test_fsdp_holds_and_sends_what_the_formulas_say(
         assert sent == pytest.approx(sent_formula, abs=300)  # the loss, the norm and the verdict of the step travel too
 
 
+def test_a_block_is_gathered_as_one(pool: Pool, corpus: Path) -> None:
+    """Growing, in the forward and in the backward pass, however many factors it has; and the rest once."""
+    layers = 3
+    config = small_config(corpus, **WIDE, model__num_layers=layers, parallel__engine="fsdp")
+    config.train.global_batch_size = 4
+    for seen in pool.run("cost_checks:collectives_of_a_step", config, world_size=2):
+        names = [name for name, _ in seen]
+        assert names.count("allgather_base") == 2 * layers + 1
+        assert names.count("reduce_scatter_base") == layers + 1
+        assert names.count("allreduce") == 2  # the norm, and the verdict
+
+
+def test_a_step_waits_for_the_device_as_often_however_many_layers_there_are(corpus: Path) -> None:
+    """A number that is fetched layer by layer would have a GPU stand still as often."""
+    counts = {fetched_in_a_step(small_config(corpus, model__num_layers=layers)) for layers in (1, 4)}
+    assert len(counts) == 1
+
+
 @pytest.mark.parametrize(
     ("engine", "changes", "world_size"),
     [
         ("ddp", {}, 2),
-        ("ddp", {"lowrank__mode": "full"}, 3),
+        slow("ddp", {"lowrank__mode": "full"}, 3),
         ("fsdp", {"train__precision": "bf16"}, 3),
         slow("zero0", {}, 2),
         slow("zero1", {}, 2),

@@ -134,8 +134,8 @@ class Trainer:
             self._between_steps(clock, stop)
             # The first step after a start or a reshape may compile; where steps take long, so may the next.
             if not is_profiled:
-                longest = max(longest, seconds) if settled else seconds
-                settled = not reshaped
+                longest, settled = max(longest, seconds) if settled else seconds, True
+            settled = settled and not reshaped
             patience = max(float(self.config.parallel.step_timeout_seconds), 5 * longest)
             if reshaped:
                 patience = max(patience, self.config.parallel.timeout_seconds)
