@@ -52,7 +52,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(3):
+    for _ in range(5):
         began = time.perf_counter()
         a @ b
         if device.type == "cuda":
