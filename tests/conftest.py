@@ -14,7 +14,9 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
 from pool import Pool  # noqa: E402
-from runs import write_corpus  # noqa: E402
+from runs import Fails, the_error, write_corpus  # noqa: E402
+
+from inrank_dist.commands.main import main  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -33,3 +35,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     write_corpus(folder / "corpus")
     return folder
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Run a command that must fail; its error."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return the_error(status, err)
+
+    return run

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from runs import train
+from runs import train, trainer_of
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.tensor import DTensor, Shard
@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
-from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
 from inrank_dist.engine.cost import held_bytes, sent_bytes
 from inrank_dist.engine.engine import Engine, chunk
@@ -382,8 +381,7 @@ def held_and_sent(config: Config, steps: int) -> tuple[int, int, float, float]:
     context = Context()
     context.start(60, always=True)
     try:
-        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
-        trainer = Trainer(config, context, data)
+        trainer = trainer_of(config, context)
         for _ in range(steps):
             batches, _, _ = trainer.take_step()
             trainer.ranks.after_step(trainer.step, batches, 1)
@@ -410,8 +408,7 @@ def collectives_of_a_step(config: Config) -> list[Counted]:
     context = Context()
     context.start(60, always=True)
     try:
-        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
-        trainer = Trainer(config, context, data)
+        trainer = trainer_of(config, context)
         for _ in range(3):
             with Collectives() as collectives:
                 trainer.take_step()
@@ -421,24 +418,23 @@ def collectives_of_a_step(config: Config) -> list[Counted]:
         context.stop()
 
 
-class Fetches(TorchDispatchMode):
-    """Counts numbers that are taken out of tensors."""
+class Operations(TorchDispatchMode):
+    """Counts calls of these operations of ATen."""
 
-    def __init__(self) -> None:
+    def __init__(self, *counted: Any) -> None:
         super().__init__()
-        self.count = 0
+        self.counted, self.count = counted, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        self.count += func.overloadpacket in self.counted
         return func(*args, **(kwargs or {}))
 
 
 def fetched_in_a_step(config: Config) -> int:
     """Numbers that an optimizer step, between two rank decisions, takes out of tensors."""
-    data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
-    trainer = Trainer(config, Context(), data)
+    trainer = trainer_of(config, Context())
     for _ in range(2):
-        with Fetches() as fetches:
+        with Operations(torch.ops.aten._local_scalar_dense) as fetches:
             trainer.take_step()
             trainer.ranks.after_step(trainer.step, None, 1)
     trainer.loader.close()

@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 from inrank_dist.config import Config, load_config
 from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
-from inrank_dist.train.checkpoint import list_checkpoints, resumable
+from inrank_dist.train.checkpoint import Checkpoint, list_checkpoints, resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
+
+Fails = Callable[..., str]
+"""Words of a command that must fail -> its error."""
 
 TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
 
@@ -79,6 +82,12 @@ class Recorder:
         return [record["loss"] for record in self.records if record["kind"] == "step"]
 
 
+def trainer_of(config: Config, context: Context, checkpoint: Checkpoint | None = None) -> Trainer:
+    """A trainer with its data prepared; the context is started."""
+    data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
+    return Trainer(config, context, data, checkpoint)
+
+
 def train(
     config: Config, *, resume: bool = False, hook: Callable[[Trainer], None] | None = None
 ) -> tuple[Recorder, dict[str, Any]]:
@@ -90,10 +99,8 @@ def train(
     context, trainer = Context(), None
     context.start(60, always=config.parallel.resolve(context.world_size) != "local")
     try:
-        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
         recorder = Recorder()
-        checkpoint = resumable(config.run.folder, context) if resume else None
-        trainer = Trainer(config, context, data, checkpoint)
+        trainer = trainer_of(config, context, resumable(config.run.folder, context) if resume else None)
         next_batch = trainer.loader.next_batch
 
         def recorded() -> Any:
@@ -128,3 +135,11 @@ def tensor_bytes(run_folder: Path) -> dict[tuple[str, str], bytes]:
         for file in newest.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
+
+
+def the_error(status: int, stderr: str) -> str:
+    """The one line of a user's mistake."""
+    assert status == 2, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Fails
 
 from inrank_dist.bench.decision import ModelShape, Result, Workload, measure_decision, sample_layers
 from inrank_dist.bench.decision_table import as_record, notes
@@ -167,13 +168,8 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("decision small", "'small'"),
     ],
 )
-def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: str, says: str) -> None:
-    assert main(["bench", *words.split()]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    assert says in line
+def test_mistakes_are_one_line(fails: Fails, words: str, says: str) -> None:
+    assert says in fails("bench", *words.split())
 
 
 def test_help_lists_the_subject_and_its_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pool import Pool
+from runs import Fails
 
 from inrank_dist.bench.speed import ABLATION, STANDARD, Bottleneck, Form, Outcome, Row, Shape, measure_speed, pays_from
 from inrank_dist.bench.speed_table import conclusion, verdict
@@ -30,7 +31,7 @@ def outcome(times: dict[Form, float], width: int = 64, flops: dict[Form, int] | 
 
 def test_every_form_is_measured_on_one_process() -> None:
     forms = [form for form in {**dict.fromkeys(STANDARD), **dict.fromkeys(ABLATION)} if not form.compiled]
-    got = measure_speed(TINY, forms, Context(), kind="local", bf16=False, rounds=3, senders=True)
+    got = measure_speed(TINY, forms, Context(), kind="local", bf16=False, rounds=3)
     assert list(got.rows) == forms
     assert (got.rank, got.rounded) == (12, 16)  # to the nearest multiple of 8
     for form, row in got.rows.items():
@@ -61,7 +62,7 @@ def in_each_process() -> dict[str, tuple[float, float]]:
     context = Context()
     context.start(60)
     forms = [Form("full"), Form("frozen")]
-    got = measure_speed(TINY, forms, context, kind="fsdp", bf16=False, rounds=1, senders=True)
+    got = measure_speed(TINY, forms, context, kind="fsdp", bf16=False, rounds=1)
     context.stop()
     return {f"{form.model} {kind}": sent for form, row in got.rows.items() for kind, sent in row.sent.items()}
 
@@ -154,10 +155,5 @@ def test_compiled_forms_and_the_ablation(capsys: pytest.CaptureFixture[str]) -> 
         ("speed --width 64", "'--width'"),
     ],
 )
-def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], words: str, says: str) -> None:
-    assert main(["bench", *words.split()]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    assert says in line
+def test_mistakes_are_one_line(fails: Fails, words: str, says: str) -> None:
+    assert says in fails("bench", *words.split())

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from cost_checks import Operations
 from runs import small_config, tensor_bytes, train
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
 from inrank_dist.lowrank.linear import LowRankLinear, set_base_scale, set_joining
@@ -73,25 +73,13 @@ def test_same_in_bfloat16(settings: ModelSettings) -> None:
     assert 0 < errors[0] < 1.5 * errors[1]
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("name", "fewer"), [("gpt2", 2), ("llama", 3)])
 def test_it_takes_fewer_products(name: str, fewer: int) -> None:
     """In each block q, k and v share one instead of three, gate and up one instead of two; gradients twice as many."""
     counts = []
     for joins in (False, True):
         model = low_rank(MODELS[name], base=False)
-        with Products() as products:
+        with Operations(torch.ops.aten.mm, torch.ops.aten.addmm) as products:
             loss_and_gradients(model, joins=joins)
         counts.append(products.count)
     assert counts[0] - counts[1] == 3 * 2 * fewer

@@ -12,11 +12,10 @@ import pandas
 import pytest
 import sentencepiece
 import yaml
+from runs import Fails, the_error
 
 from inrank_dist.commands.main import main
 from inrank_dist.engine import zero_settings
-
-Fails = Callable[..., str]
 
 TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far "
 
@@ -43,33 +42,11 @@ def write_config(folder: Path) -> Path:
     return folder / "config.yaml"
 
 
-def the_error(status: int, stderr: str) -> str:
-    """The one line of a user's mistake."""
-    assert status == 2, stderr
-    (line,) = stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
-
-
 def nothing_half_written(folder: Path) -> None:
     """No run folder; in the cache at most the lock and the reason of the failure."""
     assert not (folder / "run").exists()
     left = [path.name for path in (folder / "cache").glob("*")] if (folder / "cache").exists() else []
     assert [name for name in left if not name.endswith((".lock", ".failed"))] == []
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
-    """Run a command that must fail; its error."""
-
-    def run(*words: object) -> str:
-        capsys.readouterr()
-        status = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert out == ""
-        return the_error(status, err)
-
-    return run
 
 
 @pytest.fixture

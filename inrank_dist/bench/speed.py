@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -22,15 +23,14 @@ from torch import Tensor
 from ..config import Config, load_config
 from ..engine.context import Context
 from ..engine.cost import Held, held_bytes, sent_bytes
-from ..engine.engine import Engine, Values
+from ..engine.engine import Batches, Engine, Values
 from ..engine.settings import Kind
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
 from ..lowrank.final import fitting_multiple
 from ..lowrank.init import generator_for
 from ..lowrank.linear import LowRankLinear, set_joining
-from ..lowrank.settings import FINAL_MULTIPLES
 from ..models import LanguageModel, flops_per_token
-from ..train.memory import cuda_peak, peak_extra_bytes
+from ..train.memory import peak_extra_bytes
 from ..train.speed import Peak, peak_of
 from ..train.start import build_engine, cost_setup, dense_skeleton
 from .traffic import Collectives
@@ -217,61 +217,54 @@ class Bottleneck(LowRankLinear):
 
 
 def measure_speed(
-    shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int, senders: bool
+    shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int
 ) -> Outcome:
-    """Time a step of every form, in alternating rounds after one that only warms up.
+    """Time a step of every form, in alternating rounds after one that only warms up; on several processes count what
+    ``SENDERS`` send, too.
 
     Args:
         kind: engine.
         rounds: of every form.
-        senders: whether to count what ``SENDERS`` send (on several processes).
     """
     config = _config(shape, context, kind, bf16)
     skeleton = dense_skeleton(config.model, shape.vocab)
-    rounded = _rounded(shape.asked, context.device.type)
+    multiple = config.lowrank.final_multiple(context.device.type)
+    rounded = _rounded(shape.asked, multiple)
+    half = _rounded(max(rounded // 2, 1), multiple)
+    layouts = {form.model: _layout(form.model, shape, skeleton, rounded, half) for form in forms}
     generator = generator_for(0, "bench", context.rank)
     ids = torch.randint(shape.vocab, (shape.batch, shape.seq + 1), generator=generator).to(context.device)
     batch = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
     tokens = shape.batch * shape.seq * context.world_size
     setup = cost_setup(config, context.world_size)
-    engines: dict[Model, Engine] = {}
+    engines = {model: _engine(config, context, skeleton, layout, model) for model, layout in layouts.items()}
     rows: dict[Form, Row] = {}
     for form in forms:
-        layout = _layout(form.model, shape, skeleton, rounded, context.device.type)
-        if form.model not in engines:
-            engines[form.model] = _engine(config, context, skeleton, layout, form.model)
-        module = convert(skeleton, layout)
+        module = convert(skeleton, layouts[form.model])
         rows[form] = Row(form, flops_per_token(module, shape.seq), held_bytes(module, setup))
-
-    def step(engine: Engine) -> None:
-        engine.accumulate(batch, tokens)
-        norm, _ = engine.gradient_norm()
-        engine.step(1e-4, norm)
-
     log.info("width %d, targets %s: %d forms, first they warm up", shape.hidden, shape.targets, len(forms))
     for index in range(-1, rounds):
         for form in forms:
             with _running(engines[form.model], form):
                 _wait(context)
                 began = time.perf_counter()
-                step(engines[form.model])
+                _step(engines[form.model], batch, tokens)
                 _wait(context)
                 if index >= 0:
                     rows[form].seconds.append(time.perf_counter() - began)
     for form in forms:
         with _running(engines[form.model], form):
-            rows[form].extra = _extra(engines[form.model], step, context)
+            step = partial(_step, engines[form.model], batch, tokens)
+            rows[form].extra = peak_extra_bytes(step, context.device)
     for engine in engines.values():
         engine.release()
     engines.clear()
     torch.compiler.reset()
-    if senders and context.world_size > 1:
+    if context.world_size > 1:
         for row in rows.values():
             if row.form.model in ("full", "growing", "frozen") and not row.form.compiled and row.form.fused:
-                layout = _layout(row.form.model, shape, skeleton, rounded, context.device.type)
-                row.sent = _sent(config, context, skeleton, layout, batch, tokens)
+                row.sent = _sent(config, context, skeleton, layouts[row.form.model], batch, tokens)
     peak = peak_of(context.device, bf16=bf16)
-    half = _rounded(max(rounded // 2, 1), context.device.type)
     return Outcome(shape, shape.asked, rounded, half, kind, tokens, peak, rows)
 
 
@@ -292,16 +285,15 @@ def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
     return load_config(None, [f"--{key}={value}" for key, value in words.items()])[0]
 
 
-def _rounded(rank: int, device_type: str) -> int:
+def _rounded(rank: int, multiple_of: int) -> int:
     """As the freeze rounds one rank by itself: to the nearest multiple."""
-    group = fitting_multiple(FINAL_MULTIPLES.get(device_type, 8), rank)
+    group = fitting_multiple(multiple_of, rank)
     return round(rank / group) * group
 
 
-def _layout(model: Model, shape: Shape, skeleton: LanguageModel, rounded: int, device_type: str) -> Layout:
+def _layout(model: Model, shape: Shape, skeleton: LanguageModel, rounded: int, half: int) -> Layout:
     if model == "full":
         return {}
-    half = _rounded(max(rounded // 2, 1), device_type)
     buffered = model in ("growing", "untruncated")
     rank = {"frozen": rounded, "bottleneck": rounded, "half": half}.get(model, shape.asked)
     modes = min(rank + shape.buffer, shape.hidden) if buffered else rank
@@ -350,14 +342,10 @@ def _wait(context: Context) -> None:
     context.barrier()
 
 
-def _extra(engine: Engine, step: Callable[[Engine], None], context: Context) -> int:
-    """Bytes that a step holds at most beyond weights and moments."""
-    if context.device.type == "cuda":
-        before = torch.cuda.memory_allocated(context.device)
-        with cuda_peak(context.device) as peak:
-            step(engine)
-        return peak() - before
-    return peak_extra_bytes(lambda: step(engine), context.device)
+def _step(engine: Engine, batch: Batches, tokens: int) -> None:
+    engine.accumulate(batch, tokens)
+    norm, _ = engine.gradient_norm()
+    engine.step(1e-4, norm)
 
 
 def _sent(
@@ -365,7 +353,7 @@ def _sent(
     context: Context,
     skeleton: LanguageModel,
     layout: Layout,
-    batch: Sequence[tuple[Tensor, Tensor]],
+    batch: Batches,
     tokens: int,
 ) -> dict[str, tuple[float, float]]:
     """Engine -> what one process sends in a step, measured in the third one, and by the formula."""
@@ -381,9 +369,7 @@ def _sent(
         engine = build_engine(other, context, skeleton, layout, _values(convert(skeleton, layout)))
         for _ in range(3):  # ZeRO-3 takes note of what comes when, and is settled then
             with Collectives() as collectives:
-                engine.accumulate(batch, tokens)
-                norm, _ = engine.gradient_norm()
-                engine.step(1e-4, norm)
+                _step(engine, batch, tokens)
         setup = cost_setup(other, context.world_size)
         counted[kind] = (collectives.sent, sent_bytes(convert(skeleton, layout), setup))
         engine.release()

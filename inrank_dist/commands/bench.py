@@ -1,7 +1,6 @@
 """``inrank bench``: measurements on the machine at hand."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +11,11 @@ from ..bench.decision import SHAPES, ModelShape, Result, Workload, measure_decis
 from ..bench.decision_table import as_record, as_table, notes
 from ..config import Config, load_config
 from ..data import check_batch_sizes
-from ..data.store import write_atomically
 from ..engine.context import Context
 from ..errors import UserError
 from ..train.memory import keep_freed_memory
 from . import bench_speed
-from .common import at_least_one, console, no_overrides, refuse_unwritable
+from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
 
 if TYPE_CHECKING:
     from ..bench.checkpoint import Cost
@@ -141,8 +139,7 @@ def _show(results: Sequence[Result], workload: Workload, context: Context, file:
     screen.print(as_table(results))
     for line in notes(results, workload, context):
         screen.print(line, highlight=False, soft_wrap=True)
-    if file:
-        write_atomically(file, (json.dumps(as_record(results, workload, context), indent=1) + "\n").encode())
+    write_record(file, as_record(results, workload, context))
 
 
 def _shapes(text: str) -> list[ModelShape]:

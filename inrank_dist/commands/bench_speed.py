@@ -1,24 +1,23 @@
 """``inrank bench speed``: full rank against low rank."""
 
 import argparse
-import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..bench.decision import SHAPES
 from ..bench.speed import ABLATION, STANDARD, Form, Outcome, Shape, measure_speed
 from ..bench.speed_table import as_record, as_table, conclusion, notes, title, verdict
 from ..data.settings import MIN_VOCABULARY
-from ..data.store import write_atomically
 from ..engine.context import Context
 from ..engine.settings import Kind, ParallelSettings
 from ..errors import UserError
 from ..train.memory import keep_freed_memory
-from .common import at_least_one, console, refuse_unwritable
+from .common import at_least_one, console, refuse_unwritable, write_record
 
 TIMEOUT_SECONDS = 3600
 WIDTHS = "512,1024,2048,4096"
-MODELS = {"gpt2-small": (768, 12), "gpt2-medium": (1024, 24), "gpt2-large": (1280, 36), "1.3b": (2048, 24)}
+MODELS = {name if name == "1.3b" else f"gpt2-{name}": (shape.hidden, shape.blocks) for name, shape in SHAPES.items()}
 """Name -> width and number of layers, with the vocabulary of GPT-2."""
 
 DESCRIPTION = """Steps of the full-rank model and of its low-rank forms, on the same batch, in alternating rounds: fixed
@@ -85,7 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
             kind=kind,
             bf16=arguments.precision == "bf16",
             rounds=arguments.rounds,
-            senders=True,
         )
         outcomes.append(outcome)
         context.main_does(_show, outcome)
@@ -105,9 +103,7 @@ def _conclude(outcomes: Sequence[Outcome], context: Context, arguments: argparse
     screen = console(width=200)
     for line in ["", *conclusion(outcomes), *notes(outcomes, context, arguments.rounds, arguments.precision)]:
         screen.print(line, highlight=False, soft_wrap=True)
-    if arguments.json:
-        record = as_record(outcomes, context, arguments.rounds, arguments.precision)
-        write_atomically(arguments.json, (json.dumps(record, indent=1) + "\n").encode())
+    write_record(arguments.json, as_record(outcomes, context, arguments.rounds, arguments.precision))
 
 
 def _shapes(arguments: argparse.Namespace) -> list[Shape]:

@@ -1,17 +1,20 @@
 """What several commands share."""
 
 import argparse
+import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from ..config import Config, load_config
 from ..data import Tokenizer
+from ..data.store import write_atomically
 from ..errors import UserError
 from ..lowrank.convert import convert
 from ..lowrank.linear import set_base_scale
@@ -104,3 +107,9 @@ def refuse_unwritable(file: Path | None) -> None:
         raise UserError(f"--json is {file}, which is a folder; write the name of a file")
     if not (file.parent.is_dir() and os.access(file.parent, os.W_OK | os.X_OK)):
         raise UserError(f"--json is {file}, but {file.parent} is no folder that can be written; write one that can")
+
+
+def write_record(file: Path | None, record: Mapping[str, Any]) -> None:
+    """What ``--json FILE`` asked for, if it did."""
+    if file is not None:
+        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 from torch import nn
 
+from ..bench.common import MIB
 from ..config import Config
 from ..engine.cost import Setup, held_bytes, sent_bytes
 from ..errors import UserError
@@ -13,8 +14,6 @@ from ..lowrank.convert import LayerLayout, Layout, convert
 from ..models import LanguageModel, flops_per_token
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, start_layout
 from .common import add_config_arguments, at_least_one, console, read_config
-
-MIB = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..models import LanguageModel
+from .engine import chunk
 from .settings import Kind, zero_stage
 
 FLOAT = 4
@@ -144,4 +145,4 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 def _cut(parameters: Iterable[nn.Parameter], shards: int) -> int:
     """Elements of the largest part, by rows."""
-    return sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in parameters)
+    return sum(chunk(p.shape[0], 0, shards)[1] * (p.numel() // p.shape[0]) for p in parameters)

@@ -173,6 +173,6 @@ def zero_config(stage: int, config: Config, world_size: int) -> dict[str, Any]:
         offload=config.parallel.offload_optimizer,
         bf16=config.train.precision == "bf16",
         micro_batch_size=config.train.micro_batch_size,
-        accumulation=config.train.global_batch_size // world_size // config.train.micro_batch_size,
+        accumulation=cost_setup(config, world_size).accumulation,
         extra=config.parallel.deepspeed,
     )
