@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that are told in one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The text names the value that is wrong and says what to write instead. The command line prints it as
     ``error: <text>`` and exits with status 2, without a traceback.
     """
+
+
+class Lost(RuntimeError):
+    """Another process or node did not come or has gone. One line as well, but exit status 1: another start may do."""

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes .venv with the project in it, once, and again only when pyproject.toml changes.
-# Usage: . launch/environment.sh; make_environment EXTRA   (EXTRA: "" or a list such as dev)
+# Sourced by the scripts beside it. Usage: . launch/environment.sh, and then
+#   make_environment EXTRA   makes .venv with the project in it, once, and again only when pyproject.toml changes (EXTRA: ""
+#                            or a list such as dev)
+#   use_environment          takes .venv if it is there, else what is on PATH, such as a cluster's own Python
 
 fail() {
     echo "error: $*" >&2
@@ -27,4 +29,17 @@ make_environment() {
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
     export PATH
+}
+
+use_environment() {
+    local root venv
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    venv=${INRANK_VENV:-$root/.venv}
+    if [ -d "$venv/bin" ]; then
+        PATH=$(cd "$venv/bin" && pwd):$PATH
+        export PATH
+    fi
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # from any folder, and without an installation of the project
+    python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "psutil"))))' 2>/dev/null ||
+        fail "no Python with the project's libraries on PATH or in $venv; run launch/quickstart.sh once, or pip install -e $root"
 }

@@ -6,8 +6,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 parse_words() {
-    local root count
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    local count
     processes=
     [ "${1:-}" != --help ] || help
     while getopts ":hn:" option "$@"; do
@@ -22,11 +21,7 @@ parse_words() {
     [ $# -gt 0 ] || fail "no command; write $0 [-n PROCESSES] COMMAND, such as train --config FILE"
     # shellcheck disable=SC2034  # for the script that sources this
     words=("$@")
-    local venv=${INRANK_VENV:-$root/.venv}
-    if [ -d "$venv/bin" ]; then
-        PATH=$(cd "$venv/bin" && pwd):$PATH
-        export PATH
-    fi
+    use_environment
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
     else

@@ -16,6 +16,7 @@ from faults import Fault
 from faults.launch import Ended, Job, launch
 from runs import small_config, tensor_bytes
 
+from inrank_dist.data.corpus import _load
 from inrank_dist.engine.watch import farewell
 from inrank_dist.train.checkpoint import list_checkpoints, named_folders, open_checkpoint, step_of
 from inrank_dist.train.stop import Stopped, StopRequest
@@ -244,7 +245,7 @@ def test_a_process_killed_while_data_is_prepared_is_missed(corpus: Path, tmp_pat
     fault = Fault("kill", 1, None, "prepare", str(tmp_path / "fired"))
     ended = Job(words(tmp_path, corpus), tmp_path, world_size=2, fault=fault).wait(100)
     assert statuses(ended) == [1, -signal.SIGKILL]
-    assert "process 1 does not answer: it was killed, or its machine is gone" in ended[0].output
+    assert "process 1 does not answer: it was killed or is stopped, or its machine" in ended[0].output
 
 
 def test_a_request_that_came_early_is_passed_on() -> None:
@@ -260,6 +261,20 @@ def test_a_request_that_came_early_is_passed_on() -> None:
     finally:
         stop.signal = None  # else this process would ignore signals from now on
         stop.close()
+
+
+def test_a_signal_while_text_is_read_is_no_error_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``datasets`` takes whatever exception comes while it reads for one of its own."""
+
+    def read(*_: Any, **__: Any) -> None:
+        try:
+            raise Stopped
+        except Exception as error:
+            raise ValueError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr("inrank_dist.data.corpus.load_dataset", read)
+    with pytest.raises(Stopped):
+        _load("the text cannot be read", "mend it")
 
 
 @pytest.mark.parametrize(("local_rank", "says"), [("0", "error: it is wrong"), ("1", "")])
@@ -308,7 +323,7 @@ def test_a_process_that_is_stopped_is_named_by_the_others(corpus: Path, tmp_path
     job.end()
     assert job.processes[0].exitcode == 1
     output = (tmp_path / "output-0.txt").read_text()
-    assert "process 1 does not answer: it is stopped, or its machine is gone" in output
+    assert "process 1 does not answer: it was killed or is stopped, or its machine" in output
     assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 6
 
 

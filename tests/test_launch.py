@@ -1,19 +1,21 @@
 """The launchers of ``launch/``, as a user calls them."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from runs import small_config, tensor_bytes
+from runs import small_config, tensor_bytes, the_error
 
+from inrank_dist.launcher import deepspeed
 from inrank_dist.train.checkpoint import list_checkpoints
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -35,6 +37,15 @@ def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
     finally:
         job.kill()
     return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Gives back the signals that a launcher in this process takes."""
+    before = {number: signal.getsignal(number) for number in deepspeed.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
@@ -69,8 +80,7 @@ def test_trains_and_resumes(corpus: Path, tmp_path: Path, script: str, engine: s
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: Path, script: str) -> None:
-    """The deepspeed launcher would end and leave its processes training; torchrun takes 75 of a process for a
-    failure."""
+    """The deepspeed launcher itself would end and leave its processes training, and torchrun end with 1."""
     config = small_config(
         corpus, run__dir=tmp_path / "run", parallel__engine="zero2", train__micro_batch_size=4, train__steps=100_000,
         checkpoint__interval=1000,
@@ -85,50 +95,127 @@ def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: P
         finally:
             job.kill()
     text = (tmp_path / "output").read_text()
-    assert status == (75 if script == "deepspeed.sh" else 1), text
+    assert status == 75, text
     assert "stopped; the same command goes on from there" in text
     assert len(list_checkpoints(tmp_path / "run")) == 1
     left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info["cmdline"])]
     wait_until(lambda: not any(process.is_running() for process in left))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "words", "visible", "says"),
+    ("words", "visible", "says"),
     [
-        ("torchrun.sh", "train", None, "--nproc-per-node 4 "),
-        ("torchrun.sh", "train", "2,3", "--nproc-per-node 2 "),
-        ("torchrun.sh", "train", "", "--nproc-per-node 1 "),
-        ("torchrun.sh", "-n 3 train", "", "--nproc-per-node 3 "),
-        ("deepspeed.sh", "train", None, "--include localhost:0,1,2,3 --module inrank_dist train"),
-        ("deepspeed.sh", "train", "2,3", "--include localhost:2,3 --module inrank_dist train"),
-        ("deepspeed.sh", "-n 1 train", "2,3", "--include localhost:2 --module inrank_dist train"),
-        ("deepspeed.sh", "-n 3 train", "2,3", "error: -n is 3, but there are 2 GPUs; write at most that"),
-        (
-            "deepspeed.sh",
-            "-n 2 train",
-            "",
-            "--num_gpus 2 --no_python env CUDA_VISIBLE_DEVICES= python",
-        ),
+        ("train", None, "--num_gpus 4 .* CUDA_VISIBLE_DEVICES=0,1,2,3 -- train$"),
+        ("train", "2,3", "--num_gpus 2 .* CUDA_VISIBLE_DEVICES=2,3 -- train$"),
+        ("train", "GPU-5a,GPU-7b,-1", "--num_gpus 2 .* CUDA_VISIBLE_DEVICES=GPU-5a,GPU-7b -- train$"),
+        ("-n 1 train", "2,3", "--num_gpus 1 .* CUDA_VISIBLE_DEVICES=2 -- train$"),
+        ("-n 3 train", "2,3", "^error: -n is 3, but there are 2 GPUs; write at most that$"),
+        ("-n 2 train", "", "--num_gpus 2 .* CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu -- train$"),
+        ("-f hosts -k 1 -m localhost train", "2,3", "--node_rank 1 .* CUDA_VISIBLE_DEVICES=2,3 -- train$"),
+        ("-f hosts -k 0 -m localhost train", "2,3", "^error: first has slots=3, but there are 2 GPUs; write at most"),
+        ("-f hosts -n 2 -k 0 -m localhost train", "2,3", "--num_gpus 2 .* CUDA_VISIBLE_DEVICES=2,3 -- train$"),
+        ("-f hosts -m localhost train", "0,1", "^error: CUDA_VISIBLE_DEVICES is 0,1, but first will use 0,1,2; unset"),
+        ("-f hosts -m localhost train", None, "--force_multi .* INRANK_LAUNCH=[0-9a-f]* -- train$"),
+        ("-f hosts -m localhost train", "", "--force_multi .* CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu -- train$"),
     ],
 )
-def test_gpus_are_those_that_may_be_used(
-    tmp_path: Path, script: str, words: str, visible: str | None, says: str
+def test_deepspeed_is_given_the_gpus_that_may_be_used(
+    tmp_path: Path, words: str, visible: str | None, says: str
 ) -> None:
-    """Four GPUs that are not there, and launchers that say how they were called."""
+    """Four GPUs that are not there, two hosts as well, and a launcher that says how it was called."""
     for name, body in (
         ("nvidia-smi", "for i in 0 1 2 3; do echo GPU $i; done"),
-        ("torchrun", "echo torchrun $*"),
         ("deepspeed", "echo deepspeed $*"),
+        ("pdsh", "exit 0"),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("first slots=3\nsecond slots=2\n")
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-    environment |= {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "INRANK_VENV": "/nowhere"}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(LAUNCH.parent)}
+    environment.pop("OMP_NUM_THREADS", None)
     if visible is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible
-    command = [str(LAUNCH / script), *words.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
-    assert says in done.stdout + done.stderr
+    command = [sys.executable, "-m", "inrank_dist.launcher.deepspeed", *words.split()]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert re.search(says, done.stdout + done.stderr, re.MULTILINE), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "hosts", "says"),
+    [
+        ("-m node1", None, "-m is node1 but there is no hostfile; write -f FILE, or leave -m out"),
+        ("-k 0", None, "-k is 0 but there is no hostfile; write -f FILE, or leave -k out"),
+        ("-f hosts", None, "-f is hosts, which cannot be read (No such file or directory); write a file of lines HOST"),
+        ("-f hosts", "", "hosts names no host; write a line HOST slots=N for each"),
+        ("-f hosts", "# a\n\na slots=2\nb 2\n", "line 4 of hosts is 'b 2'; write HOST slots=N, such as node1 slots=4"),
+        ("-f hosts", "a[1-4] slots=2", "line 1 of hosts is 'a[1-4] slots=2'; write HOST slots=N"),
+        ("-f hosts", "a slots=two", "line 1 of hosts is 'a slots=two'; write HOST slots=N"),
+        ("-f hosts", "a slots=0", "a has slots=0 in hosts; write a number of at least 1, or leave the line out"),
+        (
+            "-f hosts",
+            "a slots=1\nb slots=1\na slots=1",
+            "a is twice in hosts; write one line for it, with all its slots",
+        ),
+        ("-f hosts -n 3", "a slots=4\nb slots=2", "-n is 3, but b has slots=2 in hosts; write at most that"),
+        (
+            "-f hosts -k 2 -m localhost",
+            "a slots=1\nb slots=1",
+            "-k is 2, but hosts has 2 host(s); write a number from 0",
+        ),
+        ("-f hosts -k -1 -m localhost", "a slots=1", "-k is -1, but hosts has 1 host(s); write a number from 0 to 0"),
+        ("-f hosts -k x", "a slots=1", "argument -k: invalid int value: 'x'"),
+        ("-f hosts -k 1", "a slots=1\nb slots=1", "-k is 1 but -m is missing; write -m a, the same on every host"),
+        ("-f hosts -k 0 -m a:b", "a slots=1", "'a:b' is no place to meet; write HOST or HOST:PORT"),
+        ("-f hosts -k 0 -m no.such.invalid", "a slots=1", " cannot resolve the host name no.such.invalid ("),
+        ("-f hosts", "no.such.invalid slots=1", " cannot resolve the host name no.such.invalid ("),
+        ("-f hosts", "a slots=1\nb slots=1", "pdsh, by which deepspeed starts the hosts of hosts, is not installed; "),
+        (
+            "-f hosts -m localhost",
+            "a slots=1\nb slots=1",
+            "is not installed; install it (Debian: apt-get install pdsh)",
+        ),
+        ("-f hosts", "localhost slots=1", "deepspeed is not installed; write pip install -e '.[deepspeed]'"),
+    ],
+)
+@pytest.mark.usefixtures("handlers")
+def test_mistakes_of_a_deepspeed_job(
+    tmp_path: Path,
+    words: str,
+    hosts: str | None,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if hosts is not None:
+        Path("hosts").write_text(hosts)
+    status = deepspeed.main([*words.split(), "train"])
+    assert says in the_error(status, capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_deepspeed_hosts_that_take_the_first_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pdsh").write_text("")
+    (tmp_path / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "hosts").write_text("localhost slots=1\nb slots=1\n")
+    status = deepspeed.main(["-f", str(tmp_path / "hosts"), "train"])
+    assert "is a loopback address here" in the_error(status, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("word", ["", "%", "~", "a b", "it's", '"$HOME"', "[20,21]", "a|b;c&d", "50%n", "--é=\n\t*"])
+def test_words_pass_a_remote_shell(word: str) -> None:
+    """As deepspeed and pdsh hand them on: joined by blanks, and read by a shell."""
+    wrapped = deepspeed.wrap(word)
+    assert "%n" not in wrapped
+    done = subprocess.run(["sh", "-c", f"printf %s {wrapped}"], capture_output=True, text=True, check=True)
+    assert done.stdout == wrapped
+    assert deepspeed.unwrap(wrapped) == word
 
 
 @pytest.mark.slow
@@ -151,9 +238,10 @@ def test_one_process_needs_no_launcher(corpus: Path, tmp_path: Path) -> None:
     [
         ([], 2, "error: no command; write "),
         (["-n", "2"], 2, "error: no command; write "),
-        (["-n", "two", "train"], 2, "error: -n is two; write a number of processes of at least 1"),
-        (["-n"], 2, "error: -n lacks its value; write -n PROCESSES"),
-        (["-q", "train"], 2, "error: -q is no option of "),
+        (["-n", "0", "train"], 2, "error: -n is 0; write a number of processes of at least 1"),
+        (["-n", "two", "train"], 2, "error: argument -n: invalid int value: 'two'; see launch/"),
+        (["-n"], 2, "error: argument -n: expected one argument; see launch/"),
+        (["-q", "train"], 2, "error: unrecognized arguments: -q; see launch/"),
         (["--help"], 0, ""),
         (["-h"], 0, ""),
     ],
@@ -164,7 +252,7 @@ def test_words(script: str, words: list[str], status: int, says: str) -> None:
     assert done.returncode == status
     assert done.stderr.startswith(says)
     assert len(done.stderr.splitlines()) == (1 if status else 0)
-    assert ("Usage: launch/" in done.stdout) == (status == 0)
+    assert ("usage: launch/" in done.stdout) == (status == 0)
 
 
 @pytest.mark.slow

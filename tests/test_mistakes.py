@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas
 import pytest
 import sentencepiece
+import torch
 import yaml
 from runs import Fails, the_error
 
@@ -534,3 +535,18 @@ def test_as_processes(place: Path) -> None:
         assert out == ""
         assert (says in the_error(process.returncode, err)) if says else (process.returncode, err) == (2, "")
     nothing_half_written(place)
+
+
+def test_out_of_memory_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, fails: Fails) -> None:
+    """A GPU's own error, since there is none here; another start would run into the same, so it counts as a mistake."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB of which ..."
+        )
+
+    monkeypatch.setattr("inrank_dist.commands.plan.run", full)
+    assert fails("plan", "--config", "any.yaml") == (
+        "CUDA out of memory. Tried to allocate 20.00 MiB; write a smaller train.micro_batch_size, "
+        "train.activation_checkpointing: true, or start more processes (inrank plan says what a run takes)"
+    )

@@ -14,7 +14,7 @@ from ..data import check_batch_sizes
 from ..engine.context import Context
 from ..errors import UserError
 from ..train.memory import keep_freed_memory
-from . import bench_speed
+from . import bench_nodes, bench_speed
 from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         allow_abbrev=False,
     )
     bench_speed.add_arguments(speed)
+    nodes = subjects.add_parser(
+        "nodes",
+        help="do all nodes answer, and is one of them slow: the health check before a job",
+        description=bench_nodes.DESCRIPTION,
+        allow_abbrev=False,
+    )
+    bench_nodes.add_arguments(nodes)
     decision = subjects.add_parser(
         "decision",
         help="time and extra memory of one rank decision against the dense SVD of the published code",
@@ -85,6 +92,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if arguments.subject == "speed":
         no_overrides(rest)
         bench_speed.run(arguments)
+        return
+    if arguments.subject == "nodes":
+        no_overrides(rest)
+        bench_nodes.run(arguments)
         return
     if arguments.subject == "checkpoint":
         _checkpoint(arguments, rest)

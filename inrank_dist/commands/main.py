@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import Lost, UserError
 
 COMMANDS = {
     "train": "the main job: prepare the data, train, checkpoint, report; resumes by itself",
@@ -36,7 +36,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0 done, 2 the user's mistake (one line on stderr). Anything else is raised.
+        Exit status: 0 done, 75 stopped on request, 2 the user's mistake, 1 another process or node is lost (both with
+        one line on stderr). Anything else is raised.
     """
     words = list(sys.argv[1:] if words is None else words)
     # The deepspeed launcher passes what it also writes to LOCAL_RANK.
@@ -66,16 +67,30 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _leave(0)
+    except Lost as error:
+        _tell_mistake(str(error), True)
+        return _leave(1, str(error))
     except Exception as error:
-        stop = sys.modules.get("inrank_dist.train.stop")
-        if stop is not None and isinstance(error, stop.Stopped):
-            if speaks:
-                print(error, file=sys.stderr)
-            return _leave(stop.EXIT_STOPPED)
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for every command
+            line = ". ".join(str(error).split(". ")[:2]) + OUT_OF_MEMORY
+            _tell_mistake(line, speaks or _watch() is None)
+            return _leave(2, line)
         if not _in_process_group():
             raise
         return _leave(1, _tell(error))
+    except BaseException as error:
+        stop = sys.modules.get("inrank_dist.train.stop")
+        if stop is None or not isinstance(error, stop.Stopped):
+            raise
+        if speaks:
+            print(error, file=sys.stderr)
+        return _leave(stop.EXIT_STOPPED)
 
+
+OUT_OF_MEMORY = (
+    "; write a smaller train.micro_batch_size, train.activation_checkpointing: true, or start more processes (inrank "
+    "plan says what a run takes)"
+)
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 """What the messages hold that a process gets when another one has gone."""
@@ -96,7 +111,8 @@ def _tell(error: Exception) -> str:
         watch.leave(first[1], sys.modules["inrank_dist.engine.watch"].farewell(rank, first))
     if echo:
         print(
-            f"process {rank} lost another process, which was killed or whose machine is gone ({line})", file=sys.stderr
+            f"process {rank} lost another process, which was killed, or whose machine or network is gone ({line})",
+            file=sys.stderr,
         )
     else:
         print(f"process {rank} failed:", file=sys.stderr)

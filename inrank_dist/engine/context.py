@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import Lost, UserError
 from ..lowrank.division import Processes
 
 Result = TypeVar("Result")
@@ -79,7 +79,12 @@ class Context:
         return Processes(self.rank, self.world_size, self.sum)
 
     def start(self, timeout_seconds: int, *, always: bool = False) -> None:
-        """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``."""
+        """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``.
+
+        Raises:
+            UserError: the other processes are not there.
+            Lost: torchrun has started them, but they do not come.
+        """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if (self.world_size == 1 and not always) or dist.is_initialized():
@@ -99,11 +104,13 @@ class Context:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
             place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
-            raise UserError(
+            line = (
                 f"process {self.rank} of {self.world_size} did not find the others at {place} within "
-                f"{timeout_seconds} s "
-                f"({str(error).splitlines()[0]}); start all processes with torchrun"
-            ) from None
+                f"{timeout_seconds} s ({str(error).splitlines()[0]})"
+            )
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # as many were started as WORLD_SIZE says
+                raise Lost(f"{line}; start the job again") from None
+            raise UserError(f"{line}; start all processes with torchrun") from None
 
     def stop(self) -> None:
         """Leave the process group, if there is one. Everything that uses it must be dropped before."""

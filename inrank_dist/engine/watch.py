@@ -23,12 +23,17 @@ from typing import Any
 import torch.distributed as dist
 
 from .context import Context
+from .patient_store import PatientStore
 
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 3.0
 """How long the others wait for a process to say where it stands before they call it stopped or gone."""
+STORE_SECONDS = 5.0
+"""How long the key-value store may take to answer before the watch goes on without it."""
 ALIVE_SECONDS = 30.0
 """After so long without a sign of life a process that others wait for is gone."""
+
+NO_ANSWER = "does not answer: it was killed or is stopped, or its machine or the network to it is gone"
 
 _current: "Watch | None" = None
 
@@ -55,12 +60,12 @@ class Watch:
         self._doing, self._since, self._patience = "starting", time.monotonic(), float("inf")
         self._off, self._leaving = threading.Event(), threading.Lock()
         self._told_stop, self.spoken = False, False
-        self._store: dist.Store | None = None
+        self._store: PatientStore | None = None
         if context.world_size > 1:
             # A connection of its own: a thread that waits in another one holds it.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-            self._store = dist.PrefixStore(f"{context.attempt} watch", store)
+            self._store = PatientStore(dist.PrefixStore(f"{context.attempt} watch", store), STORE_SECONDS)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
@@ -93,15 +98,16 @@ class Watch:
         # Process 0 looks after all others, and they after it: the store has few questions to answer.
         others = range(1, self.context.world_size) if self.context.is_main else [0]
         signs, seen = dict.fromkeys(others, 0), time.monotonic()
-        self._store.add(f"met {name}", 1)
-        while int(self._store.add(f"met {name}", 0)) < self.context.world_size:
+        met = self._add(f"met {name}", 1)
+        while met is None or met < self.context.world_size:
             time.sleep(POLL_SECONDS)
             if time.monotonic() - seen > ALIVE_SECONDS:
-                now = {rank: int(self._store.add(f"alive/{rank}", 0)) for rank in others}
-                gone = [rank for rank in others if now[rank] == signs[rank]]
+                now = {rank: self._add(f"alive/{rank}", 0) for rank in others}
+                gone = [rank for rank in others if now[rank] in (None, signs[rank])]
                 if gone:
-                    raise RuntimeError(f"process {_list(gone)} does not answer: it was killed, or its machine is gone")
-                signs, seen = now, time.monotonic()
+                    raise RuntimeError(f"process {_list(gone)} {NO_ANSWER}")
+                signs, seen = {rank: sign or 0 for rank, sign in now.items()}, time.monotonic()
+            met = self._add(f"met {name}", 0)
 
     def tell_stop(self, name: str) -> None:
         """Tell the others that this process got a signal."""
@@ -111,8 +117,9 @@ class Watch:
     def tell_failure(self, status: int, line: str) -> None:
         """Tell the others that this process fails; the first one to do so is the one they name."""
         if self._store is not None:
+            told = json.dumps([self.context.rank, status, line])
             with suppress(RuntimeError):
-                self._store.compare_set("failure", "", json.dumps([self.context.rank, status, line]))
+                self._store.ask(lambda store: store.compare_set("failure", "", told))
             self._set("news", "1")
 
     def failure_of_another(self, wait_seconds: float) -> tuple[int, int, str] | None:
@@ -129,7 +136,11 @@ class Watch:
 
     def part(self) -> None:
         """Before this process leaves by itself: where it keeps the store, the others need a moment to hear why."""
-        if self.context.world_size > 1 and self.context.rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        if (
+            self.context.world_size > 1
+            and self.context.rank == 0
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        ):
             time.sleep(4 * POLL_SECONDS)
 
     def leave(self, status: int, line: str) -> None:
@@ -142,17 +153,16 @@ class Watch:
         os._exit(status)
 
     def _run(self) -> None:
-        stop_heard, last = False, time.monotonic()
+        stop_heard = False
         for turn in itertools.count():
+            before = time.monotonic()
             if self._off.wait(POLL_SECONDS):
                 return
             now = time.monotonic()
-            if now - last > 1 + POLL_SECONDS:
-                self._since += now - last  # this process was stopped, or the machine slept: nobody's fault
-            last = now
-            if self._store is not None and turn % 8 == 0:
-                with suppress(RuntimeError):
-                    self._store.add(f"alive/{self.context.rank}", 1)
+            if now - before > 1 + POLL_SECONDS:
+                self._since += now - before  # this process was stopped, or the machine slept: nobody's fault
+            if turn % 8 == 0:
+                self._add(f"alive/{self.context.rank}", 1)
             news = self._get("news") is not None
             failure = self.failure_of_another(0) if news else None
             if failure:
@@ -161,7 +171,7 @@ class Watch:
             if news and not stop_heard and (name := self._get("stop")):
                 stop_heard = True
                 self._on_stop(name)
-            late = now - self._since > self._patience
+            late = time.monotonic() - self._since > self._patience
             if (late or (news and self._get("hang"))) and not self._off.is_set():
                 self._hang()
 
@@ -181,7 +191,7 @@ class Watch:
         silent, behind, where = verdict
         text = f"process {rank}: no progress for {seconds:.0f} s in {doing}"
         if silent:
-            text += f"; process {_list(silent)} does not answer: it is stopped, or its machine is gone"
+            text += f"; process {_list(silent)} {NO_ANSWER}"
         elif behind == rank:
             text = f"process {rank} hangs in {doing}: no progress for {seconds:.0f} s"
         else:
@@ -216,14 +226,22 @@ class Watch:
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
             with suppress(RuntimeError):  # the store goes with the process or agent that keeps it
-                self._store.set(key, value)
+                self._store.ask(lambda store: store.set(key, value))
+
+    def _add(self, key: str, amount: int) -> int | None:
+        """The count after the addition; None while the store does not answer, which may still do it."""
+        if self._store is None:
+            return None
+        with suppress(RuntimeError):
+            return int(self._store.ask(lambda store: store.add(key, amount)))
+        return None
 
     def _get(self, key: str) -> str | None:
         if self._store is None:
             return None
         with suppress(RuntimeError):
-            if self._store.check([key]):
-                return str(self._store.get(key).decode())
+            told = self._store.ask(lambda store: store.get(key) if store.check([key]) else None)
+            return None if told is None else str(told.decode())
         return None
 
 

@@ -15,8 +15,11 @@ EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class Stopped(Exception):
-    """The run was stopped on request and can go on. The message says where it stands."""
+class Stopped(BaseException):
+    """The run was stopped on request and can go on. The message says where it stands.
+
+    As ``KeyboardInterrupt``, no ``Exception``: a library that reads data takes those for errors in the data.
+    """
 
 
 class StopRequest:

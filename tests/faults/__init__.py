@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ACTIONS = ("kill", "stop", "raise", "corrupt", "hang", "signal")
+ACTIONS = ("kill", "stop", "raise", "corrupt", "hang", "signal", "pause")
 
 PHASES = (
     "forward",
@@ -37,7 +37,8 @@ class Fault:
 
     Attributes:
         action: ``kill`` SIGKILL, ``stop`` SIGSTOP, ``raise`` an exception, ``corrupt`` the data of the phase (NaN in
-            the loss or the gradient, another Gram, a flipped byte in a file), ``hang`` for ever, ``signal`` SIGTERM.
+            the loss or the gradient, another Gram, a flipped byte in a file), ``hang`` for ever, ``signal`` SIGTERM,
+            ``pause`` until the test has done something to the surroundings and makes the file ``fired`` + ``.go``.
         process: the rank that it befalls.
         step: steps completed when it goes off; None: whatever step.
         phase: one of ``PHASES``.
@@ -106,6 +107,9 @@ def arm(fault: Fault) -> None:
             raise Injected(f"injected at step {fault.step} in {fault.phase}")
         elif fault.action == "hang":
             time.sleep(10_000)
+        elif fault.action == "pause":
+            while not Path(fault.fired + ".go").exists():
+                time.sleep(0.01)
 
     def around(owner: Any, name: str, corrupt: Callable[..., Any] | None = None, when: Any = None) -> None:
         """Strike before ``owner.name`` is called; a corruption is done to what it returns."""

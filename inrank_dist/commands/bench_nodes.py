@@ -1,0 +1,64 @@
+"""``inrank bench nodes``: the health check before a job, one table."""
+
+import argparse
+import logging
+
+from rich.table import Table
+
+from ..bench.common import MIB, spread, surroundings
+from ..bench.nodes import EXCHANGED_BYTES, REDUCED_BYTES, Report, measure_nodes
+from ..engine.context import Context
+from .common import at_least_one, console
+
+log = logging.getLogger("inrank_dist")
+
+DESCRIPTION = (
+    "Do all nodes answer, and is one of them slow? A matrix product in every process, a small all-reduce over all, an "
+    "exchange of each node with the next. Start it as the job: launch/torchrun.sh -N 16 -m node1 bench nodes."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``[--repeats N] [--timeout SECONDS]``."""
+    parser.add_argument("--repeats", metavar="N", type=int, default=10, help="of every measurement (default 10)")
+    parser.add_argument(
+        "--timeout", metavar="SECONDS", type=int, default=120, help="after which a node that is silent is lost (120)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    at_least_one(arguments, "repeats", "timeout")
+    context = Context()
+    context.start(arguments.timeout)
+    report = measure_nodes(context, arguments.repeats)
+    context.main_does(_show, report, context)
+    context.stop()
+
+
+def _show(report: Report, context: Context) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("node")
+    for heading in ("processes", "product ms", f"{EXCHANGED_BYTES // MIB} MiB to and from the next, ms", "GB/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for node in report.nodes:
+        link, rate = "-", "-"
+        if node.link is not None:
+            link, rate = f"{1e3 * node.link:.2f}", f"{EXCHANGED_BYTES / node.link / 1e9:.2f}"
+        table.add_row(node.name, str(node.processes), f"{1e3 * node.product:.2f}", link, rate)
+    screen = console(width=200)
+    screen.print(table)
+    where = surroundings(context)
+    if report.reduce:
+        log.info(
+            "all-reduce of %d MiB over %d processes: %s ms (%s, torch %s)",
+            REDUCED_BYTES // MIB,
+            context.world_size,
+            spread([1e3 * seconds for seconds in report.reduce]),
+            where["device"],
+            where["torch"],
+        )
+    for sentence in report.slow():
+        log.warning("warning: %s", sentence)
+    if not report.slow():
+        log.info("all %d node(s) answer, none is slow", len(report.nodes))

@@ -1,0 +1,206 @@
+"""The deepspeed launcher for the commands of inrank: on this machine, over ssh, or started by hand on every host.
+
+``python -m inrank_dist.launcher.deepspeed [OPTIONS] COMMAND [WORDS ...]``; ``launch/deepspeed.sh`` calls it. The
+launcher is DeepSpeed's own. What it lacks is here and in ``deepspeed_job``: it tells mistakes by tracebacks, passes no
+signal on, returns 0 when it is killed, shows its processes the GPUs 0, 1, ... whatever it was shown itself, and has a
+remote shell read the words.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import psutil
+
+from ..errors import UserError
+from .deepspeed_job import Job, read_job
+from .network import settings_for, shown
+
+EXIT_STOPPED = 75
+SIGNALS = {  # what comes -> what the training is sent
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,  # the terminal is gone
+}
+MARK = "INRANK_LAUNCH"
+"""Environment variable of the training's processes: name of the launch, own pid."""
+SHUTDOWN_SECONDS = 180
+"""How long processes that the launcher left behind may take to save: longer than ``checkpoint.grace_seconds``."""
+PROCESS, SIGNAL = "--process", "--signal"
+"""First words of the calls that this module makes to itself."""
+
+
+def launch(job: Job, asked: list[signal.Signals]) -> int:
+    """Run the deepspeed launcher to its end.
+
+    Args:
+        asked: signals that have come so far; handlers add to it.
+
+    Returns:
+        Exit status of the training.
+
+    Raises:
+        UserError: deepspeed is not installed, or ssh does not reach a host.
+    """
+    if not shutil.which("deepspeed"):
+        raise UserError("deepspeed is not installed; write pip install -e '.[deepspeed]'")
+    environment = dict(os.environ)
+    environment.pop("CUDA_VISIBLE_DEVICES", None)  # it goes to the processes; the launcher would say that it ignores it
+    environment |= {name: value for name, value in job.variables.items() if name == "DS_ACCELERATOR"}
+    if job.remote:
+        append = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} -o BatchMode=yes -o ConnectTimeout=10"
+        os.environ["PDSH_SSH_ARGS_APPEND"] = environment["PDSH_SSH_ARGS_APPEND"] = append.strip()
+        _refuse_unreachable(job.remote)
+    name = uuid.uuid4().hex
+    variables = [f"{key}={value}" for key, value in ({MARK: name} | job.variables).items()]
+    command = ["deepspeed", *job.options, "--log_level", "critical", "--no_local_rank", "--no_python"]
+    command += [*_myself(), PROCESS, *map(wrap, [*variables, "--", *job.words])]
+    if asked:
+        return EXIT_STOPPED
+    launcher = subprocess.Popen(
+        command,
+        env=environment,
+        # A terminal's Ctrl-C, or a batch system that signals whoever it finds, would end it before the training.
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    )
+    while True:
+        try:
+            status = launcher.wait(0.5)
+            break
+        except subprocess.TimeoutExpired:
+            if asked:  # again and again: those that are only starting hear of it as well, the others have
+                _tell(job, name, SIGNALS[asked[0]])
+    if job.remote and status not in (0, 2, EXIT_STOPPED):
+        _tell(job, name, signal.SIGTERM)
+    left = _signal(name, signal.SIGTERM)  # the launcher was killed, for which it returns 0
+    for process in psutil.wait_procs(left, SHUTDOWN_SECONDS)[1]:
+        process.kill()
+    if left:
+        print("the deepspeed launcher was killed; the processes that it left have been stopped", file=sys.stderr)
+        return 1
+    if asked and status == 256 - SIGNALS[asked[0]]:
+        return EXIT_STOPPED  # the signal itself ended a process that was still starting: nothing is lost
+    if status in (0, 2, EXIT_STOPPED):
+        return status
+    killed = 256 - status
+    if killed in set(signal.Signals):
+        why = " (out of memory? see the kernel's log)" if killed == signal.SIGKILL else ""
+        print(f"a process was killed by {signal.Signals(killed).name}{why}", file=sys.stderr)
+    return 1
+
+
+def training_processes(name: str) -> list[psutil.Process]:
+    """Those of this machine that a launch has started. What they started in turn has their mark, with another pid."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == f"{name} {process.pid}":
+                found.append(process)
+        except psutil.Error:  # another user's, or gone
+            continue
+    return found
+
+
+def _tell(job: Job, name: str, number: signal.Signals) -> None:
+    if not job.remote:
+        _signal(name, number)
+        return
+    words = [f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", *_myself(), SIGNAL, name, number.name]
+    _pdsh(job.remote, f"cd {shlex.quote(os.getcwd())} && env {shlex.join(words)}")
+    time.sleep(2)
+
+
+def _signal(name: str, number: signal.Signals) -> list[psutil.Process]:
+    processes = training_processes(name)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    return processes
+
+
+def _refuse_unreachable(hosts: list[str]) -> None:
+    done = _pdsh(hosts, "true")
+    if done.returncode:
+        said = " ".join(done.stderr.split("\n")[0].split())
+        raise UserError(
+            f"ssh does not reach every host ({said}); write hosts that 'ssh HOST true' reaches without a password, or "
+            "start every host yourself with -k and -m"
+        )
+
+
+def _pdsh(hosts: list[str], command: str) -> "subprocess.CompletedProcess[str]":
+    words = ["pdsh", "-R", "ssh", "-S", "-w", ",".join(hosts), command.replace("%", "%%")]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def _myself() -> list[str]:
+    return [sys.executable, "-u", "-m", "inrank_dist.launcher.deepspeed"]
+
+
+def wrap(word: str) -> str:
+    """A word in characters that mean nothing to pdsh and to the shell at the other end."""
+    return quote(word, safe="/:,=@+").replace("~", "%7E") or "%"
+
+
+def unwrap(word: str) -> str:
+    return "" if word == "%" else unquote(word)
+
+
+def become(words: Sequence[str]) -> None:
+    """Become one process of the training: called by the deepspeed launcher on each host, once for each process.
+
+    Args:
+        words: NAME=VALUE for the environment, ``--``, the command, all wrapped.
+
+    Raises:
+        UserError: this host's network does not allow it.
+    """
+    plain = [unwrap(word) for word in words]
+    end = plain.index("--")
+    for variable in plain[:end]:
+        name, _, value = variable.partition("=")
+        os.environ[name] = value
+    os.environ[MARK] += f" {os.getpid()}"  # which it stays
+    settings = settings_for(os.environ["MASTER_ADDR"], int(os.environ["LOCAL_SIZE"]))
+    if os.environ["LOCAL_RANK"] == "0":
+        print(shown(settings), flush=True)
+    os.environ.update(settings)
+    # What DeepSpeed builds needs the tools of the environment, which ssh has not entered.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # ignored since the launcher was started
+    os.execv(sys.executable, [sys.executable, "-u", "-m", "inrank_dist", *plain[end + 1 :]])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit status: that of the training; 2 the user's mistake; 1 a process or node was lost."""
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        if words[:1] == [PROCESS]:
+            become(words[1:])
+        if words[:1] == [SIGNAL]:
+            _signal(words[1], signal.Signals[words[2]])
+            return 0
+        asked: list[signal.Signals] = []
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as below nohup
+                signal.signal(number, lambda number, _: asked.append(signal.Signals(number)))
+        return launch(read_job(words), asked)
+    except UserError as error:
+        if words[:1] != [PROCESS] or os.environ["LOCAL_RANK"] == "0":  # one voice a host
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

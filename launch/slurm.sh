@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Submits a training run to Slurm, after checking what can be checked before it waits in a queue.
+# Usage: launch/slurm.sh --config FILE --run DIR [OPTIONS] [-- WORDS FOR train]
+#   launch/slurm.sh --config my.yaml --run /data/my --partition gpu --nodes 2 --time 1-0 -- --parallel.engine zero2
+#   launch/slurm.sh --config my.yaml --run /data/my --seeds 0-4     a run for each seed, in /data/my/seed-0 and so on
+#
+#   --config FILE      configuration of the run
+#   --run DIR          run folder, on storage that all nodes share, with logs in DIR/logs; a run there is gone on with
+#   --partition P      default: the cluster's
+#   --nodes N          default: 1
+#   --gpus N           of each node, a process for each; 0: the CPU, one process a node. Default: all that a node has
+#   --cpus N           cores of each node. Default: whole nodes, with all their cores and memory
+#   --time T           minutes, H:MM:SS or D-H; at its end the job saves, is requeued, goes on. Default: the partition's
+#   --signal SECONDS   how long before that it is asked to save (default: 180; more than checkpoint.grace_seconds)
+#   --account A        who pays
+#   --seeds LIST       such as 0-4, 1,3 or 0-9%2 (two at a time)
+#   --image IMAGE      train in a container: a .sqsh file or REGISTRY#NAME with pyxis, a .sif file with apptainer
+#   --mounts A,B       further folders that the container sees, such as that of the data
+#   --no-check         do not measure the nodes before the training
+#   --sbatch WORD      a further word for sbatch, such as --sbatch --qos=high (may be repeated)
+#   --dry-run          show the sbatch command and submit nothing
+# What the job does at its time limit and when something fails: launch/slurm.sbatch --help
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=environment.sh
+. "$root/launch/environment.sh"
+
+config='' run='' partition='' nodes=1 gpus='' cpus='' time='' signal=180
+account='' seeds='' image='' mounts='' dry_run=''
+job=() extra=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0" && exit ;;
+        --config | --run | --partition | --nodes | --gpus | --cpus | --time | --signal | --account | --seeds | \
+            --image | --mounts | --sbatch)
+            [ $# -gt 1 ] || fail "$1 lacks its value; see launch/slurm.sh --help"
+            if [ "$1" = --sbatch ]; then extra+=("$2"); else printf -v "${1#--}" %s "$2"; fi
+            shift
+            ;;
+        --no-check) job+=("$1") ;;
+        --dry-run) dry_run=yes ;;
+        --) shift && break ;;
+        *) fail "$1 is no option of launch/slurm.sh; see --help; words for train stand behind --" ;;
+    esac
+    shift
+done
+
+[ -n "$config" ] || fail "--config is missing; write --config FILE"
+[ -f "$config" ] || fail "--config is $config, which is no file; write the configuration of the run"
+[ -n "$run" ] || fail "--run is missing; write --run DIR, a folder on storage that all nodes share"
+whole() { # OPTION VALUE LEAST
+    { [[ $2 =~ ^[0-9]{1,6}$ ]] && [ "$2" -ge "$3" ]; } || fail "$1 is $2; write a whole number of at least $3"
+}
+whole --nodes "$nodes" 1
+whole --signal "$signal" 1
+[ -z "$gpus" ] || whole --gpus "$gpus" 0
+[ -z "$cpus" ] || whole --cpus "$cpus" 1
+[[ -z $time || $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
+    fail "--time is $time; write minutes, H:MM:SS or D-H, such as 90, 1:30:00 or 2-0"
+[[ -z $seeds || $seeds =~ ^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?$ ]] ||
+    fail "--seeds is $seeds; write such as 0-4, 1,3 or 0-9%2"
+[[ ! $image =~ ^[./]|\.(sif|sqsh)$ || -e $image ]] ||
+    fail "--image is $image, which is not there; write a .sif or .sqsh file, or a name that the container program knows"
+
+command -v sbatch sinfo >/dev/null || fail "there is no sbatch on PATH; run this on a login node of a Slurm cluster"
+there=$(sinfo --noheader --format %P 2>&1) || fail "Slurm does not answer: $(tail -n 1 <<<"$there")"
+partition=${partition:-$(sed -n 's/\*$//p' <<<"$there" | head -n 1)}
+there=$(tr -d '*' <<<"$there" | sort -u | paste -sd ' ')
+[ -n "$partition" ] || fail "this cluster has no default partition; write --partition with one of: $there"
+[[ " $there " == *" $partition "* ]] || fail "there is no partition $partition; write --partition with one of: $there"
+most=$(($(sinfo --noheader --partition "$partition" --format %D | paste -sd +)))
+[ "$nodes" -le "$most" ] || fail "--nodes is $nodes, but partition $partition has $most; write at most that"
+if [ -z "$gpus" ]; then # the fewest that a node of the partition has: gpu:h100:8(S:0-1) are 8
+    gpus=$(sinfo --noheader --partition "$partition" --format %G |
+        sed -n 's/.*gpu:\([^,(]*:\)\{0,1\}\([0-9]*\).*/\2/p; t; s/.*/0/p' | sort -n | head -n 1)
+fi
+
+submit=(sbatch --parsable --job-name "$(basename "$run")" --partition "$partition" --nodes "$nodes")
+submit+=(--signal "B:USR1@$signal")
+[ "$gpus" = 0 ] || submit+=(--gpus-per-node "$gpus")
+if [ -n "$cpus" ]; then submit+=(--cpus-per-task "$cpus"); else submit+=(--exclusive --mem 0); fi
+[ -z "$time" ] || submit+=(--time "$time")
+[ -z "$account" ] || submit+=(--account "$account")
+[ -z "$seeds" ] || submit+=(--array "$seeds")
+log=$run/logs/%j.log
+[ -z "$seeds" ] || log=$run/logs/%A_%a.log
+submit+=(--output "$log" "${extra[@]}" "$root/launch/slurm.sbatch" --config "$config" --run "$run" --gpus "$gpus")
+[ -z "$image" ] || submit+=(--image "$image")
+[ -z "$mounts" ] || submit+=(--mounts "$mounts")
+submit+=("${job[@]}")
+[ $# -eq 0 ] || submit+=(-- "$@")
+
+if [ -n "$dry_run" ]; then
+    printf '%q ' "${submit[@]}" && echo
+    exit
+fi
+mkdir -p "$run/logs" 2>/dev/null || fail "--run is $run, which cannot be made; write a folder that can be written"
+export INRANK_ROOT=$root
+id=$("${submit[@]}" 2>&1) || fail "sbatch refused: $(paste -sd ' ' <<<"${id//sbatch: error: /}")"
+id=${id%%;*} # the name of the cluster may follow
+echo "job $id: $nodes nodes of partition $partition, $gpus GPUs each"
+echo "follow: tail -F $run/logs/$id*.log"
+echo "save and stop: scancel --batch --signal TERM $id"
+echo "go on: the same command"

@@ -1,0 +1,104 @@
+"""What the tests of clusters share: real programs, installed where they are missing, and an end to all of them."""
+
+import fcntl
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import small_config
+
+from inrank_dist.config import Config
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+
+
+@functools.cache
+def require(*programs: str, packages: str) -> None:
+    """See that the programs are there; install Debian packages (names, apart by blanks) where they are not.
+
+    Skips the test where the platform does not let us, and says so. A failing installation fails the test.
+    """
+    missing = [program for program in programs if not shutil.which(program)]
+    if not missing:
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.skip(f"{', '.join(missing)} missing; only root on Debian and its kin can install {packages} here")
+    options = ["-o", "DPkg::Lock::Timeout=300", "-qq"]
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    with open(Path(tempfile.gettempdir()) / "inrank-apt.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for words in (["update"], ["install", "-y", "--no-install-recommends", *packages.split()]):
+            subprocess.run(["apt-get", *options, *words], env=environment, check=True, timeout=400, capture_output=True)
+    missing = [program for program in programs if not shutil.which(program)]
+    assert not missing, f"{packages} installed, but {missing} still missing"
+
+
+def require_privilege(*command: str, what: str) -> None:
+    """Skip where a harmless command shows that the platform lacks a privilege (``what``)."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        pytest.skip(f"this platform does not allow {what}: {' '.join(command)}: {done.stderr.strip()[-200:]}")
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], Any], timeout: float, what: Callable[[], object] = lambda: "") -> Any:
+    """Wait for something to become true and return it; ``what`` says what is there when it does not come."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.2)
+    return value
+
+
+class Program:
+    """A program in a session of its own, what it writes in a file; ``end`` kills it with all that it started."""
+
+    def __init__(self, words: list[Any], output: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.output = output
+        with output.open("a") as file:
+            self.process = subprocess.Popen(
+                [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT,
+                env=dict(environment or os.environ), start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status; a hang fails."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.process.args} hangs after {timeout} s; it wrote:\n{self.text}") from None
+
+    def end(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def job_config(corpus: Path, folder: Path, **changes: Any) -> tuple[Config, Path]:
+    """``runs.small_config`` with its run in ``folder``/run, and the YAML file of it in ``folder``."""
+    config = small_config(corpus, **({"run__dir": folder / "run", "train__micro_batch_size": 4} | changes))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    file.write_text(config.to_yaml())
+    return config, file

@@ -1,0 +1,8 @@
+"""``python -m faults.torchrun FAULT.json-text [OPTIONS] COMMAND``: ``launch/torchrun.sh`` with a fault in its processes."""
+
+import sys
+
+from inrank_dist.launcher import torchrun
+
+torchrun.PROGRAM = ("-m", "faults", sys.argv[1])  # type: ignore[assignment]
+sys.exit(torchrun.main(sys.argv[2:]))
