@@ -6,14 +6,14 @@
 # podman and buildah build it as well.
 #
 # Build arguments (--build-arg NAME=VALUE):
-#   BASE      A Debian or Ubuntu with Python 3.11 or newer, or without Python: its own is then installed. PyTorch's wheels
-#             bring the CUDA libraries, so the default runs on GPUs (given NVIDIA's container toolkit) and on CPUs. Only
-#             DeepSpeed's own kernels want CUDA's compiler: BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04 and PACKAGES as below.
-#   PACKAGES  Debian packages beside: "g++ python3-dev" for train.compile, for DeepSpeed's kernels, and for DeepSpeed on
-#             several processes without GPUs.
+#   BASE      A Debian or Ubuntu with Python 3.11 or newer, or without Python: its own is then installed. PyTorch's
+#             wheels bring the CUDA libraries, so the default serves GPUs (given NVIDIA's container toolkit) and CPUs.
+#             Only DeepSpeed's own kernels want CUDA's compiler: BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04 and
+#             PACKAGES as below.
+#   PACKAGES  Debian packages beside: "g++ python3-dev" for train.compile and for DeepSpeed's kernels.
 #   EXTRAS    Extras of the project: deepspeed (the default), hf, or deepspeed,hf; empty for none.
-#   PIP_...   pip's own settings, as below: where the wheels come from. On machines without a GPU let it be an index with
-#             PyTorch's CPU build, which is several GB smaller.
+#   PIP_...   pip's own settings, as below: where the wheels come from. On machines without a GPU let it be an index
+#             with PyTorch's CPU build, which is several GB smaller.
 ARG BASE=python:3.11.13-slim-bookworm
 
 FROM ${BASE} AS python
@@ -28,9 +28,9 @@ RUN set -eu; \
         rm -rf /var/lib/apt/lists/*; \
     fi
 
-# The libraries, before the project itself: a change of its source leaves this stage, and the one big layer, in the cache.
-# They are those of an empty project with our pyproject.toml. Without build isolation, so that the constraints hold there
-# too; without the libraries' own tests, a sixth of the image.
+# The libraries, before the project itself: a change of its source leaves this stage, and the one big layer, in the
+# cache. They are those of an empty project with our pyproject.toml. Without build isolation, so that the constraints
+# hold there too; without the libraries' own tests, a sixth of the image.
 FROM python AS libraries
 WORKDIR /libraries
 COPY pyproject.toml launch/constraints.txt ./
@@ -62,6 +62,7 @@ RUN /opt/venv/bin/pip install --no-deps --no-build-isolation --no-cache-dir --pr
 
 FROM python
 COPY --from=libraries /opt/venv /opt/venv
+# Copied: below RUN --mount=from=project, buildah 1.28 takes the last build's project from its cache.
 COPY --from=project /installed /opt/venv
 WORKDIR /inrank
 COPY pyproject.toml README.md LICENSE ./
@@ -70,8 +71,8 @@ COPY launch launch
 # The modes of the checkout may be for its owner alone. Any user may write into the home and into runs.
 RUN chmod -R a+rX . \
     && mkdir -m 1777 runs /home/inrank /home/inrank/.cache /home/inrank/.cache/inrank_dist
-# USER: a name for those who look it up where the user's number has none. PYTHONSAFEPATH: what runs is the project in the
-# image, also in a folder with a checkout of it.
+# USER: a name for those who look it up where the user's number has none. PYTHONSAFEPATH: what runs is the project in
+# the image, also in a folder with a checkout of it.
 ENV PATH=/opt/venv/bin:$PATH \
     INRANK_VENV=/opt/venv \
     HOME=/home/inrank \
@@ -79,7 +80,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1
 USER 1000:1000
-# No entry point, not even the base's: the command is process 1 and hears the signals of `docker stop` itself. It then
-# saves, which may take longer than the 10 s that it is given: docker stop --time 120.
+# The entry point passes on any command as it is, and the base's own is gone: the command is process 1 and hears the
+# signal of `docker stop` itself. To save may take longer than the 10 s that it is given: docker stop --time 120.
 ENTRYPOINT []
 CMD ["/inrank/launch/quickstart.sh"]

@@ -9,12 +9,13 @@
 #   -d  a further folder that is to be seen inside, such as that of the data; it may be said more than once
 #   -p  print what would be run, and do not run it
 # The others are those of launch/torchrun.sh, which runs inside. The current folder is the same inside and outside, so
-# that paths in a config mean the same; what is written there is yours. Prepared data stays in ~/.cache/inrank_dist. GPUs
-# are there if nvidia-smi shows any, the network is this machine's, and variables NCCL_*, GLOO_*, INRANK_*, SLURM_*,
-# TORCH_*, HF_TOKEN, OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES are passed. SIGTERM, SIGINT and SIGUSR1 go to the training.
+# that paths in a config mean the same; what is written there is yours. Prepared data stays in ~/.cache/inrank_dist.
+# GPUs are there if nvidia-smi shows any, the network is this machine's, and variables NCCL_*, GLOO_*, INRANK_*,
+# SLURM_*, TORCH_*, HF_TOKEN, OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES are passed. SIGTERM, SIGINT and SIGUSR1 go to the
+# training.
 set -euo pipefail
-# shellcheck source=processes.sh
-. "$(dirname "$0")/processes.sh"
+# shellcheck source=environment.sh
+. "$(dirname "$0")/environment.sh"
 
 [ "${1:-}" != --help ] || help
 image='' engine='' print='' folders=("$PWD") options=()
@@ -35,10 +36,12 @@ shift $((OPTIND - 1))
 [ "$PWD" != / ] || fail "the current folder is /, which cannot be put into a container; go to the folder of the run"
 case $engine in
     "") for engine in docker podman apptainer none; do ! command -v "$engine" >/dev/null || break; done ;;
-    docker | podman | apptainer) command -v "$engine" >/dev/null || fail "-e is $engine, which is not installed" ;;
+    docker | podman | apptainer)
+        command -v "$engine" >/dev/null || fail "-e is $engine, which is not on PATH; without -e what is there is taken"
+        ;;
     *) fail "-e is $engine; write docker, podman or apptainer" ;;
 esac
-[ "$engine" != none ] || fail "no docker, podman or apptainer on PATH; install one of them, or do without: launch/torchrun.sh"
+[ "$engine" != none ] || fail "no docker, podman or apptainer on PATH; install one, or do without: launch/torchrun.sh"
 
 cache=$HOME/.cache/inrank_dist
 count=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)

@@ -3,6 +3,13 @@
 #   make_environment EXTRA   makes .venv with the project in it, once, and again only when pyproject.toml changes (EXTRA: ""
 #                            or a list such as dev)
 #   use_environment          takes .venv if it is there, else what is on PATH, such as a cluster's own Python
+#   help, fail WORDS         what a script's --help shows; a line, and exit status 2
+
+# What stands at the head of the script that is run.
+help() {
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+    exit 0
+}
 
 fail() {
     echo "error: $*" >&2

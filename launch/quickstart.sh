@@ -19,8 +19,8 @@ inrank train --config configs/quickstart.yaml --dry-run "$@"
 echo "== Training on two processes; the standard library of this Python is the text"
 launch/torchrun.sh -n 2 train --config configs/quickstart.yaml --run.dir $run "$@" &
 training=$!
-# Nobody else passes a signal on, and as the first process of a container this script would not even hear it. The training
-# saves and ends; its status, 75, is that of this script.
+# Nobody else passes a signal on, and as the first process of a container this script would not even hear it. The
+# training saves and ends; its status, 75, is that of this script.
 trap 'kill -TERM "$training"' TERM INT USR1
 status=0
 wait "$training" || status=$?

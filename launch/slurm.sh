@@ -30,7 +30,7 @@ account='' seeds='' image='' mounts='' dry_run=''
 job=() extra=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0" && exit ;;
+        --help | -h) help ;;
         --config | --run | --partition | --nodes | --gpus | --cpus | --time | --signal | --account | --seeds | \
             --image | --mounts | --sbatch)
             [ $# -gt 1 ] || fail "$1 lacks its value; see launch/slurm.sh --help"
@@ -97,7 +97,8 @@ fi
 mkdir -p "$run/logs" 2>/dev/null || fail "--run is $run, which cannot be made; write a folder that can be written"
 export INRANK_ROOT=$root
 id=$("${submit[@]}" 2>&1) || fail "sbatch refused: $(paste -sd ' ' <<<"${id//sbatch: error: /}")"
-id=${id%%;*} # the name of the cluster may follow
+id=$(tail -n 1 <<<"$id") # a site's own words to whoever submits come before it
+id=${id%%;*}             # and the name of the cluster may follow
 echo "job $id: $nodes nodes of partition $partition, $gpus GPUs each"
 echo "follow: tail -F $run/logs/$id*.log"
 echo "save and stop: scancel --batch --signal TERM $id"

@@ -174,7 +174,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     builder = Builder(tmp_path_factory.mktemp("image"))
     try:
         stand_in_base(builder)
-        yield Image(builder, "localhost/inrank", builder.build("localhost/inrank", ROOT))
+        source = builder.folder / "source"  # as it is now: a checkout may change while its image is built
+        source.mkdir()
+        for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy2(ROOT / name, source)
+        for name in ("inrank_dist", "configs", "launch"):
+            shutil.copytree(ROOT / name, source / name)
+        yield Image(builder, "localhost/inrank", builder.build("localhost/inrank", source))
     finally:
         builder.close()
 
@@ -255,12 +261,9 @@ def test_what_is_inside(image: Image) -> None:
 
 def test_a_change_of_source_leaves_the_libraries_in_the_cache(image: Image, tmp_path: Path) -> None:
     """The big layer is the very same; what follows it is new, and so is what runs."""
-    for name in ("Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(ROOT / name, tmp_path)
-    for name in ("inrank_dist", "configs", "launch"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "inrank_dist/__init__.py").write_text('__version__ = "7.7.7"\n')
-    changed = Image(image.builder, "localhost/changed", image.builder.build("localhost/changed", tmp_path))
+    source = shutil.copytree(image.builder.folder / "source", tmp_path / "source")
+    (source / "inrank_dist/__init__.py").write_text('__version__ = "7.7.7"\n')
+    changed = Image(image.builder, "localhost/changed", image.builder.build("localhost/changed", source))
     assert "Successfully uninstalled inrank_dist" in image.log  # the step of the libraries says so
     assert "Successfully uninstalled inrank_dist" not in changed.log
     assert changed.layers[:3] == image.layers[:3]  # the base, its packages, the libraries
@@ -379,13 +382,17 @@ def test_words_for_the_engines(
         (
             [],
             "train",
-            "error: no docker, podman or apptainer on PATH; install one of them, or do without: launch/torchrun.sh",
+            "error: no docker, podman or apptainer on PATH; install one, or do without: launch/torchrun.sh",
         ),
         (["docker"], "", "error: no command; write "),
         (["docker"], "-i", "error: -i lacks its value; see "),
         (["docker"], "-x train", "error: -x is no option of "),
         (["docker"], "-d /no/such train", "error: -d is /no/such; write a folder that is there"),
-        (["docker"], "-e podman train", "error: -e is podman, which is not installed"),
+        (
+            ["docker"],
+            "-e podman train",
+            "error: -e is podman, which is not on PATH; without -e what is there is taken",
+        ),
         (["docker"], "-e lxc train", "error: -e is lxc; write docker, podman or apptainer"),
     ],
 )

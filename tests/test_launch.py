@@ -78,6 +78,23 @@ def test_trains_and_resumes(corpus: Path, tmp_path: Path, script: str, engine: s
 
 
 @pytest.mark.slow
+def test_deepspeed_on_cpus_does_without_a_compiler(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image without one; what an earlier run has built is out of sight."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    config = small_config(
+        corpus, run__dir=tmp_path / "run", parallel__engine="zero2", train__micro_batch_size=4, lowrank__warmup_steps=9,
+        lowrank__interval=4, train__steps=10,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    done = run("torchrun.sh", "-n", 2, "train", "--config", tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 2 processes (cpu, zero2" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: Path, script: str) -> None:
     """The deepspeed launcher itself would end and leave its processes training, and torchrun end with 1."""

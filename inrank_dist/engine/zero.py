@@ -12,6 +12,7 @@ fresh moments at stages 1 and 2, which DeepSpeed itself does at the first step, 
 import importlib
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -44,6 +45,11 @@ def load_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    import deepspeed.ops
+
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        # DeepSpeed would build its all-reduce in shared memory for processes on CPUs, and die of it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its calls, which the newest torch has other names for.

@@ -1,4 +1,4 @@
-"""``python -m faults.torchrun FAULT.json-text [OPTIONS] COMMAND``: ``launch/torchrun.sh`` with a fault in its processes."""
+"""``python -m faults.torchrun FAULT.json-text [OPTIONS] COMMAND``: ``launch/torchrun.sh``, a fault in its processes."""
 
 import sys
 
