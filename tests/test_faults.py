@@ -264,13 +264,16 @@ def test_a_request_that_came_early_is_passed_on() -> None:
 
 
 def test_a_signal_while_text_is_read_is_no_error_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets`` takes whatever exception comes while it reads for one of its own."""
+    """``datasets`` takes whatever exception comes while it reads for one of its own, and fails while it cleans up."""
 
     def read(*_: Any, **__: Any) -> None:
         try:
-            raise Stopped
-        except Exception as error:
-            raise ValueError("An error occurred while generating the dataset") from error
+            try:
+                raise Stopped
+            except Exception as error:
+                raise ValueError("An error occurred while generating the dataset") from error
+        finally:
+            raise OSError("the file is not closed")
 
     monkeypatch.setattr("inrank_dist.data.corpus.load_dataset", read)
     with pytest.raises(Stopped):

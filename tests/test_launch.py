@@ -4,21 +4,21 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from cluster_tools import LAUNCH, free_port, wait_until
 from runs import small_config, tensor_bytes, the_error
 
 from inrank_dist.launcher import deepspeed
+from inrank_dist.launcher.network import reachable
 from inrank_dist.train.checkpoint import list_checkpoints
-
-LAUNCH = Path(__file__).parent.parent / "launch"
 
 
 def start(script: str, *words: object, **options: Any) -> "subprocess.Popen[str]":
@@ -26,7 +26,7 @@ def start(script: str, *words: object, **options: Any) -> "subprocess.Popen[str]
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "INRANK_VENV": "/nowhere"}
     command = [str(LAUNCH / script), *(str(word) for word in words)]
-    return subprocess.Popen(command, env=environment, text=True, cwd=LAUNCH.parent, **options)
+    return subprocess.Popen(command, env=environment, text=True, **({"cwd": LAUNCH.parent} | options))
 
 
 def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
@@ -48,11 +48,9 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that have a file of the folder among their words."""
+    return [each for each in psutil.process_iter(["cmdline"]) if str(folder) in str(each.info["cmdline"])]
 
 
 @pytest.mark.slow
@@ -75,6 +73,77 @@ def test_trains_and_resumes(corpus: Path, tmp_path: Path, script: str, engine: s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed at step 16 on 2 processes" in done.stdout
     assert tensor_bytes(tmp_path / "run") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbered", [(), ("-k", 0)])
+def test_a_port_that_another_program_has(numbered: tuple[Any, ...]) -> None:
+    """It takes connections and says nothing, for which torch waits without a limit."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        done = run("torchrun.sh", "-n", 1, "-N", 2, *numbered, "-m", f"127.0.0.1:{port}", "-w", 5, "train")
+    said = f"port {port} of 127.0.0.1 is taken by another program; write another port with -m, on every node"
+    assert the_error(done.returncode, done.stderr) == said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, ("-N", "1:2")), (signal.SIGINT, ("-N", 2)), (signal.SIGUSR1, ("-N", 2, "-k", 0))],
+)
+def test_nodes_of_two_jobs_do_not_meet(tmp_path: Path, number: signal.Signals, options: tuple[Any, ...]) -> None:
+    """One job waits for its second node; another one that was given the same port is refused. A signal ends the
+    waiting."""
+    meet = ("-n", 1, "-m", f"localhost:{free_port()}", "-w", 60)
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        waiting = start("torchrun.sh", *options, *meet, "bench", "nodes", stdout=file, stderr=file)
+    try:
+        wait_until(lambda: reachable("127.0.0.1", int(meet[3].partition(":")[2]), 1))
+        other = [word for word in options if word not in ("-k", 0)]
+        done = run("torchrun.sh", *other, *meet, "bench", "nodes", "--repeats", 3)
+        assert " is taken by another job; write another port with -m on every node" in the_error(2, done.stderr)
+        assert done.returncode == 2
+        waiting.send_signal(number)
+        assert waiting.wait(10) == 75
+        assert "stopped while no training was running" in output.read_text()
+    finally:
+        waiting.kill()
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_node_ends_the_others(corpus: Path, tmp_path: Path) -> None:
+    """Their processes would wait for those that are gone."""
+    config = small_config(corpus, run__dir=tmp_path / "run", train__micro_batch_size=4).to_yaml()
+    port, jobs = free_port(), []
+    for node, text in (("right", config), ("wrong", f"{config}\nbogus: 1\n")):
+        (tmp_path / node).mkdir()
+        (tmp_path / node / "config.yaml").write_text(text)
+        words = ("-n", 1, "-N", 2, "-m", f"localhost:{port}", "train", "--config", "config.yaml")
+        jobs.append(start("torchrun.sh", *words, cwd=tmp_path / node, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    try:
+        told = [job.communicate(timeout=90)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert "unknown section bogus" in the_error(jobs[1].returncode, told[1])
+    assert "has ended with a mistake, which it tells there" in the_error(jobs[0].returncode, told[0])
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nobody(corpus: Path, tmp_path: Path) -> None:
+    """torch's agent cannot end its processes then; they save and end by themselves."""
+    config = small_config(corpus, run__dir=tmp_path / "run", train__micro_batch_size=4, train__steps=100_000)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        job = start("torchrun.sh", "-n", 2, "train", "--config", tmp_path / "config.yaml", stdout=file, stderr=file)
+    wait_until(lambda: "40/100000" in output.read_text().replace(",", ""))
+    job.kill()
+    job.wait()
+    wait_until(lambda: not processes_of(tmp_path))
+    assert "stopped; the same command goes on from there" in output.read_text()
+    assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
 @pytest.mark.slow
@@ -115,8 +184,7 @@ def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: P
     assert status == 75, text
     assert "stopped; the same command goes on from there" in text
     assert len(list_checkpoints(tmp_path / "run")) == 1
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(process.info["cmdline"])]
-    wait_until(lambda: not any(process.is_running() for process in left))
+    wait_until(lambda: not processes_of(tmp_path))
 
 
 @pytest.mark.slow

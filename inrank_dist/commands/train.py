@@ -22,7 +22,7 @@ from ..train.memory import keep_freed_memory
 from ..train.monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
 from ..train.report import write_report
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
-from ..train.stop import Stopped, StopRequest
+from ..train.stop import NOTHING_LOST, Stopped, StopRequest
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 
@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     stop = StopRequest()
     stop.listen(config.checkpoint.grace_seconds)
     try:
-        context.start(config.parallel.timeout_seconds, always=engine != "local")
+        with stop.while_alone():
+            context.start(config.parallel.timeout_seconds, always=engine != "local")
         watch = Watch(context, config.run.folder / "hang", interrupt)
         watch.start()
         stop.tell(watch.tell_stop)
@@ -144,7 +145,7 @@ def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, al
     watch.beat("building the model", config.parallel.timeout_seconds)
     asked = any(context.gather(data is None or stop.signal is not None))
     if data is None or asked:
-        raise Stopped("stopped before the training began; nothing is lost, the same command starts it")
+        raise Stopped(NOTHING_LOST)
     # Rank events collect garbage; what is there by now (half a million objects of torch alone) is none, look no more.
     gc.collect()
     gc.freeze()

@@ -211,6 +211,11 @@ def _load(problem: str, advice: str, *args: Any, **options: Any) -> Dataset:
     try:
         return load_dataset(*args, **options)
     except Exception as error:
+        behind: BaseException | None = error
+        while behind is not None:
+            if not isinstance(behind, Exception):  # an interrupt, in whose wake something else went wrong
+                raise behind from None
+            behind = behind.__cause__ or behind.__context__
         cause: BaseException = error
         while cause.__cause__ is not None:  # datasets says "An error occurred" and chains the reason
             cause = cause.__cause__

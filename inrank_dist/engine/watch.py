@@ -153,7 +153,7 @@ class Watch:
         os._exit(status)
 
     def _run(self) -> None:
-        stop_heard = False
+        stop_heard, launcher = False, os.getppid()
         for turn in itertools.count():
             before = time.monotonic()
             if self._off.wait(POLL_SECONDS):
@@ -161,6 +161,9 @@ class Watch:
             now = time.monotonic()
             if now - before > 1 + POLL_SECONDS:
                 self._since += now - before  # this process was stopped, or the machine slept: nobody's fault
+            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
+                launcher = os.getppid()
+                self._on_stop("SIGTERM")  # torchrun was killed, and who starts it again finds nobody beside
             if turn % 8 == 0:
                 self._add(f"alive/{self.context.rank}", 1)
             news = self._get("news") is not None

@@ -1,6 +1,8 @@
-"""torch's elastic agent, with what it lacks: it ends when the network is cut, and does not repeat a mistake."""
+"""torch's elastic agent, with what it lacks: it ends when the network is cut, and when the user's mistake has ended
+processes, on whatever node."""
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,28 +14,46 @@ import psutil
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+from ..engine.patient_store import PatientStore
+from ..errors import Lost
+from .torchrun_job import Job
+
 MISTAKE = 2
+MISTAKE_KEY = "inrank mistake"
 GONE_SECONDS = 30
 """How long the agent may take to notice that its processes have ended, and to leave."""
 BARRIER_SECONDS = 330
 """The same where they have ended well: torch's agent then waits 300 s for the other nodes."""
+SAME_SECONDS = 10
+"""In this time the processes of all nodes have told the same mistake, if all have made it."""
 
 
-def guarded(wait: int, lost: str, status: Callable[[dict[int, Any]], int]) -> type[LocalElasticAgent]:
+def guarded(
+    job: Job, store: PatientStore | None, missing: str, status: Callable[[dict[int, Any]], int]
+) -> type[LocalElasticAgent]:
     """A class of agents beside which a thread looks that they do not wait for ever.
 
     Between two looks at its processes the agent asks a key-value store on another node whether there is news. Where the
-    network is cut no answer comes, torch sets no limit, and the agent does not see that its processes have ended.
+    network is cut no answer comes, torch sets no limit, and the agent does not see that its processes have ended. And
+    agents do not tell each other of mistakes: the others' processes would wait for those that are gone.
 
     Args:
-        wait: seconds that a rendezvous may take.
-        lost: the line to say when the store is silent.
+        job: of which the agent starts this node's processes.
+        store: of the job; None: there is but this node.
+        missing: the line to say when other nodes do not come.
         status: exit status from the failures of processes.
     """
+    lost = f"lost the network to {job.place}, where the nodes meet; start the same command again"
 
     class Agent(LocalElasticAgent):
+        def run(self, role: str = "default") -> Any:
+            result = super().run(role)
+            if result is None:  # torch's way to say so
+                raise Lost(f"the job that met at {job.place} has ended; nothing is left to join")
+            return result
+
         def _initialize_workers(self, worker_group: Any) -> None:
-            self._guard("meeting", wait + 60, 1)
+            self._guard("meeting", job.wait + 120, 1)
             super()._initialize_workers(worker_group)
             self._guard("running", GONE_SECONDS, 1)
 
@@ -44,6 +64,9 @@ def guarded(wait: int, lost: str, status: Callable[[dict[int, Any]], int]) -> ty
             elif result.state == WorkerState.FAILED:
                 if any(failure.exitcode == MISTAKE for failure in result.failures.values()):
                     self._remaining_restarts = 0
+                    if store:
+                        with suppress(RuntimeError):
+                            store.ask(lambda held: held.set(MISTAKE_KEY, socket.gethostname()))
                 if self._remaining_restarts == 0:
                     self._guard("failed", GONE_SECONDS, status(result.failures))
             else:
@@ -57,25 +80,51 @@ def guarded(wait: int, lost: str, status: Callable[[dict[int, Any]], int]) -> ty
                 threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
         def _watch(self) -> None:
-            alive_until = time.monotonic()
+            alive_until, told_at = time.monotonic(), None
             while True:
                 time.sleep(1)
                 now = time.monotonic()
                 doing, deadline, leave = self._state
-                if _children_live():
+                wrong = _mistaken(store)
+                told_at = told_at or (now if wrong else None)
+                if told_at and now - told_at > SAME_SECONDS and doing != "failed":
+                    _end_children()
+                    _leave(MISTAKE, f"a process on {wrong} has ended with a mistake, which it tells there")
+                if _live_children():
                     alive_until = now
                 elif now > deadline and (doing == "meeting" or now - alive_until > GONE_SECONDS):
-                    if doing in ("running", "meeting"):
-                        sys.stderr.write(f"error: {lost}\n")
-                    sys.stderr.flush()
-                    os._exit(leave)
+                    _leave(leave, {"meeting": missing, "running": lost}.get(doing, ""))
 
     return Agent
 
 
-def _children_live() -> bool:
+def _mistaken(store: PatientStore | None) -> str | None:
+    """The node on which the user's mistake has ended a process."""
+    if store:
+        with suppress(RuntimeError):
+            told = store.ask(lambda held: held.get(MISTAKE_KEY) if held.check([MISTAKE_KEY]) else None)
+            return None if told is None else str(told.decode())
+    return None
+
+
+def _live_children() -> list[psutil.Process]:
+    live = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if child.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+                live.append(child)
+    return live
+
+
+def _end_children() -> None:
+    """They wait for processes that are gone; those that could save have left by themselves."""
+    for child in _live_children():
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def _leave(status: int, line: str) -> None:
+    if line:
+        sys.stderr.write(f"error: {line}\n")
+    sys.stderr.flush()
+    os._exit(status)

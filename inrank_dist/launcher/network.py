@@ -24,6 +24,10 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     bare = endpoint.count(":") > 1 and not endpoint.startswith("[")  # an IPv6 address without a port
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([\w.-]+))(?::(\d+))?", endpoint)
     if bare:
+        try:
+            ipaddress.ip_address(endpoint.partition("%")[0])
+        except ValueError:
+            raise UserError(f"{endpoint!r} is no address; write it such as [fd00::1]:{PORT}") from None
         host, port = endpoint, str(PORT)
     elif match:
         host, port = match[1] or match[2], match[3] or str(PORT)

@@ -12,6 +12,8 @@ from typing import Any
 EXIT_STOPPED = 75
 """Saved and stopped on request: run the same command again (``EX_TEMPFAIL`` of sysexits.h)."""
 
+NOTHING_LOST = "stopped before the training began; nothing is lost, the same command starts it"
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -35,7 +37,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._told: Callable[[str], None] = lambda name: None
-        self._at_once = False
+        self._at_once = self._alone = False
         self._before: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
@@ -88,6 +90,17 @@ class StopRequest:
         finally:
             self._at_once = False
 
+    @contextmanager
+    def while_alone(self) -> Iterator[None]:
+        """Where this process waits in C for the others and has nothing to save, a request ends it, with status 75."""
+        self._alone = True
+        try:
+            if self.signal:
+                self._end(NOTHING_LOST)
+            yield
+        finally:
+            self._alone = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._remember(number)
         if self._at_once:
@@ -107,6 +120,8 @@ class StopRequest:
             if self.signal is not None:
                 return
             self.signal = signal.Signals(number).name
+            if self._alone:
+                self._end(NOTHING_LOST)
             self._told(self.signal)
             if self._grace_seconds is not None:
                 self._timer = threading.Timer(self._grace_seconds, self._leave)
@@ -117,5 +132,8 @@ class StopRequest:
 
     def _leave(self) -> None:
         line = f"no safe point within checkpoint.grace_seconds {self._grace_seconds:g} after {self.signal}: leaving"
-        os.write(2, f"{line}; the next start goes on from the last complete checkpoint\n".encode())
+        self._end(f"{line}; the next start goes on from the last complete checkpoint")
+
+    def _end(self, line: str) -> None:
+        os.write(2, f"{line}\n".encode())
         os._exit(EXIT_STOPPED)
