@@ -1,6 +1,7 @@
 """Several hosts on a real network: each in a network namespace, with its own name, interfaces and addresses."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_ipv6_and_a_late_first_node(corpus: Path, tmp_path: Path, pair: list[Hos
         assert f"{host.name}: GLOO_SOCKET_IFNAME {host.interface}, NCCL_SOCKET_IFNAME ={host.interface}" in program.text
     assert "on 2 processes (cpu, fsdp" in first.text
     assert steps_of(config.run.folder) == list(range(1, 31))
+
+
+def test_a_signal_on_one_node_stops_all(corpus: Path, tmp_path: Path, pair: list[Host]) -> None:
+    """Both launchers end with 75, and the run is saved."""
+    config, file = job_config(corpus, tmp_path / "job", train__steps=100_000, checkpoint__interval=0)
+    words = ("-N", 2, "-n", 1, "-m", pair[0].address, "train", "--config", file)
+    programs = together(pair, tmp_path / "job", *words)
+    wait_until(lambda: len(steps_of(config.run.folder)) > 20, 90, lambda: programs[0].text)
+    programs[1].process.send_signal(signal.SIGUSR1)
+    assert [program.wait(60) for program in programs] == [75, 75], [program.text for program in programs]
+    assert "stopped; the same command goes on from there" in programs[0].text
+    assert len(list_checkpoints(config.run.folder)) == 1
 
 
 def test_a_node_that_never_comes(corpus: Path, tmp_path: Path, pair: list[Host]) -> None:

@@ -174,7 +174,6 @@ def _status(failures: dict[int, Any]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status: that of the training; 2 the user's mistake; 1 a process or node was lost."""
     try:
-        listen()
         return launch(read_job(sys.argv[1:] if words is None else words))
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -185,4 +184,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    listen()
     sys.exit(main())

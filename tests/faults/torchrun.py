@@ -5,4 +5,5 @@ import sys
 from inrank_dist.launcher import torchrun
 
 torchrun.PROGRAM = ("-m", "faults", sys.argv[1])  # type: ignore[assignment]
+torchrun.listen()
 sys.exit(torchrun.main(sys.argv[2:]))
