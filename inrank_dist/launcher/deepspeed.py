@@ -22,10 +22,10 @@ from urllib.parse import quote, unquote
 import psutil
 
 from ..errors import UserError
+from .common import EXIT_STOPPED, SHUTDOWN_SECONDS, killed
 from .deepspeed_job import Job, read_job
 from .network import settings_for, shown
 
-EXIT_STOPPED = 75
 SIGNALS = {  # what comes -> what the training is sent
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,
@@ -34,8 +34,6 @@ SIGNALS = {  # what comes -> what the training is sent
 }
 MARK = "INRANK_LAUNCH"
 """Environment variable of the training's processes: name of the launch, own pid."""
-SHUTDOWN_SECONDS = 180
-"""How long processes that the launcher left behind may take to save: longer than ``checkpoint.grace_seconds``."""
 PROCESS, SIGNAL = "--process", "--signal"
 """First words of the calls that this module makes to itself."""
 
@@ -93,10 +91,8 @@ def launch(job: Job, asked: list[signal.Signals]) -> int:
         return EXIT_STOPPED  # the signal itself ended a process that was still starting: nothing is lost
     if status in (0, 2, EXIT_STOPPED):
         return status
-    killed = 256 - status
-    if killed in set(signal.Signals):
-        why = " (out of memory? see the kernel's log)" if killed == signal.SIGKILL else ""
-        print(f"a process was killed by {signal.Signals(killed).name}{why}", file=sys.stderr)
+    if 256 - status in set(signal.Signals):
+        print(killed("a process", 256 - status), file=sys.stderr)
     return 1
 
 

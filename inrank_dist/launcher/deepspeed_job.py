@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..commands.main import Parser
 from ..errors import UserError
+from .common import read_words
 from .network import PORT, is_here, resolve, split_endpoint
 
 HELP = """\
@@ -68,12 +69,7 @@ def read_job(words: Sequence[str]) -> Job:
     add("-f", dest="file", metavar="FILE", help="hostfile (default: this machine alone)")
     add("-m", dest="meet", metavar="HOST[:PORT]", help=f"where all meet: the first host of FILE (default port: {PORT})")
     add("-k", dest="node_rank", type=int, help="number of this host in FILE, from 0: start it without ssh")
-    add("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="command of inrank with its words, passed on")
-    given = parser.parse_args(list(words))
-    if not given.words:
-        raise UserError("no command; write launch/deepspeed.sh [-n PROCESSES] COMMAND, such as train --config FILE")
-    if given.processes is not None and given.processes < 1:
-        raise UserError(f"-n is {given.processes}; write a number of processes of at least 1")
+    given = read_words(parser, words)
     if given.file is not None:
         return _of_hosts(given, read_hostfile(given.file))
     for name, value in (("-m", given.meet), ("-k", given.node_rank)):

@@ -17,14 +17,11 @@ from typing import Any
 import psutil
 
 from ..errors import Lost, UserError
+from .common import EXIT_STOPPED, SHUTDOWN_SECONDS, killed
 from .network import address_towards, resolve, settings_for, shown
 from .torchrun_job import Job, check_every_size, read_job
 
 PROGRAM = ("-m", "inrank_dist")
-EXIT_STOPPED = 75
-SHUTDOWN_SECONDS = 180
-"""How long processes that were asked to leave may take: longer than ``checkpoint.grace_seconds``, after which they
-leave by themselves."""
 
 
 def launch(job: Job) -> int:
@@ -159,15 +156,11 @@ def _status(failures: dict[int, Any]) -> int:
     statuses = {rank: int(failure.exitcode) for rank, failure in failures.items()}
     if 2 in statuses.values():
         return 2
-    killed = {rank: -status for rank, status in statuses.items() if status < 0 and -status != signal.SIGTERM}
-    if not killed and EXIT_STOPPED in statuses.values():
+    signals = {rank: -status for rank, status in statuses.items() if status < 0 and -status != signal.SIGTERM}
+    if not signals and EXIT_STOPPED in statuses.values():
         return EXIT_STOPPED
-    for rank, number in killed.items():
-        why = " (out of memory? see the kernel's log)" if number == signal.SIGKILL else ""
-        print(
-            f"process {rank} on {socket.gethostname()} was killed by {signal.Signals(number).name}{why}",
-            file=sys.stderr,
-        )
+    for rank, number in signals.items():
+        print(killed(f"process {rank} on {socket.gethostname()}", number), file=sys.stderr)
     return 1
 
 

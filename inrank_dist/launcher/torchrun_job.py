@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..commands.main import Parser
 from ..errors import UserError
+from .common import read_words
 from .network import PORT, split_endpoint
 
 
@@ -79,18 +80,11 @@ def read_job(words: Sequence[str]) -> Job:
     add("-k", dest="node_rank", type=int, help="number of this node, 0 on HOST, if they are numbered (as by Slurm)")
     add("-r", dest="restarts", type=int, help="starts after a failure (default: 0; 100 where nodes come and go)")
     add("-w", dest="wait", type=int, default=600, help="seconds to wait for the other nodes (default: 600)")
-    add("words", metavar="COMMAND", nargs=argparse.REMAINDER, help="command of inrank with its words, passed on")
-    given = parser.parse_args(list(words))
-    if given.words[:1] == ["--"]:
-        del given.words[0]
-    if not given.words:
-        raise UserError("no command; write launch/torchrun.sh [-n PROCESSES] COMMAND, such as train --config FILE")
+    given = read_words(parser, words)
     fewest, _, most = given.nodes.partition(":")
     if not (fewest.isdecimal() and (most or fewest).isdecimal() and 1 <= int(fewest) <= int(most or fewest)):
         raise UserError(f"-N is {given.nodes}; write a number of nodes such as 4, or a range such as 1:4")
     nodes = int(fewest), int(most or fewest)
-    if given.processes is not None and given.processes < 1:
-        raise UserError(f"-n is {given.processes}; write a number of processes of at least 1")
     if given.wait < 1:
         raise UserError(f"-w is {given.wait}; write a number of seconds of at least 1")
     if given.restarts is not None and given.restarts < 0:
