@@ -38,8 +38,10 @@ def require(*programs: str, packages: str) -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     with open(Path(tempfile.gettempdir()) / "inrank-apt.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for words in (["update"], ["install", "-y", "--no-install-recommends", *packages.split()]):
-            subprocess.run(["apt-get", *options, *words], env=environment, check=True, timeout=400, capture_output=True)
+        apt = functools.partial(subprocess.run, env=environment, timeout=400, capture_output=True, text=True)
+        apt(["apt-get", *options, "update"])  # where one of many sources does not answer, the others may do
+        done = apt(["apt-get", *options, "install", "-y", "--no-install-recommends", *packages.split()])
+    assert done.returncode == 0, done.stderr
     missing = [program for program in programs if not shutil.which(program)]
     assert not missing, f"{packages} installed, but {missing} still missing"
 
