@@ -90,19 +90,23 @@ def test_two_nodes_train_to_the_end(undisturbed: Job) -> None:
 
 
 def test_the_time_limit(job: Job, undisturbed: Job) -> None:
-    """Asked before the limit it saves, is requeued and resumes. Its processes are held until Slurm's signal comes, so
-    that the run is long enough for any machine."""
-    job.submit("--nodes", 2, "--gpus", 0, "--time", 1, "--signal", 15, "--no-check")
+    """Asked before the limit it saves, is requeued and resumes. The limit is set when the training is under way, and
+    its processes are held until Slurm's signal comes, so that neither a slow nor a fast machine misses it."""
+    job.submit("--nodes", 2, "--gpus", 0, "--time", 30, "--signal", 15, "--no-check")
     job.wait_for_step(40)
     held = [process for node in ("n1", "n2") for process in job.slurm.processes(node, TRAINING)]
     for process in held:
         process.suspend()
     try:
-        wait_until(lambda: "SIGUSR1 came; the training is asked to save and stop" in job.log(), 60, job.log)
+        job.wait("RUNNING")
+        minutes, seconds = map(int, job.facts["RunTime"].split(":")[1:])
+        job.slurm.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes + 1 + (seconds > 30)}")
+        wait_until(lambda: "SIGUSR1 came; the training is asked to save and stop" in job.log(), 120, job.log)
     finally:
         for process in held:
             process.resume()
     job.wait("PENDING")
+    job.slurm.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     saved = list_checkpoints(job.run)[-1].name
     assert 40 <= int(saved.removeprefix("step-")) < STEPS
     assert f"requeued; newest checkpoint: {saved}" in job.log()
