@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from runs import small_config
 
@@ -21,6 +23,11 @@ from inrank_dist.config import Config
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
+
+
+def launch_environment() -> dict[str, str]:
+    """In which the scripts of ``launch/`` take the Python of the tests."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "INRANK_VENV": "/nowhere"}
 
 
 @functools.cache
@@ -67,6 +74,18 @@ def wait_until(condition: Callable[[], Any], timeout: float = 60, what: Callable
         assert time.monotonic() < deadline, what()
         time.sleep(0.2)
     return value
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Everything that runs with a word of this folder: script, launchers, training."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and str(folder) in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 class Program:

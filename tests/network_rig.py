@@ -3,14 +3,15 @@
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster_tools import LAUNCH, ROOT, Program, require, require_privilege
+from cluster_tools import LAUNCH, ROOT, Program, launch_environment, require, require_privilege
+
+TORCHRUN = LAUNCH / "torchrun.sh"
 
 
 def ip(*words: object) -> None:
@@ -51,21 +52,11 @@ class Host:
     def mend(self) -> None:
         ip("-n", self._switch, "link", "set", self._port, "master", "switch")
 
-    def start(self, output: Path, *words: Any, **variables: str) -> Program:
+    def start(self, output: Path, *words: Any) -> Program:
         """A program on this host."""
-        enter = [
-            "ip",
-            "netns",
-            "exec",
-            self.space,
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            'hostname "$0"; exec "$@"',
-            self.name,
-        ]
-        program = Program([*enter, *words], output, environment() | variables)
+        named = ("unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.name)
+        enter = ("ip", "netns", "exec", self.space, *named)
+        program = Program([*enter, *words], output, environment())
         self.programs.append(program)
         return program
 
@@ -103,11 +94,6 @@ def lab(size: int) -> Iterator[list[Host]]:
 
 
 def environment() -> dict[str, str]:
-    """That of the tests, without what says which network and how many threads to use but one thread."""
-    folder = Path(sys.executable).parent
-    own = {"PATH": f"{folder}:{os.environ['PATH']}", "INRANK_VENV": "/nowhere", "DS_ACCELERATOR": "cpu"}
-    own["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    return os.environ | own | {"OMP_NUM_THREADS": "1"}
-
-
-TORCHRUN = LAUNCH / "torchrun.sh"
+    """For what runs on a host: the tests' own modules as well, one thread."""
+    own = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return launch_environment() | own

@@ -1,6 +1,5 @@
 """A real Slurm on this machine: its own munged, a controller and two nodes, each killed with all that it started."""
 
-import os
 import re
 import secrets
 import socket
@@ -11,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
-from cluster_tools import ROOT, Program, free_port, require, wait_until
+from cluster_tools import ROOT, Program, free_port, launch_environment, require, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 NODES = ("n1", "n2")
@@ -89,10 +88,9 @@ class Slurm:
         for number in range(2):
             (folder / f"gpu{number}").touch()
         (folder / "gres.conf").write_text(f"Name=gpu Type=h100 File={folder}/gpu[0-1]\n")
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH"))}
+        around = launch_environment().items()
+        self.environment = {key: value for key, value in around if not key.startswith(("SLURM", "SBATCH"))}
         self.environment["SLURM_CONF"] = str(folder / "slurm.conf")
-        self.environment["INRANK_VENV"] = "/nowhere"
-        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         try:
             names = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
             options = [f"--{option}={folder}/munge.{name}" for option, name in names.items()]

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from cluster_tools import LAUNCH, Program, free_port, job_config, require, wait_until
+from cluster_tools import LAUNCH, Program, free_port, job_config, launch_environment, processes_of, require, wait_until
 from runs import tensor_bytes
 
 from inrank_dist.train.checkpoint import list_checkpoints
@@ -27,27 +26,13 @@ Start = Callable[..., Program]
 """Words of ``launch/deepspeed.sh`` (and ``environment``) -> the running script."""
 
 
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Everything that runs with a word of this folder: script, launchers, training."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and str(folder) in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 @contextmanager
 def scripts(folder: Path) -> Iterator[Start]:
     programs: list[Program] = []
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    of_the_tests = os.environ | {"PATH": path, "INRANK_VENV": "/nowhere"}
 
     def start(*words: Any, environment: dict[str, str] | None = None) -> Program:
         output = folder / f"output-{len(programs)}"
-        programs.append(Program([LAUNCH / "deepspeed.sh", *words], output, of_the_tests | (environment or {})))
+        programs.append(Program([LAUNCH / "deepspeed.sh", *words], output, launch_environment() | (environment or {})))
         return programs[-1]
 
     try:

@@ -43,9 +43,14 @@ def together(hosts: list[Host], folder: Path, *words: Any, program: tuple[Any, .
     return [host.start(folder / f"{host.name}.log", *program, *words) for host in hosts]
 
 
-def steps_of(run: Path) -> list[int]:
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    """Steps and their losses, as far as the run has come."""
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"]
+    return [(record["step"], record["loss"]) for record in map(json.loads, lines) if record["kind"] == "step"]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [step for step, _ in losses_of(run)]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero2"])
@@ -114,14 +119,9 @@ def test_a_node_leaves_an_elastic_job_and_comes_back(corpus: Path, tmp_path: Pat
     undisturbed, file = job_config(corpus, tmp_path / "undisturbed", **settings)
     program = pair[0].start(tmp_path / "undisturbed.log", TORCHRUN, "-n", 1, "train", "--config", file)
     assert program.wait(120) == 0, program.text
-    losses, wanted = losses_of(config.run.folder), losses_of(undisturbed.run.folder)
+    losses, wanted = ([loss for _, loss in losses_of(each.run.folder)] for each in (config, undisturbed))
     assert max(abs(a - b) for a, b in zip(losses[:100], wanted[:100], strict=True)) < 1e-3
     assert abs(losses[-1] - wanted[-1]) < 0.02
-
-
-def losses_of(run: Path) -> list[float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "step"]
 
 
 def test_ipv6_and_a_late_first_node(corpus: Path, tmp_path: Path, pair: list[Host]) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from cluster_tools import LAUNCH, free_port, wait_until
+from cluster_tools import LAUNCH, free_port, launch_environment, processes_of, wait_until
 from runs import small_config, tensor_bytes, the_error
 
 from inrank_dist.launcher import deepspeed
@@ -23,10 +22,8 @@ from inrank_dist.train.checkpoint import list_checkpoints
 
 def start(script: str, *words: object, **options: Any) -> "subprocess.Popen[str]":
     """A launcher with the environment of the tests, from the checkout."""
-    bin_folder = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "INRANK_VENV": "/nowhere"}
     command = [str(LAUNCH / script), *(str(word) for word in words)]
-    return subprocess.Popen(command, env=environment, text=True, **({"cwd": LAUNCH.parent} | options))
+    return subprocess.Popen(command, env=launch_environment(), text=True, **({"cwd": LAUNCH.parent} | options))
 
 
 def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
@@ -46,11 +43,6 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """Those that have a file of the folder among their words."""
-    return [each for each in psutil.process_iter(["cmdline"]) if str(folder) in str(each.info["cmdline"])]
 
 
 @pytest.mark.slow
@@ -112,22 +104,24 @@ def test_nodes_of_two_jobs_do_not_meet(tmp_path: Path, number: signal.Signals, o
 
 
 @pytest.mark.slow
-def test_a_mistake_on_one_node_ends_the_others(corpus: Path, tmp_path: Path) -> None:
-    """Their processes would wait for those that are gone."""
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_mistake_on_one_node_ends_the_others(corpus: Path, tmp_path: Path, wrong: int) -> None:
+    """Their processes would wait for those that are gone. Node 0 keeps the store by which they hear of it."""
     config = small_config(corpus, run__dir=tmp_path / "run", train__micro_batch_size=4).to_yaml()
     port, jobs = free_port(), []
-    for node, text in (("right", config), ("wrong", f"{config}\nbogus: 1\n")):
-        (tmp_path / node).mkdir()
-        (tmp_path / node / "config.yaml").write_text(text)
-        words = ("-n", 1, "-N", 2, "-m", f"localhost:{port}", "train", "--config", "config.yaml")
-        jobs.append(start("torchrun.sh", *words, cwd=tmp_path / node, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    for node in (0, 1):
+        folder = tmp_path / str(node)
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"{config}\nbogus: 1\n" if node == wrong else config)
+        words = ("-n", 1, "-N", 2, "-k", node, "-m", f"localhost:{port}", "train", "--config", "config.yaml")
+        jobs.append(start("torchrun.sh", *words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
         told = [job.communicate(timeout=90)[1] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
-    assert "unknown section bogus" in the_error(jobs[1].returncode, told[1])
-    assert "has ended with a mistake, which it tells there" in the_error(jobs[0].returncode, told[0])
+    assert "unknown section bogus" in the_error(jobs[wrong].returncode, told[wrong])
+    assert "has ended with a mistake, which it tells there" in the_error(jobs[1 - wrong].returncode, told[1 - wrong])
 
 
 @pytest.mark.slow

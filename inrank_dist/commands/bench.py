@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,11 @@ from .common import at_least_one, console, no_overrides, refuse_unwritable, writ
 if TYPE_CHECKING:
     from ..bench.checkpoint import Cost
 
+MODULES: dict[str, tuple[Any, str]] = {
+    "speed": (bench_speed, "time, memory and communication of a step, full rank against low rank (default)"),
+    "nodes": (bench_nodes, "do all nodes answer, and is one of them slow: the health check before a job"),
+}
+"""Subjects with a module of their own, and their meaning."""
 TIMEOUT_SECONDS = 4 * 3600
 """How long processes wait for process 0, which alone measures the dense route."""
 
@@ -27,20 +32,9 @@ TIMEOUT_SECONDS = 4 * 3600
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``[SUBJECT] [options]``; without a subject it is ``speed``."""
     subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", dest="subject", required=True)
-    speed = subjects.add_parser(
-        "speed",
-        help="time, memory and communication of a step, full rank against low rank (default)",
-        description=bench_speed.DESCRIPTION,
-        allow_abbrev=False,
-    )
-    bench_speed.add_arguments(speed)
-    nodes = subjects.add_parser(
-        "nodes",
-        help="do all nodes answer, and is one of them slow: the health check before a job",
-        description=bench_nodes.DESCRIPTION,
-        allow_abbrev=False,
-    )
-    bench_nodes.add_arguments(nodes)
+    for name, (module, meaning) in MODULES.items():
+        subject = subjects.add_parser(name, help=meaning, description=module.DESCRIPTION, allow_abbrev=False)
+        module.add_arguments(subject)
     decision = subjects.add_parser(
         "decision",
         help="time and extra memory of one rank decision against the dense SVD of the published code",
@@ -89,13 +83,9 @@ def complete(words: Sequence[str]) -> list[str]:
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Measure and print one table."""
-    if arguments.subject == "speed":
+    if arguments.subject in MODULES:
         no_overrides(rest)
-        bench_speed.run(arguments)
-        return
-    if arguments.subject == "nodes":
-        no_overrides(rest)
-        bench_nodes.run(arguments)
+        MODULES[arguments.subject][0].run(arguments)
         return
     if arguments.subject == "checkpoint":
         _checkpoint(arguments, rest)

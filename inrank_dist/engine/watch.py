@@ -97,7 +97,8 @@ class Watch:
             return
         # Process 0 looks after all others, and they after it: the store has few questions to answer.
         others = range(1, self.context.world_size) if self.context.is_main else [0]
-        signs, seen = dict.fromkeys(others, 0), time.monotonic()
+        signs: dict[int, int | None] = dict.fromkeys(others, 0)
+        seen = time.monotonic()
         met = self._add(f"met {name}", 1)
         while met is None or met < self.context.world_size:
             time.sleep(POLL_SECONDS)
@@ -106,7 +107,7 @@ class Watch:
                 gone = [rank for rank in others if now[rank] in (None, signs[rank])]
                 if gone:
                     raise RuntimeError(f"process {_list(gone)} {NO_ANSWER}")
-                signs, seen = {rank: sign or 0 for rank, sign in now.items()}, time.monotonic()
+                signs, seen = now, time.monotonic()
             met = self._add(f"met {name}", 0)
 
     def tell_stop(self, name: str) -> None:

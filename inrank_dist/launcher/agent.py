@@ -16,9 +16,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from ..engine.patient_store import PatientStore
 from ..errors import Lost
+from .common import EXIT_MISTAKE
 from .torchrun_job import Job
 
-MISTAKE = 2
 MISTAKE_KEY = "inrank mistake"
 GONE_SECONDS = 30
 """How long the agent may take to notice that its processes have ended, and to leave."""
@@ -62,13 +62,13 @@ def guarded(
             if result.state == WorkerState.SUCCEEDED:
                 self._guard("done", BARRIER_SECONDS, 0)
             elif result.state == WorkerState.FAILED:
-                if any(failure.exitcode == MISTAKE for failure in result.failures.values()):
+                mistake = any(failure.exitcode == EXIT_MISTAKE for failure in result.failures.values())
+                if mistake:
                     self._remaining_restarts = 0
-                    if store:
-                        with suppress(RuntimeError):
-                            store.ask(lambda held: held.set(MISTAKE_KEY, socket.gethostname()))
                 if self._remaining_restarts == 0:
                     self._guard("failed", GONE_SECONDS, status(result.failures))
+                if mistake and store:
+                    _tell_mistake(store, job.nodes[0])
             else:
                 self._guard("running", GONE_SECONDS, 1)
             return result
@@ -89,13 +89,24 @@ def guarded(
                 told_at = told_at or (now if wrong else None)
                 if told_at and now - told_at > SAME_SECONDS and doing != "failed":
                     _end_children()
-                    _leave(MISTAKE, f"a process on {wrong} has ended with a mistake, which it tells there")
+                    _leave(EXIT_MISTAKE, f"a process on {wrong} has ended with a mistake, which it tells there")
                 if _live_children():
                     alive_until = now
                 elif now > deadline and (doing == "meeting" or now - alive_until > GONE_SECONDS):
                     _leave(leave, {"meeting": missing, "running": lost}.get(doing, ""))
 
     return Agent
+
+
+def _tell_mistake(store: PatientStore, nodes: int) -> None:
+    """Tell the other nodes, and stay until they have ended or made the same: the store may end with this process."""
+    until = time.monotonic() + SAME_SECONDS + 3
+    with suppress(RuntimeError):
+        store.ask(lambda held: held.set(MISTAKE_KEY, socket.gethostname()))
+        told = store.ask(lambda held: held.add(f"{MISTAKE_KEY} told", 1))
+        while told < nodes and time.monotonic() < until:
+            time.sleep(0.2)
+            told = store.ask(lambda held: held.add(f"{MISTAKE_KEY} told", 0))
 
 
 def _mistaken(store: PatientStore | None) -> str | None:

@@ -22,7 +22,8 @@ from urllib.parse import quote, unquote
 import psutil
 
 from ..errors import UserError
-from .common import EXIT_STOPPED, SHUTDOWN_SECONDS, killed
+from ..train.stop import EXIT_STOPPED
+from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, killed
 from .deepspeed_job import Job, read_job
 from .network import settings_for, shown
 
@@ -79,7 +80,7 @@ def launch(job: Job, asked: list[signal.Signals]) -> int:
         except subprocess.TimeoutExpired:
             if asked:  # again and again: those that are only starting hear of it as well, the others have
                 _tell(job, name, SIGNALS[asked[0]])
-    if job.remote and status not in (0, 2, EXIT_STOPPED):
+    if job.remote and status not in (0, EXIT_MISTAKE, EXIT_STOPPED):
         _tell(job, name, signal.SIGTERM)
     left = _signal(name, signal.SIGTERM)  # the launcher was killed, for which it returns 0
     for process in psutil.wait_procs(left, SHUTDOWN_SECONDS)[1]:
@@ -89,7 +90,7 @@ def launch(job: Job, asked: list[signal.Signals]) -> int:
         return 1
     if asked and status == 256 - SIGNALS[asked[0]]:
         return EXIT_STOPPED  # the signal itself ended a process that was still starting: nothing is lost
-    if status in (0, 2, EXIT_STOPPED):
+    if status in (0, EXIT_MISTAKE, EXIT_STOPPED):
         return status
     if 256 - status in set(signal.Signals):
         print(killed("a process", 256 - status), file=sys.stderr)

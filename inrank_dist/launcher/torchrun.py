@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 
 from ..errors import Lost, UserError
-from .common import EXIT_STOPPED, SHUTDOWN_SECONDS, killed
+from ..train.stop import EXIT_STOPPED, SIGNALS
+from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, killed
 from .network import address_towards, resolve, settings_for, shown
 from .torchrun_job import Job, check_every_size, read_job
 
@@ -39,7 +40,8 @@ def launch(job: Job) -> int:
 
     job = replace(job, processes=job.processes or max(torch.cuda.device_count(), 1))
     check_every_size(job)
-    settings = settings_for(job.host or "localhost", job.processes)
+    address = resolve(job.host or "localhost")
+    settings = settings_for(address, job.processes)
     print(shown(settings), flush=True)
     os.environ.update(settings)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
@@ -49,7 +51,7 @@ def launch(job: Job) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 
     try:
-        _run(job)
+        _run(job, address)
         return 0
     except SignalException:
         return EXIT_STOPPED
@@ -69,14 +71,14 @@ def listen() -> None:
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
 
     def hear() -> None:
         with theirs:
             while heard := ours.recv(1):
-                if heard[0] not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                if heard[0] not in SIGNALS:
                     continue
                 if not psutil.Process().children():
                     os.write(2, b"stopped while no training was running; the same command starts it or goes on\n")
@@ -102,7 +104,7 @@ def _hush() -> None:
         del os.environ[name]
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, address: str) -> None:
     from torch.distributed.launcher import api
 
     from .agent import guarded
@@ -119,7 +121,6 @@ def _run(job: Job) -> None:
     if job.host is None:
         config = api.LaunchConfig(**common, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost")
     else:
-        address = resolve(job.host)
         store = meet(job, address)
         bracketed = f"[{address}]" if ":" in address else address
         common |= {"rdzv_endpoint": f"{bracketed}:{job.port}", "local_addr": address_towards(address)}
@@ -154,8 +155,8 @@ def _missing(job: Job) -> str:
 def _status(failures: dict[int, Any]) -> int:
     """Exit status from those of the processes that failed; a line on those that could not say one."""
     statuses = {rank: int(failure.exitcode) for rank, failure in failures.items()}
-    if 2 in statuses.values():
-        return 2
+    if EXIT_MISTAKE in statuses.values():
+        return EXIT_MISTAKE
     signals = {rank: -status for rank, status in statuses.items() if status < 0 and -status != signal.SIGTERM}
     if not signals and EXIT_STOPPED in statuses.values():
         return EXIT_STOPPED
@@ -170,7 +171,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return launch(read_job(sys.argv[1:] if words is None else words))
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return EXIT_MISTAKE
     except Lost as error:
         print("error:", error, file=sys.stderr)
         return 1
