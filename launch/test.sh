@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The second command: makes the environment with the test tools and runs the tests. Words after the script's name are
-# passed to pytest: launch/test.sh -m slow
+# The second command: makes the environment with the test tools and runs the tests, on up to four cores at once. Words
+# after the script's name are passed to pytest: launch/test.sh -m slow; launch/test.sh -n 0 tests/test_config.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -8,4 +8,4 @@ make_environment dev
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 echo "== Running the tests"
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup "$@"

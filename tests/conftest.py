@@ -1,5 +1,7 @@
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +17,31 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 from pool import Pool  # noqa: E402
 from runs import Fails, the_error, write_corpus  # noqa: E402
+from sharing import Machine, locked, put_into_groups, shared_folder  # noqa: E402
 
 from inrank_dist.commands.main import main  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """DeepSpeed builds its kernels in a folder of this run: a lock that a killed build left elsewhere blocks nobody."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit it
+        folder = tempfile.mkdtemp(prefix="inrank-extensions-")
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    put_into_groups(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test marked ``serial`` has the machine for itself. Waiting for it does not count for the test's time limit."""
+    folder = shared_folder(item.config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+    with Machine(folder).taken(alone=item.get_closest_marker("serial") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +55,10 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small corpus and the cache of its prepared data, shared by all tests."""
-    folder = tmp_path_factory.mktemp("small")
-    write_corpus(folder / "corpus")
+    folder = shared_folder(tmp_path_factory.getbasetemp()) / "small"
+    with locked(folder.with_suffix(".lock")):
+        if not folder.exists():
+            write_corpus(folder / "corpus")
     return folder
 
 

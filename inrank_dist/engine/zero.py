@@ -12,7 +12,6 @@ fresh moments at stages 1 and 2, which DeepSpeed itself does at the first step, 
 import importlib
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -47,9 +46,9 @@ def load_deepspeed() -> Any:
     import deepspeed
     import deepspeed.ops
 
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        # DeepSpeed would build its all-reduce in shared memory for processes on CPUs, and die of it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # For processes on CPUs DeepSpeed would compile an all-reduce in shared memory, which takes a minute and a compiler
+    # and waits without end for the lock of a build that was killed. Only its inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its calls, which the newest torch has other names for.
