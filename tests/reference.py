@@ -1,6 +1,6 @@
 """The mathematics of ``inrank_dist.lowrank`` in a few obvious lines each: dense, float64, one process.
 
-Nothing here is fast, sharded or clever; the real code must agree with it. The names are those of METHOD sections 1-4.
+Nothing here is fast, sharded or clever; the real code must agree with it.
 At the end, a stand-in for several processes: threads whose all-reduce really sums.
 """
 

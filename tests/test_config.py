@@ -65,7 +65,7 @@ def test_every_config_dry_runs(
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_published_recipe(size: str) -> None:
-    """METHOD section 1.2; full rank and InRank-Efficient differ in the low-rank section and in nothing else."""
+    """The recipe of arXiv 2306.11250; full rank and InRank-Efficient differ in the low-rank section alone."""
     both = {path.stem.split("-")[2]: load_config(path)[0] for path in CONFIGS if path.stem.startswith(f"gpt2-{size}-")}
     full, efficient = both["full"], both["efficient"]
     _, lr, precision = PUBLISHED[size]

@@ -1,6 +1,6 @@
 """The null rank: what the rule answers on factors that were never trained.
 
-The published ranks are null ranks (METHOD section 1.1). These tests rebuild them from the rule alone, which is both the
+The published ranks are null ranks. These tests rebuild them from the rule alone, which is both the
 strongest check of the rule and the reason why the null rank exists.
 """
 

@@ -97,7 +97,7 @@ def test_every_engine_sends_what_the_formula_says(
     [("small", 254, "124.4M", "91.2M"), ("medium", 287, "354.8M", "224.0M"), ("large", 313, "774.0M", "446.4M")],
 )
 def test_published_sizes(size: str, rank: int, dense: str, frozen: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """METHOD section 1.2, without the hardware."""
+    """The parameter counts of arXiv 2306.11250, without the hardware."""
     words = ["--config", str(CONFIGS / f"gpt2-{size}-efficient.yaml"), "--rank", str(rank)]
     assert main(["plan", *words, "--world-size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()

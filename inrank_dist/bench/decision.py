@@ -1,7 +1,7 @@
 """One decision of the rank rule, against the route of the published code, side by side.
 
-Ours is what training does at a decision: spectra of all layers from their Grams (METHOD section 2), then the rule. The
-published code (arXiv 2306.11250, METHOD section 1.1) forms the float32 ``in x out`` product of each layer's factors,
+Ours is what training does at a decision: spectra of all layers from their Grams, then the rule. The
+published code (arXiv 2306.11250) forms the float32 ``in x out`` product of each layer's factors,
 takes its singular values with ``torch.linalg.svdvals``, and applies the rule; it does so in every process. The same
 rule reads both spectra here, so only the way to the spectrum differs.
 """

@@ -13,8 +13,8 @@ def explained_ratio(sigma: Tensor, dimension: int, criterion: Criterion) -> Tens
     """How much of a spectrum its first ``q`` modes hold, for every ``q``.
 
     ``energy``: ``g(q) = sum_{i<=q} sigma_i^2 / sum_i sigma_i^2``.
-    ``variance`` (as published, METHOD section 1.1): ``g(q) = 1 - var(s_q) / var(s_0)``, where ``s_q`` is the spectrum
-    with its first ``q`` values set to zero and the variance runs over all ``dimension`` values about their mean,
+    ``variance`` (as in the published code of arXiv 2306.11250): ``g(q) = 1 - var(s_q) / var(s_0)``, where ``s_q`` is
+    the spectrum with its first ``q`` values set to zero and the variance runs over all ``dimension`` values about their mean,
     structural zeros included. It is not monotone in ``q`` and below zero for small ``q`` of a flat spectrum.
 
     Args:
@@ -66,7 +66,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class RankRule:
-    """The rule of InRank (METHOD section 1): if ``g(r) < threshold``, raise ``r`` to the smallest ``q`` that reaches
+    """The rule of InRank (arXiv 2306.11250): if ``g(r) < threshold``, raise ``r`` to the smallest ``q`` that reaches
     it.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""A rank event: a pair of small maps, applied to whatever rows a process holds (METHOD section 3).
+"""A rank event: a pair of small maps, applied to whatever rows a process holds.
 
 ``U' = [U @ N, 0]`` and ``V' = [V @ M, fresh]``, where the fresh columns of ``V'`` are orthonormal and orthogonal to ``V
 @ M``. No factor is ever gathered: beyond the Grams, only overlaps with the fresh directions travel.

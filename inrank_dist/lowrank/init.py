@@ -54,9 +54,8 @@ def start_factors(
     ``None`` (there is a base): ``U = 0`` and ``V`` orthonormal, so that the product is the update and starts at zero.
     Otherwise the product is the layer's whole weight:
 
-    - ``kaiming``, as published (METHOD section 1.1): both uniform with ``a = sqrt 5``; fan-in of ``V`` is ``in``, of
-    ``U`` the
-      preallocated ``min(in, out) / 2``.
+    - ``kaiming`` (as in the published code of arXiv 2306.11250): both uniform with ``a = sqrt 5``; the fan-in of ``V``
+      is ``in``, that of ``U`` the preallocated ``min(in, out) / 2``.
     - ``spectral`` (arXiv 2209.13569): best rank-``R`` approximation of a normal dense start, ``U_R sqrt(S_R)``, ``V_R
     sqrt(S_R)``.
     - ``spectral_ones``: its singular vectors with equal singular values, here the root mean square of the dense ones.

@@ -11,7 +11,7 @@ class LowRankLinear(nn.Module):
     """``y = a * x @ W0.T + (x @ V) @ U.T + bias`` with factors ``U: (out, R)`` and ``V: (in, R)``.
 
     Both factors have their long dimension first, so that sharding the first dimension never cuts the rank dimension and
-    a change of rank acts on the rows that a process holds (METHOD section 3).
+    a change of rank acts on the rows that a process holds.
 
     Args:
         in_features, out_features: sizes of ``x`` and ``y``.

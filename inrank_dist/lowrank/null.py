@@ -1,4 +1,4 @@
-"""The null rank: what the rule answers when nothing was learned (METHOD section 1.4)."""
+"""The null rank: what the rule answers when nothing was learned."""
 
 from collections.abc import Callable
 

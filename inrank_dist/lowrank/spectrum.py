@@ -1,4 +1,8 @@
-"""Spectra of every layer at once: local Grams, one all-reduce, small problems (METHOD section 2)."""
+"""Spectra of every layer at once: local Grams, one all-reduce, small problems.
+
+The squared singular values of ``U V^T`` are the eigenvalues of ``G_V^{1/2} G_U G_V^{1/2}`` with ``G_U = U^T U``
+and ``G_V = V^T V``. A Gram is a sum over rows.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,6 @@
 """Where new modes look: the top singular directions of the present gradient (``lowrank.growth_init: gradient``).
 
-GLRL's greedy choice (Li, Luo, Lyu, arXiv 2012.09839; METHOD section 6) for factors that are sharded by rows. The
+GLRL's greedy choice (Li, Luo, Lyu, arXiv 2012.09839) for factors that are sharded by rows. The
 gradient ``G: (out, in)`` of a weight is never formed. With ``U`` zero in the fresh columns, the gradient of those of
 ``U`` is ``G @ V_fresh``, a random sketch of its range, and with an orthonormal basis ``Q`` of that in their place the
 gradient of those of ``V`` is ``G.T @ Q``: one step of a randomised SVD (Halko, Martinsson, Tropp, arXiv 0909.4061,

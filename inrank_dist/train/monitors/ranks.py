@@ -13,7 +13,7 @@ NULL_TOLERANCE = 0.02
 
 
 def equals_null(rank: Any, null_rank: Any) -> bool:
-    """True if the rule found no more than it finds on untrained factors (METHOD 1.1), within 2%."""
+    """True if the rule found no more than it finds on untrained factors, within 2%."""
     found, null = number(rank), number(null_rank)
     return found is not None and null is not None and abs(found - null) <= NULL_TOLERANCE * null
 
