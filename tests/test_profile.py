@@ -142,7 +142,8 @@ def test_mfu_counts_the_arithmetic_that_is_done_and_that_of_the_dense_model(corp
 
 
 def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert speed.peak_of(CPU, bf16=False, tflops=3.0) == (3e12, "train.peak_tflops")
+    assert speed.known_peak(CPU, bf16=False, tflops=3.0) == (3e12, "train.peak_tflops")
+    assert speed.known_peak(CPU, bf16=False) is None
     measured = speed.peak_of(CPU, bf16=False)
     assert 1e9 < measured.flops < 1e14
     assert "measured" in measured.source and "float32" in measured.source
@@ -156,3 +157,15 @@ def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert speed.peak_of(gpu, bf16=True).source == "measured"
     assert speed.peak_of(gpu, bf16=False).source == "measured"  # of fp32 no vendor's figure
+
+
+def test_on_cpu_no_mfu_is_told_unless_its_peak_is_given(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured before the run, it would depend on what else the machine does just then."""
+    recorder, _ = train(small_config(corpus))
+    start = next(record for record in recorder.records if record["kind"] == "start")
+    assert start["peak_flops"] is None
+    console = ConsoleMonitor(24)
+    for record in recorder.records:
+        assert "mfu" not in record and "mfu_dense" not in record
+        console.write(record)
+    assert "loss" in (out := capsys.readouterr().out) and "MFU" not in out

@@ -112,9 +112,9 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         watch = Watch(context, config.run.folder / "hang", interrupt)
         watch.start()
         stop.tell(watch.tell_stop)
-        stopped = None
+        stopped, trained = None, False
         try:
-            _train(config, context, stop, watch, arguments.allow_change)
+            trained = _train(config, context, stop, watch, arguments.allow_change)
         except Stopped as request:
             stopped = request.with_traceback(None)  # whose frames hold the model
         except BaseException:
@@ -125,20 +125,22 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         context.stop()
         if stopped:
             raise stopped
+        # Everything is saved, and nobody watches or waits any more: a report may take its time, and may fail.
+        if context.is_main and (trained or not (config.run.folder / "report.html").exists()):
+            _report(config.run.folder)
     finally:
         stop.close()
 
 
-def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, allowed: Sequence[str]) -> None:
+def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, allowed: Sequence[str]) -> bool:
+    """Train to the end; False if the run was complete already."""
     watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
     checkpoint = resumable(config.run.folder, context)
     changed = _refuse_changes(config, checkpoint, allowed) if checkpoint else {}
     if checkpoint and checkpoint.state.step >= config.train.steps and not checkpoint.state.evaluation_due:
         more = "a larger train.steps with --allow-change train.steps trains on"
         log.info("%s is complete at step %d; %s", config.run.folder, checkpoint.state.step, more)
-        if context.is_main and not (config.run.folder / "report.html").exists():  # killed before it was written
-            _report(config.run.folder)
-        return
+        return False
     watch.beat("preparing the data", math.inf)
     data = _prepare(config, stop)
     watch.meet("prepared")
@@ -158,7 +160,7 @@ def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, al
         trainer.run(monitors)
     finally:
         monitors.close()
-    context.main_does(_report, config.run.folder)
+    return True
 
 
 def _prepare(config: Config, stop: StopRequest) -> Prepared | None:
@@ -216,4 +218,9 @@ def _open_run_folder(config: Config, checkpoint: Checkpoint | None) -> Monitors:
 
 
 def _report(folder: Path) -> None:
-    log.info("report: %s", write_report(folder))
+    """Write the report of a finished run, which does not fail for want of one."""
+    try:
+        log.info("report: %s", write_report(folder))
+    except Exception as error:
+        log.warning("warning: the run is complete, but its report was not written (%s)", error or repr(error))
+        log.warning("warning: once that is mended, inrank report --run %s writes it", folder)

@@ -12,10 +12,15 @@ from .spectrum import Factors
 Init = Literal["orthogonal", "kaiming", "spectral", "spectral_ones"]
 
 
-def generator_for(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for one purpose. The same seed and names give the same numbers in every process, in any order."""
+def seed_for(seed: int, *names: object) -> int:
+    """A seed for one purpose, 56 bits. The same seed and names give the same one in every process, in any order."""
     digest = hashlib.sha256("\0".join([str(seed), *map(str, names)]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return int.from_bytes(digest[:7], "big")
+
+
+def generator_for(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator of its own for one purpose, seeded by ``seed_for``."""
+    return torch.Generator().manual_seed(seed_for(seed, *names))
 
 
 def orthonormal_columns(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -24,10 +24,11 @@ from .evaluation import validation_loss
 from .health import Health, Verdict
 from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
+from .randomness import seed_step
 from .ranks import RankEvents
 from .sampling import sample_tokens
 from .schedule import learning_rate
-from .speed import peak_of
+from .speed import known_peak
 from .start import StartValues, build_engine, cost_setup, dense_skeleton, layer_shapes, start_layout
 from .stop import Stopped, StopRequest
 
@@ -98,7 +99,7 @@ class Trainer:
         self.validation: float | None = None
         companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
         self.profiler = StepProfiler(config.train.profile, config.run.folder / "profile", context)
-        self.peak = peak_of(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
+        self.peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
         self.flops = 0  # forward and backward, of all steps since the start of this process
         self._counted: tuple[Layout, int] = ({}, 0)
         self.flops_dense = flops_per_token(skeleton, data.block_length)
@@ -200,9 +201,7 @@ class Trainer:
 
     def _train_step(self, batches: Batches) -> tuple[Verdict, float]:
         """One optimizer step, or none where it would do harm; what was found, and the learning rate."""
-        # Dropout depends on seed, step and rank alone, so a resumed run needs no saved random state.
-        seed = generator_for(self.config.run.seed, "step", self.step, self.context.rank).initial_seed()
-        torch.manual_seed(seed)
+        seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.ranks.before_step(self.step)
         loss = self.engine.accumulate(batches, self._tokens_per_step)
@@ -227,10 +226,12 @@ class Trainer:
 
     def _log(self, verdict: Verdict, rate: float, clock: "_Clock") -> None:
         speed, data_wait, flops = clock.rates(self.tokens, self.loader.waited, self.flops)
-        peak = self.peak.flops * self.context.world_size
         if math.isfinite(verdict.loss):
             self.train_loss = verdict.loss
-        record = {}
+        record: dict[str, Any] = {}
+        if self.peak is not None:
+            peak = self.peak.flops * self.context.world_size
+            record |= {"mfu": flops / peak, "mfu_dense": speed * self.flops_dense / peak}
         if self.engine.device.type == "cuda":
             record["peak_memory"] = torch.cuda.max_memory_allocated(self.engine.device)
             torch.cuda.reset_peak_memory_stats(self.engine.device)
@@ -242,8 +243,6 @@ class Trainer:
                 "tokens": self.tokens,
                 "tokens_per_s": speed,
                 "data_wait": data_wait,
-                "mfu": flops / peak,
-                "mfu_dense": speed * self.flops_dense / peak,
                 "lr": rate,
                 "grad_norm": verdict.norm,
                 "parameters": self.engine.parameter_count(),
@@ -363,8 +362,8 @@ class Trainer:
                 "steps": config.train.steps,
                 "seed": config.run.seed,
                 "torch": torch.__version__,
-                "peak_flops": self.peak.flops,
-                "peak_source": self.peak.source,
+                "peak_flops": self.peak.flops if self.peak else None,
+                "peak_source": self.peak.source if self.peak else None,
                 "unigram_entropy": self.data.unigram_entropy,
                 "train_tokens": self.data.train_tokens,
                 "validation_tokens": self.data.validation_tokens,

@@ -30,8 +30,11 @@ class Peak(NamedTuple):
     source: str
 
 
-def peak_of(device: torch.device, *, bf16: bool, tflops: float | None = None) -> Peak:
-    """The peak that MFU is counted against.
+def known_peak(device: torch.device, *, bf16: bool, tflops: float | None = None) -> Peak | None:
+    """The peak that the MFU of a run is counted against.
+
+    None on CPU unless ``train.peak_tflops`` is given: what is measured there before a run depends fourfold on what else
+    the machine does at that moment, and stands in every line of the log from then on.
 
     Args:
         bf16: whether the run computes in bfloat16.
@@ -39,6 +42,11 @@ def peak_of(device: torch.device, *, bf16: bool, tflops: float | None = None) ->
     """
     if tflops is not None:
         return Peak(tflops * 1e12, "train.peak_tflops")
+    return None if device.type == "cpu" else peak_of(device, bf16=bf16)
+
+
+def peak_of(device: torch.device, *, bf16: bool) -> Peak:
+    """The peak of a device: the vendor's figure where there is one, else measured now."""
     if device.type == "cuda" and bf16:
         name = torch.cuda.get_device_name(device)
         for key, known in VENDOR_TFLOPS.items():

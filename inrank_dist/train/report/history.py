@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -128,12 +130,17 @@ class History:
 
     def mean_over_layers(self, key: str) -> Points:
         """Mean over layers of one of ``Layer``'s curves, each layer holding its value until its next one."""
-        curves = [getattr(layer, key) for layer in self.layers.values()]
-        held: list[float | None] = [None] * len(curves)
+        changes = [
+            (step, index, value)
+            for index, layer in enumerate(self.layers.values())
+            for step, value in getattr(layer, key)
+        ]
+        changes.sort(key=itemgetter(0))
+        held: list[float | None] = [None] * len(self.layers)
         points: Points = []
-        for step in sorted({step for curve in curves for step, _ in curve}):
-            for index, curve in enumerate(curves):
-                held[index] = next((value for at, value in reversed(curve) if at <= step), None)
+        for step, at_step in groupby(changes, key=itemgetter(0)):
+            for _, index, value in at_step:
+                held[index] = value
             points.append((step, mean(held)))
         return points
 
