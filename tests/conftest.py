@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import sys
@@ -34,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_into_groups(items)
+
+
+def pytest_collection_finish() -> None:
+    """As the train command does: else each rank event searches all that was imported for cycles."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

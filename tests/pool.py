@@ -1,6 +1,7 @@
 """A pool of worker processes for real process groups; spawning them once saves most of the time of the tests."""
 
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import os
@@ -105,6 +106,9 @@ def _work(pipe: Connection) -> None:
         os.environ.update(environment)
         _forget_deepspeed()
         module, _, name = function.partition(":")
+        importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # as the train command does: else each rank event searches all that was imported for cycles
         faulthandler.dump_traceback_later(timeout - 5, exit=False)  # a hang says where
         try:
             pipe.send((None, getattr(importlib.import_module(module), name)(*arguments)))
