@@ -14,8 +14,8 @@ def explained_ratio(sigma: Tensor, dimension: int, criterion: Criterion) -> Tens
 
     ``energy``: ``g(q) = sum_{i<=q} sigma_i^2 / sum_i sigma_i^2``.
     ``variance`` (as in the published code of arXiv 2306.11250): ``g(q) = 1 - var(s_q) / var(s_0)``, where ``s_q`` is
-    the spectrum with its first ``q`` values set to zero and the variance runs over all ``dimension`` values about their mean,
-    structural zeros included. It is not monotone in ``q`` and below zero for small ``q`` of a flat spectrum.
+    the spectrum with its first ``q`` values set to zero and the variance runs over all ``dimension`` values about their
+    mean, structural zeros included. It is not monotone in ``q`` and below zero for small ``q`` of a flat spectrum.
 
     Args:
         sigma: ``(R,)`` singular values, descending, float64.
