@@ -31,7 +31,8 @@ def long_run(folder: Path, checks: int) -> Path:
             changes = {name: {"from": ranks[name], "to": ranks[name] + 1, "explained": 0.8, "null_rank": 31}}
             ranks[name] += 1
         layers = {
-            name: {"rank": rank, "explained": 0.9, "null_rank": 31, "effective_rank": 5.0} for name, rank in ranks.items()
+            name: {"rank": rank, "explained": 0.9, "null_rank": 31, "effective_rank": 5.0}
+            for name, rank in ranks.items()
         }
         records.append({"kind": "rank_check", "step": step, "seconds": 0.1, "layers": layers})
         if changes:
