@@ -64,8 +64,8 @@ def growth_and_freeze(config: Config) -> list[str]:
                 discarded = sigma[kept:]
                 scale = float(sigma[0])
                 torch.testing.assert_close(change.norm(), discarded.norm(), rtol=1e-5, atol=1e-6 * scale)
-                if action == "grow":
-                    assert not change.any()
+                if action == "grow":  # the same columns, and zeros; float64 sums them in another order
+                    assert float(change.abs().max()) <= 1e-14 * scale
             return records
 
         trainer.ranks.after_step = observed  # type: ignore[method-assign]

@@ -1,15 +1,21 @@
 """Small training runs in this process or in a worker of the pool."""
 
+import copy
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from sharing import made_once
 
 from inrank_dist.config import Config, load_config
 from inrank_dist.data import prepare
 from inrank_dist.engine.context import Context
+from inrank_dist.engine.settings import ParallelSettings
 from inrank_dist.train.checkpoint import Checkpoint, list_checkpoints, resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
@@ -46,6 +52,9 @@ SMALL = {
 """30 steps with growth at 8 and 16 and the freeze at 24; a vocabulary that no number of processes divides. The peak is
 given: measuring it takes each process up to 15 seconds in bfloat16."""
 
+SHORT = SMALL | {"train.steps": 12, "lowrank.interval": 3, "lowrank.warmup_steps": 9}
+"""12 steps with growth at 3 and 6 and the freeze at 9: where the length is not the point."""
+
 
 def write_corpus(folder: Path) -> None:
     """Twenty short documents, the same on every machine."""
@@ -56,15 +65,20 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{index:02d}.txt").write_text(" ".join(words[i] for i in picks))
 
 
-def small_config(folder: Path, **changes: Any) -> Config:
+def small_config(folder: Path, *, base: dict[str, Any] = SMALL, **changes: Any) -> Config:
     """``SMALL`` with changes (``section__key=value``); corpus, cache and run folder below ``folder``."""
-    settings = SMALL | {
+    settings = base | {
         "data.paths": f"[{folder}/corpus/*.txt]",
         "data.cache_dir": f"{folder}/cache",
-        "run.dir": f"{folder}/run",
+        "run.dir": f"{folder}/run{os.environ.get('PYTEST_XDIST_WORKER', '')}",  # workers share the corpus, not the run
     }
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(None, [f"--{key}={'null' if value is None else value}" for key, value in settings.items()])[0]
+
+
+def short_config(folder: Path, **changes: Any) -> Config:
+    """``SHORT`` with changes."""
+    return small_config(folder, base=SHORT, **changes)
 
 
 class Recorder:
@@ -121,12 +135,53 @@ def train(
         context.stop()
 
 
-def train_in_worker(
-    config: Config, resume: bool = False
-) -> tuple[list[dict[str, Any]], list[list[int]], dict[str, Any]]:
-    """``train`` for the pool: records, samples, rank table."""
+class Run(NamedTuple):
+    """What one process of a run recorded, the samples of each of its steps, and the final rank table."""
+
+    records: list[dict[str, Any]]
+    samples: list[list[int]]
+    table: dict[str, Any]
+
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records if record["kind"] == "step"]
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def train_in_worker(config: Config, resume: bool = False) -> Run:
+    """``train`` for the pool."""
     recorder, table = train(config, resume=resume)
-    return recorder.records, recorder.samples, table
+    return Run(recorder.records, recorder.samples, table)
+
+
+def trained_once(config: Config) -> Run:
+    """``train`` on one process; of equal configs only the first test of a test run trains.
+
+    ``config`` may be of several processes; how they divide the work changes nothing here.
+    """
+    alone = copy.deepcopy(config)
+    alone.parallel = ParallelSettings()
+    alone.train.micro_batch_size = alone.train.global_batch_size
+    alone.run.dir = None  # nothing of the result depends on it
+    key = hashlib.sha256(alone.to_yaml().encode()).hexdigest()[:16]
+    folder = Path(config.data.cache_dir).parent
+    alone.run.dir = str(folder / f"reference-{key}")
+    return Run(*made_once(folder, f"reference-{key}", lambda: tuple(train_in_worker(alone))))
+
+
+def assert_same_run(result: list[Run], reference: Run, world_size: int) -> None:
+    """Losses to 1e-5, ranks and samples exactly; ``result`` holds what every process returned."""
+    assert result[0].losses() == pytest.approx(reference.losses(), rel=1e-5)
+    for each in result:
+        assert each.table == reference.table
+    checks = [record["layers"] for record in reference.of_kind("rank_check")]
+    for ours, theirs in zip([r["layers"] for r in result[0].of_kind("rank_check")], checks, strict=True):
+        assert {n: (d["rank"], d["null_rank"]) for n, d in ours.items()} == {
+            n: (d["rank"], d["null_rank"]) for n, d in theirs.items()
+        }
+    for step, samples in enumerate(reference.samples):
+        assert [i for rank in range(world_size) for i in result[rank].samples[step]] == samples
 
 
 def tensor_bytes(run_folder: Path) -> dict[tuple[str, str], bytes]:

@@ -11,6 +11,16 @@ from typing import Any
 import pytest
 
 
+def slow(*values: object) -> Any:
+    """A case of ``parametrize`` that only CI runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def nightly(*values: object) -> Any:
+    """A case of ``parametrize`` that is left to the night."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 def shared_folder(basetemp: Path) -> Path:
     """One folder a test run: each worker of pytest-xdist has a folder of its own below it."""
     return basetemp.parent if "PYTEST_XDIST_WORKER" in os.environ else basetemp

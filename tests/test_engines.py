@@ -4,79 +4,64 @@ from pathlib import Path
 
 import pytest
 from pool import Pool
-from runs import small_config, train
+from runs import assert_same_run, short_config, small_config, train, trained_once
+from sharing import nightly, slow
 
 from inrank_dist.errors import UserError
 
-TOLERANCE = 1e-5
 GATHERED_EACH_TIME = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
 """ZeRO-3 as with large layers; it would keep small ones gathered."""
 
+LAYOUTS = [
+    ("local", 1, None), ("ddp", 1, None), ("ddp", 2, None), ("ddp", 4, None),
+    ("fsdp", 1, None), ("fsdp", 2, None), ("fsdp", 4, None), ("fsdp", 4, 2), ("fsdp", 2, 1),
+]  # fmt: skip
+"""Engine, processes, processes of a shard."""
 
-def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def assert_same_run(result, reference, world_size: int) -> None:
-    """Losses to 1e-5, ranks and samples exactly; ``result`` holds what every process returned."""
-    records, table, order = reference
-    losses = [record["loss"] for record in records if record["kind"] == "step"]
-    got = [record["loss"] for record in result[0][0] if record["kind"] == "step"]
-    assert got == pytest.approx(losses, rel=TOLERANCE)
-    for _, _, other in result:
-        assert other == table
-    checks = [r["layers"] for r in records if r["kind"] == "rank_check"]
-    for ours, theirs in zip([r["layers"] for r in result[0][0] if r["kind"] == "rank_check"], checks, strict=True):
-        assert {n: (d["rank"], d["null_rank"]) for n, d in ours.items()} == {
-            n: (d["rank"], d["null_rank"]) for n, d in theirs.items()
-        }
-    for step, samples in enumerate(order):
-        assert [i for rank in range(world_size) for i in result[rank][1][step]] == samples
+ZERO = [(f"zero{stage}", world_size, None) for stage in range(4) for world_size in (1, 2, 4)]
 
 
-@pytest.fixture(scope="module")
-def reference(corpus: Path):
-    """One process, no accumulation."""
-    recorder, table = train(small_config(corpus, train__micro_batch_size=8))
-    actions = [record["action"] for record in recorder.records if record["kind"] == "rank_event"]
-    assert "grow" in actions
-    assert actions[-1] == "freeze"
-    return recorder.records, table, recorder.samples
+def with_accumulation() -> list[object]:
+    """Each engine with each number of processes once, and with and without accumulation; the full product nightly."""
+    cases: list[object] = []
+    for index, layout in enumerate((*LAYOUTS, *ZERO)):
+        # Every second one accumulates; the rows of ZERO are three long, so that each stage has both.
+        now, later = (1, 2) if index % 2 else (2, 1)
+        of_zero, alone = layout in ZERO, layout[1] == 1
+        cases.append(nightly(*layout, now) if of_zero and alone else slow(*layout, now) if of_zero else (*layout, now))
+        cases.append(nightly(*layout, later))
+    return cases
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(
-    ("engine", "world_size", "shard_size"),
-    [
-        ("local", 1, None),
-        ("ddp", 1, None),
-        ("ddp", 2, None),
-        ("ddp", 4, None),
-        ("fsdp", 1, None),
-        ("fsdp", 2, None),
-        ("fsdp", 4, None),
-        ("fsdp", 4, 2),
-        ("fsdp", 2, 1),
-        *(slow(f"zero{stage}", world_size, None) for stage in range(4) for world_size in (1, 2, 4)),
-    ],
-)
+@pytest.mark.parametrize(("engine", "world_size", "shard_size", "accumulation"), with_accumulation())
 def test_every_engine_gives_the_same_run(
-    pool: Pool, corpus: Path, reference, engine: str, world_size: int, shard_size: int | None, accumulation: int
+    pool: Pool, corpus: Path, engine: str, world_size: int, shard_size: int | None, accumulation: int
 ) -> None:
-    config = small_config(
+    config = short_config(
         corpus,
         parallel__engine=engine,
         parallel__shard_size=shard_size,
         train__micro_batch_size=8 // world_size // accumulation,
     )
+    reference = trained_once(config)
+    assert [record["action"] for record in reference.of_kind("rank_event")] == ["grow", "grow", "freeze"]
     result = pool.run("runs:train_in_worker", config, world_size=world_size)
     assert_same_run(result, reference, world_size)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", slow("zero1"), slow("zero2"), slow("zero3")])
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_thirty_steps_are_the_same_run(pool: Pool, corpus: Path, engine: str) -> None:
+    """Differences of rounding add up over a longer run."""
+    config = small_config(corpus, parallel__engine=engine)
+    result = pool.run("runs:train_in_worker", config, world_size=4)
+    assert_same_run(result, trained_once(config), 4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", slow("zero1"), nightly("zero2"), slow("zero3")])
 def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path, engine: str) -> None:
     """Widths 20 and 7 over 3 processes, vocabulary 301, rank 1: uneven shards, fewer ranks than processes."""
-    config = small_config(
+    config = short_config(
         corpus,
         model__name="llama",
         model__hidden_size=20,
@@ -88,11 +73,11 @@ def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path, 
         train__global_batch_size=6,
         train__micro_batch_size=1,
     )
-    recorder, table = train(config)
+    reference = trained_once(config)
     config.parallel.engine = engine
     for world_size in (2, 3):
         result = pool.run("runs:train_in_worker", config, world_size=world_size)
-        assert_same_run(result, (recorder.records, table, recorder.samples), world_size)
+        assert_same_run(result, reference, world_size)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +87,7 @@ def test_more_processes_than_rows_and_nothing_divides(pool: Pool, corpus: Path, 
 def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
     pool: Pool, corpus: Path, engine: str, world_size: int
 ) -> None:
-    config = small_config(corpus, parallel__engine=engine)
+    config = short_config(corpus, parallel__engine=engine)
     for actions in pool.run("checks:growth_and_freeze", config, world_size=world_size):
         assert actions == ["grow", "grow", "freeze"]
 
@@ -110,13 +95,13 @@ def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
 @pytest.mark.parametrize(
     ("engine", "world_size"),
     [
-        ("local", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 3),
-        slow("zero0", 2), slow("zero1", 2), ("zero2", 2), ("zero3", 2), slow("zero2", 3), slow("zero3", 3),
+        ("local", 1), ("ddp", 2), nightly("fsdp", 2), ("fsdp", 3),
+        slow("zero0", 2), slow("zero1", 2), nightly("zero2", 2), ("zero3", 2), slow("zero2", 3), nightly("zero3", 3),
     ],
 )  # fmt: skip
 def test_every_parameter_moves_after_every_event(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """A stale parameter in the optimizer or in FSDP2 is silent: the loss goes on falling without it."""
-    config = small_config(corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1)
+    config = short_config(corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1)
     assert pool.run("checks:every_parameter_moves", config, world_size=world_size) == [3] * world_size
 
 
@@ -134,7 +119,7 @@ def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, eng
 )
 def test_new_modes_look_along_the_gradient(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """One step of a randomised SVD on rows finds most of what the best directions hold, and changes no logit."""
-    config = small_config(
+    config = short_config(
         corpus,
         parallel__engine=engine,
         lowrank__growth_init="gradient",
@@ -185,20 +170,32 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("engine", ["fsdp", slow("zero3")])
-def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, variant: dict[str, object]) -> None:
-    config = small_config(corpus, **variant)
-    recorder, table = train(config)
+OF_THE_DECISION = (
+    "freeze by itself", "uniform", "budget", "inrank", "inrank, decay", "fixed, decay", "multiple of 2, patterns",
+    "no base, product", "no clipping, wsd", "reset moments", "fixed, spectral ones", "factored head",
+)  # fmt: skip
+"""Where ZeRO-3 does nothing that it does not do in the others; nightly."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "variant"),
+    [
+        *(("fsdp", variant) for variant in VARIANTS),
+        *((nightly if variant in OF_THE_DECISION else slow)("zero3", variant) for variant in VARIANTS),
+    ],
+)
+def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, variant: str) -> None:
+    config = short_config(corpus, **VARIANTS[variant])
+    reference = trained_once(config)
     config.parallel.engine = engine
     result = pool.run("runs:train_in_worker", config, world_size=2)
-    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
-    rebuilt = {record["kind"] for record in recorder.records} & {"rank_event", "base_removed"}
+    assert_same_run(result, reference, 2)
+    rebuilt = {record["kind"] for record in reference.records} & {"rank_event", "base_removed"}
     settings = config.lowrank
     assert ("rank_event" in rebuilt) == settings.grows
     assert ("base_removed" in rebuilt) == (settings.mode != "full" and settings.base == "decay")
     if settings.base == "decay" or settings.base == "none":
-        assert not any(base for _, _, base in table.values())
+        assert not any(base for _, _, base in reference.table.values())
 
 
 ZERO_SETTINGS = {
@@ -221,32 +218,34 @@ ZERO_SETTINGS = {
 def test_settings_change_no_result_of_deepspeed(
     pool: Pool, corpus: Path, engine: str, settings: dict[str, object]
 ) -> None:
-    ours = {key: value for key, value in settings.items() if not key.startswith("parallel__")}
-    recorder, table = train(small_config(corpus, **ours))
-    config = small_config(corpus, parallel__engine=engine, **settings)
+    config = short_config(corpus, parallel__engine=engine, **settings)
     result = pool.run("runs:train_in_worker", config, world_size=2)
-    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
+    assert_same_run(result, trained_once(config), 2)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", slow("zero0"), slow("zero1"), slow("zero2"), slow("zero3")])
+@pytest.mark.parametrize(
+    "engine", [slow("ddp"), "fsdp", nightly("zero0"), slow("zero1"), nightly("zero2"), slow("zero3")]
+)
 def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
     """Weights and moments stay fp32; the loss of a short run differs by bfloat16's rounding only."""
-    recorder, _ = train(small_config(corpus, train__steps=24))
-    config = small_config(corpus, train__steps=24, train__precision="bf16", parallel__engine=engine)
-    records, _, _ = pool.run("runs:train_in_worker", config, world_size=2)[0]
-    losses = [record["loss"] for record in records if record["kind"] == "step"]
-    assert losses == pytest.approx(recorder.losses(), rel=5e-3)
-    assert losses != recorder.losses()
+    config = short_config(corpus, parallel__engine=engine)
+    exact = trained_once(config).losses()
+    config.train.precision = "bf16"
+    losses = pool.run("runs:train_in_worker", config, world_size=2)[0].losses()
+    assert losses == pytest.approx(exact, rel=5e-3)
+    assert losses != exact
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "engine", [nightly("ddp"), slow("fsdp"), nightly("zero0"), nightly("zero1"), nightly("zero2"), slow("zero3")]
+)
 def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
-    recorder, table = train(small_config(corpus))
-    config = small_config(corpus, train__compile="true", parallel__engine=engine)
+    config = short_config(corpus, parallel__engine=engine)
+    reference = trained_once(config)
+    config.train.compile = True
     result = pool.run("runs:train_in_worker", config, world_size=2, timeout=600)
-    assert_same_run(result, (recorder.records, table, recorder.samples), 2)
+    assert_same_run(result, reference, 2)
 
 
 def test_budget_and_uniform_stay_below_the_cap_and_show_what_they_explain(corpus: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from pool import Pool
-from runs import small_config, train
-from test_engines import assert_same_run, slow
+from runs import assert_same_run, small_config, trained_once
+from sharing import nightly, slow
 
 VOCABULARY = 1001
 
@@ -36,12 +36,12 @@ WIDTHS = {
     ("engine", "widths", "world_size"),
     [
         ("fsdp", "10 and 7", 5),
-        slow("fsdp", "10 and 7", 3),
+        nightly("fsdp", "10 and 7", 3),
         slow("fsdp", "64", 3),
-        slow("fsdp", "64", 5),
+        nightly("fsdp", "64", 5),
         slow("zero1", "10 and 7", 5),
-        slow("zero2", "10 and 7", 3),
-        slow("zero3", "10 and 7", 5),
+        nightly("zero2", "10 and 7", 3),
+        nightly("zero3", "10 and 7", 5),
         slow("zero3", "64", 3),
     ],
 )
@@ -60,10 +60,9 @@ def test_uneven_and_empty_shards_give_the_run_of_one_process(
         train__global_batch_size=15,
         train__micro_batch_size=1,
     )
-    recorder, table = train(config)
+    reference = trained_once(config)
     config.parallel.engine = engine
-    actions = [record["action"] for record in recorder.records if record["kind"] == "rank_event"]
-    assert actions == ["grow", "freeze"]
-    assert {rank for rank, _, _ in table.values()} <= {1, 2, 3}
+    assert [record["action"] for record in reference.of_kind("rank_event")] == ["grow", "freeze"]
+    assert {rank for rank, _, _ in reference.table.values()} <= {1, 2, 3}
     result = pool.run("runs:train_in_worker", config, world_size=world_size, timeout=100)
-    assert_same_run(result, (recorder.records, table, recorder.samples), world_size)
+    assert_same_run(result, reference, world_size)
