@@ -4,7 +4,6 @@ import argparse
 import gc
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from ..errors import UserError
 from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory
-from ..train.monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
+from ..train.monitors import Monitors
 from ..train.report import write_report
+from ..train.run_folder import RunFolder, refuse_unwritable
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
 from ..train.stop import NOTHING_LOST, Stopped, StopRequest
 from .common import add_config_arguments, read_config
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         if context.is_main:
             show_plan(config, context.world_size, None)
         return
-    _refuse_unwritable(config.run.folder)
+    refuse_unwritable(config.run.folder)
     seen = peek_checkpoint(config.run.folder)
     if seen:
         _refuse_changes(config, seen, arguments.allow_change)
@@ -112,15 +112,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         watch = Watch(context, config.run.folder / "hang", interrupt)
         watch.start()
         stop.tell(watch.tell_stop)
-        stopped, trained = None, False
+        stopped, trained, folder = None, True, RunFolder(config.run.folder)
         try:
-            trained = _train(config, context, stop, watch, arguments.allow_change)
+            trained = _train(config, context, stop, watch, folder, arguments.allow_change)
         except Stopped as request:
             stopped = request.with_traceback(None)  # whose frames hold the model
         except BaseException:
             if not context.is_distributed:  # else it goes on until the process has left
                 watch.stop()
             raise
+        finally:
+            folder.release()
         watch.stop()
         context.stop()
         if stopped:
@@ -132,8 +134,12 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         stop.close()
 
 
-def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, allowed: Sequence[str]) -> bool:
+def _train(
+    config: Config, context: Context, stop: StopRequest, watch: Watch, folder: RunFolder, allowed: Sequence[str]
+) -> bool:
     """Train to the end; False if the run was complete already."""
+    watch.beat("taking the run folder", config.parallel.timeout_seconds)
+    context.main_does(folder.take_if_present)
     watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
     checkpoint = resumable(config.run.folder, context)
     changed = _refuse_changes(config, checkpoint, allowed) if checkpoint else {}
@@ -151,9 +157,9 @@ def _train(config: Config, context: Context, stop: StopRequest, watch: Watch, al
     # Rank events collect garbage; what is there by now (half a million objects of torch alone) is none, look no more.
     gc.collect()
     gc.freeze()
-    trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat)
+    trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat, before_save=folder.check)
     # Only now, when nothing is left to complain of, is the run folder touched.
-    monitors = context.main_does(_open_run_folder, config, checkpoint) or Monitors()
+    monitors = context.main_does(folder.open, config, checkpoint) or Monitors()
     for key, (was, now) in changed.items():
         log.info("%s was %s up to step %d, now it is %s", key, was, trainer.step, now)
     try:
@@ -192,29 +198,6 @@ def _refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[st
             )
         changed[dotted] = (was, is_now)
     return changed
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """A run folder that cannot be made is found before the data is prepared; nothing is made yet."""
-    present = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not present.is_dir():
-        raise UserError(f"run.dir is {folder}, but {present} is not a folder; write a folder that can be written")
-    if not os.access(present, os.W_OK | os.X_OK):
-        raise UserError(f"run.dir is {folder}, and {present} cannot be written; write a folder that can")
-
-
-def _open_run_folder(config: Config, checkpoint: Checkpoint | None) -> Monitors:
-    folder = config.run.folder
-    step = checkpoint.state.step if checkpoint else 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        metrics = JsonlMonitor(folder / "metrics.jsonl")
-        metrics.truncate_after(step, evaluation_due=checkpoint is not None and checkpoint.state.evaluation_due)
-        curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1)
-    except OSError as error:
-        raise UserError(f"run.dir {folder} cannot be written: {error.strerror}; write a folder that can") from None
-    return Monitors([metrics, curves, ConsoleMonitor(config.train.steps)])
 
 
 def _report(folder: Path) -> None:

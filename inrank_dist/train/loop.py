@@ -43,6 +43,7 @@ class Trainer:
         checkpoint: where to continue, or None.
         stop: asks this process to stop.
         beat: told what is done next and how many seconds that may take.
+        before_save: called by process 0 before each checkpoint; what it raises is raised by all.
 
     Raises:
         UserError: the settings do not fit the model, the data, the checkpoint or the number of processes.
@@ -57,9 +58,10 @@ class Trainer:
         *,
         stop: StopRequest | None = None,
         beat: Callable[[str, float], None] = lambda doing, patience: None,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
-        self.stop, self.beat = stop or StopRequest(), beat
+        self.stop, self.beat, self._before_save = stop or StopRequest(), beat, before_save
         saved = checkpoint.state if checkpoint else None
         loader = Loader(
             data.train,
@@ -308,6 +310,7 @@ class Trainer:
                 f"last one with a lower optimizer.lr than {self.config.optimizer.lr} and --allow-change optimizer.lr"
             )
         self.beat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
+        self.context.main_does(self._before_save)
         state = TrainState(
             step=self.step,
             optimizer_steps=self.engine.optimizer_steps,
