@@ -29,7 +29,7 @@ def records(run: Path, kind: str) -> list[dict]:
 
 def test_the_run_folder_holds_what_the_contract_says(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html",
+        ".lock.1", "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "report.html",
     }  # fmt: skip
     assert list((run / "tensorboard").glob("events.*"))
     steps = records(run, "step")

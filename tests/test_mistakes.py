@@ -50,6 +50,12 @@ def nothing_half_written(folder: Path) -> None:
     assert [name for name in left if not name.endswith((".lock", ".failed"))] == []
 
 
+def contents(run_folder: Path) -> dict[Path, bytes]:
+    """All that a run folder holds but the lock, which says who was the last to look."""
+    files = (path for path in run_folder.rglob("*") if path.is_file() and not path.name.startswith(".lock."))
+    return {path: path.read_bytes() for path in files}
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a corpus and a config; each test spoils something."""
@@ -414,17 +420,17 @@ def test_a_run_whose_checkpoints_were_removed(damaged: Path, fails: Fails, comma
     ],
 )
 def test_a_resumed_run_with_other_settings(damaged: Path, fails: Fails, words: str, says: str) -> None:
-    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    before = contents(damaged)
     assert says in fails(*RESUME, damaged.parent / "config.yaml", *words.split())
-    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+    assert contents(damaged) == before
 
 
 def test_a_resumed_run_with_other_data(damaged: Path, fails: Fails) -> None:
     """Found only once the data is prepared; the run folder is still as it was."""
-    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    before = contents(damaged)
     words = ["--data.max_bytes", 3000, "--allow-change", "data.max_bytes"]
     assert "restore them" in fails(*RESUME, damaged.parent / "config.yaml", *words)
-    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+    assert contents(damaged) == before
 
 
 def empty(file: Path) -> None:
@@ -465,12 +471,12 @@ def test_damaged_checkpoints(
     assert len(files) == 2
     for file in files:
         damage(file)
-    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    before = contents(damaged)
     words = [*RESUME, damaged.parent / "config.yaml"] if command == "train" else [command, "--run", damaged]
     error = fails(*words)
     assert max(files).name in error and str(max(files).parent) in error
     assert f"{damaged} holds no checkpoint that can be used: restore one, or write another run.dir" in error
-    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+    assert contents(damaged) == before
 
 
 def test_a_damaged_checkpoint_that_is_asked_for(damaged: Path, fails: Fails) -> None:

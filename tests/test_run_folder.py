@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from faults import Fault
 from faults.launch import Job, launch
 from runs import Fails, small_config, the_error
 
+from inrank_dist.commands.main import main
 from inrank_dist.train import run_folder
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 
@@ -90,3 +92,104 @@ def test_a_job_whose_folder_was_taken_over_writes_no_more(tmp_path: Path, corpus
     last = ended.output.splitlines()[-1]
     assert ended.status == 2 and last.startswith("error: ") and "was taken over by process" in last, ended
     assert before == (sorted(tmp_path.glob("run/checkpoints/*")), (tmp_path / "run/metrics.jsonl").read_bytes())
+
+
+# Only "not there" means that there is no checkpoint.
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A folder with a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    (ended,) = launch(words(folder, corpus), folder / "job", world_size=1)
+    assert ended.status == 0, ended
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path, corpus: Path) -> Path:
+    """A copy of it, to be spoilt; a command that goes on with it is ``words(copied, corpus, ...)``."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """Path -> content of every file, links not followed, the locks left out."""
+    files = (Path(place) / name for place, _, names in os.walk(folder) for name in names)
+    return {str(file): file.read_bytes() for file in files if file.is_file() and ".lock." not in file.name}
+
+
+def a_loop(checkpoints: Path) -> None:
+    checkpoints.symlink_to(checkpoints)
+
+
+def a_dangling_link(checkpoints: Path) -> None:
+    checkpoints.symlink_to(checkpoints.with_name("moved away"))
+
+
+def a_file(checkpoints: Path) -> None:
+    checkpoints.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (a_loop, "Too many levels of symbolic links"),
+        (a_dangling_link, "No such file or directory"),
+        (a_file, "Not a directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "eval", "verify", "inspect"])
+def test_checkpoints_that_cannot_be_listed_are_not_none(
+    copied: Path, corpus: Path, fails: Fails, spoil: Any, reason: str, command: str
+) -> None:
+    (copied / "run/checkpoints").rename(copied / "kept")
+    spoil(copied / "run/checkpoints")
+    argv = words(copied, corpus, train__steps=14)
+    before = everything(copied)
+    error = fails(*argv) if command == "train" else fails(command, "--run", copied / "run")
+    assert f"{copied}/run/checkpoints" in error and f"cannot be read ({reason})" in error and "; mend" in error
+    assert everything(copied) == before
+
+
+def test_a_folder_that_is_not_there_holds_no_checkpoint(copied: Path, corpus: Path) -> None:
+    shutil.rmtree(copied / "run/checkpoints")
+    (ended,) = launch(words(copied, corpus), copied / "again", world_size=1)
+    assert ended.status == 0 and steps_in_metrics(copied) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's files take root to make")
+@pytest.mark.parametrize("what", ["", "/step-00000012", "/step-00000012/state.json"])
+def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: str) -> None:
+    """The newest checkpoint is sound, so neither is the one before it taken, nor does the run start anew."""
+    argv = words(copied, corpus, data__cache_dir=copied / "cache", train__steps=14)
+    for place in (copied, *copied.parents[:2]):
+        place.chmod(0o755)
+    shutil.copytree(corpus / "corpus", copied / "corpus")
+    hidden = copied / f"run/checkpoints{what}"
+    hidden.chmod(0)
+    before = everything(copied)
+    job = [*argv, f"--data.paths=[{copied}/corpus/*.txt]", "--allow-change", "train.steps"]
+    status, output = as_nobody(job, copied)
+    assert str(hidden) in the_error(status, output) and "cannot be read (Permission denied)" in output
+    assert everything(copied) == before
+
+
+def as_nobody(argv: list[object], folder: Path) -> tuple[int, str]:
+    """Run a command as a user whom the run folder belongs to, but who may not read all of it."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            os.chown(Path(place) / name, 65534, 65534, follow_symlinks=False)
+    os.chown(folder, 65534, 65534)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+        with os.fdopen(write, "w") as sys.stderr:
+            status = main([str(word) for word in argv])
+        os._exit(status)
+    os.close(write)
+    with os.fdopen(read) as output:
+        text = output.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text

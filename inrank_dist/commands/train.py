@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         watch = Watch(context, config.run.folder / "hang", interrupt)
         watch.start()
         stop.tell(watch.tell_stop)
-        stopped, trained, folder = None, True, RunFolder(config.run.folder)
+        stopped, trained, folder = None, False, RunFolder(config.run.folder)
         try:
             trained = _train(config, context, stop, watch, folder, arguments.allow_change)
         except Stopped as request:

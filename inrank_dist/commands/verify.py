@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError
-from ..train.checkpoint import Finding, examine
+from ..train.checkpoint import Finding, check_run_folder, examine
 from .common import console, no_overrides
 
 
@@ -25,8 +25,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         UserError: a checkpoint cannot be resumed from, or there is none.
     """
     no_overrides(rest)
-    if not arguments.run.is_dir():
-        raise UserError(f"{arguments.run} is not a run folder; write --run with the folder of a training run")
+    check_run_folder(arguments.run)
     checkpoints, left = examine(arguments.run)
     if checkpoints or left:
         console(width=240).print(_table([*checkpoints, *left]))

@@ -1,11 +1,12 @@
 """Checkpoints: plain safetensors and JSON, the same for every engine and any number of processes. No pickle anywhere.
 
-``folder`` says what makes a checkpoint whole, ``state`` and ``tensors`` what is in it, ``contents`` whether that fits
-together, ``writer`` how it is written, ``reading`` which one a reader gets.
+``listing`` says which ones there are, ``folder`` what makes one whole, ``state`` and ``tensors`` what is in it,
+``contents`` whether that fits together, ``writer`` how it is written, ``reading`` which one a reader gets.
 """
 
 from .contents import Checkpoint, Finding, examine
-from .folder import Damaged, folder_of, list_checkpoints, named_folders, step_of
+from .folder import list_checkpoints
+from .listing import Damaged, Unreadable, check_run_folder, folder_of, named_folders, step_of
 from .reading import find_checkpoint, open_checkpoint, peek_checkpoint, resumable
 from .state import TrainState
 from .tensors import load_parameters, load_tensors, stored_tensors
@@ -17,6 +18,8 @@ __all__ = [
     "Damaged",
     "Finding",
     "TrainState",
+    "Unreadable",
+    "check_run_folder",
     "examine",
     "find_checkpoint",
     "folder_of",

@@ -1,6 +1,6 @@
 """Whether what a checkpoint holds fits together: settings, tokenizer, rank table, tensors. No tensor is loaded."""
 
-import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +11,10 @@ from ...config import load_config
 from ...data import Tokenizer
 from ...errors import UserError
 from ...lowrank.convert import convert
+from ...runtime.paths import is_plain_file, status
 from ..start import dense_skeleton
-from .folder import MANIFEST, MARKER, Damaged, leftovers, named_folders, read_manifest, verify
+from .folder import MANIFEST, MARKER, read_manifest, verify
+from .listing import Damaged, Unreadable, leftovers, named_folders
 from .state import STATE, TrainState, read_state
 from .tensors import difference, stored_tensors
 
@@ -68,12 +70,16 @@ def check_contents(checkpoint: Checkpoint) -> None:
         raise Damaged(f"{folder} holds {found}")
 
 
+State = Literal["complete", "damaged", "incomplete", "unreadable"]
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was found of one folder below ``checkpoints``.
 
     Attributes:
-        state: complete: all files are there as they were written; incomplete: it was never finished.
+        state: complete: all files are there as they were written; incomplete: it was never finished; unreadable: that
+            cannot be told.
         resumable: whether a run can go on from it: it is complete and its contents fit together.
         ephemeral: whether it removes itself when a newer one is complete; None: its manifest cannot be read.
         files, bytes: of what is there.
@@ -81,7 +87,7 @@ class Finding:
     """
 
     folder: Path
-    state: Literal["complete", "damaged", "incomplete"]
+    state: State
     resumable: bool
     ephemeral: bool | None
     files: int
@@ -97,27 +103,36 @@ def examine(run_folder: Path) -> tuple[list[Finding], list[Finding]]:
     why = "of a save or a removal that was interrupted or is under way; ignored, and swept away by the next save"
     found = [_examine(folder) for folder in named_folders(run_folder)]
     left = [Finding(folder, "incomplete", False, None, *_size(folder), why) for folder in leftovers(run_folder)]
-    return [finding for finding in found if finding.folder.exists()], left  # the run may have removed one
+    return [finding for finding in found if finding], left
 
 
-def _examine(folder: Path) -> Finding:
-    sealed = all((folder / name).is_file() for name in (MANIFEST, MARKER))
-    state: Literal["complete", "damaged", "incomplete"] = "damaged" if sealed else "incomplete"
+def _examine(folder: Path) -> Finding | None:
+    """None: the run has just removed it."""
+    state: State = "incomplete"
     ephemeral, problem = None, ""
     try:
+        if all(is_plain_file(folder / name) for name in (MANIFEST, MARKER)):
+            state = "damaged"
         ephemeral = read_manifest(folder).ephemeral
         verify(folder)
         state = "complete"
         check_contents(Checkpoint(folder, read_state(folder)))
     except Damaged as error:
         problem = str(error)
+    except (Unreadable, OSError) as error:
+        state, problem = "unreadable", str(error)
+    if problem and state != "unreadable" and status(folder, follow_links=False) is None:
+        return None
     return Finding(folder, state, not problem, ephemeral, *_size(folder), problem)
 
 
 def _size(folder: Path) -> tuple[int, int]:
+    """Files and bytes of what can be seen; what cannot is told by the problem."""
     sizes = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # a save under way renames and removes
-            if not path.is_dir():
-                sizes.append(path.lstat().st_size)
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                sizes.append((Path(place) / name).lstat().st_size)
+            except OSError:  # a save under way renames and removes
+                continue
     return len(sizes), sum(sizes)

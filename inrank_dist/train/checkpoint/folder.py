@@ -7,11 +7,12 @@ files of its manifest is a whole checkpoint, and everything else is ignored and 
 hashes every file before it uses one.
 """
 
-import contextlib
 import hashlib
 import json
+import logging
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +21,10 @@ from typing import Any, TypeVar
 
 from ...data.hashing import hash_file
 from ...data.store import flush_path
-from ...errors import UserError
+from ...runtime.paths import content_of, is_plain_file, status
+from .listing import Damaged, Unreadable, leftovers, named_folders, step_of, trouble, unlisted
+
+log = logging.getLogger("inrank_dist")
 
 Found = TypeVar("Found")
 
@@ -34,10 +38,6 @@ FORMAT = 2
 
 HASHERS = 8
 """Files that one process hashes at once; hashlib lets other threads run meanwhile."""
-
-
-class Damaged(UserError):
-    """A checkpoint that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,25 @@ class Manifest:
     files: dict[str, FileEntry]
 
 
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_folder / "checkpoints"
-
-
-def folder_of(run_folder: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
-    return checkpoints_folder(run_folder) / f"step-{step:08d}"
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def named_folders(run_folder: Path) -> list[Path]:
-    """Folders that have a checkpoint's name, whole or not, oldest first."""
-    try:
-        folders = list(checkpoints_folder(run_folder).iterdir())
-    except OSError:
-        return []
-    named = [folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name) and folder.is_dir()]
-    return sorted(named, key=step_of)
-
-
-def leftovers(run_folder: Path) -> list[Path]:
-    """What interrupted saves and removals left; the next save sweeps it away."""
-    return sorted(checkpoints_folder(run_folder).glob("tmp-*"))
-
-
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first. Sizes are compared, contents are not hashed."""
-    complete = []
+    """Folders of the complete checkpoints of a run, oldest first. Sizes are compared, contents are not hashed.
+
+    Raises:
+        Unreadable: they cannot be listed. One that by itself cannot be read is left out, with a warning.
+    """
+    return [folder for folder, _ in _complete(run_folder)]
+
+
+def _complete(run_folder: Path) -> list[tuple[Path, Manifest]]:
+    found = []
     for folder in named_folders(run_folder):
-        with contextlib.suppress(Damaged):
-            read_manifest(folder)
-            complete.append(folder)
-    return complete
+        try:
+            found.append((folder, read_manifest(folder)))
+        except Damaged:
+            continue
+        except Unreadable as error:
+            log.warning("warning: %s", error)
+    return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,32 +87,34 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         Damaged: it is incomplete, or holds what no checkpoint holds.
+        Unreadable: that cannot be told.
     """
     try:
         return _read_manifest(folder)
     except OSError as error:
-        raise Damaged(f"{folder} cannot be read ({error.strerror})") from None
+        raise trouble(folder, error) from None
 
 
 def _read_manifest(folder: Path) -> Manifest:
     if folder.is_symlink():
         raise Damaged(f"{folder} is a link; write the folder itself")
     for name in (MARKER, MANIFEST):
-        if (folder / name).is_symlink() or not (folder / name).is_file():
+        if not is_plain_file(folder / name):
             raise Damaged(f"{folder} is incomplete: it has no {name}")
     content, marker = (folder / MANIFEST).read_bytes(), (folder / MARKER).read_bytes()
     if marker != f"{hashlib.sha256(content).hexdigest()}\n".encode():
         raise Damaged(f"{folder / MANIFEST} is damaged: its sha256 is not the one in {MARKER}")
     manifest = _parse_manifest(folder, content)
-    for path in sorted(folder.iterdir()):
+    for path in content_of(folder):
         if path.name not in manifest.files and path.name not in (MANIFEST, MARKER):
             raise Damaged(f"{path} does not belong to the checkpoint; remove it")
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise Damaged(f"{path} is {'no plain file' if path.exists() or path.is_symlink() else 'missing'}")
-        if path.stat().st_size != entry.bytes:
-            raise Damaged(f"{path} is damaged: it has {path.stat().st_size} bytes and should have {entry.bytes}")
+        found = status(path, follow_links=False)
+        if found is None or not stat.S_ISREG(found.st_mode):
+            raise Damaged(f"{path} is {'missing' if found is None else 'no plain file'}")
+        if found.st_size != entry.bytes:
+            raise Damaged(f"{path} is damaged: it has {found.st_size} bytes and should have {entry.bytes}")
     return manifest
 
 
@@ -165,6 +148,7 @@ def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True)
 
     Raises:
         Damaged: a file is not as it was written.
+        Unreadable: that cannot be told.
     """
     files = read_manifest(folder).files
     entries = [(name, files[name]) for name in sorted(files) if tensors or not name.endswith(TENSORS)][rank::count]
@@ -175,13 +159,17 @@ def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Entries of files, several at once."""
+    """Entries of files, several at once.
+
+    Raises:
+        Damaged, Unreadable: a file cannot be read.
+    """
 
     def entry(name: str) -> FileEntry:
         try:
             return FileEntry((folder / name).stat().st_size, hash_file(folder / name))
         except OSError as error:
-            raise Damaged(f"{folder / name} cannot be read ({error.strerror})") from None
+            raise trouble(folder / name, error) from None
 
     names = list(names)
     with ThreadPoolExecutor(HASHERS) as pool:
@@ -192,10 +180,7 @@ def begin(final: Path) -> Path:
     """Sweep away what interrupted saves and removals left, and make the private folder for a new checkpoint."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers(final.parent.parent):
-        if left.is_symlink() or not left.is_dir():
-            left.unlink()
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+        _sweep(left)
     partial = final.with_name(f"tmp-{final.name}")
     partial.mkdir()
     return partial
@@ -228,19 +213,26 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     except Damaged as error:
         raise Damaged(f"{error} for process 0; write a run.dir on a file system that all processes share") from None
     old = final.with_name(f"tmp-old-{final.name}")
-    if final.exists():  # damaged, or without the validation that was still due
+    if status(final, follow_links=False):  # damaged, or without the validation that was still due
         final.rename(old)
     partial.rename(final)
     flush_path(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _sweep(old)
 
 
 def recover(run_folder: Path) -> None:
-    """Give a checkpoint its name back that was killed between giving it up and passing it to its successor."""
-    for old in checkpoints_folder(run_folder).glob("tmp-old-step-*"):
+    """Give a checkpoint its name back that was killed between giving it up and passing it to its successor.
+
+    Raises:
+        Unreadable: whether there is one cannot be told, or it cannot be renamed.
+    """
+    for old in leftovers(run_folder):
         final = old.with_name(old.name.removeprefix("tmp-old-"))
-        if not final.exists():
-            old.rename(final)
+        try:
+            if re.fullmatch(r"tmp-old-step-\d{8,}", old.name) and status(final, follow_links=False) is None:
+                old.rename(final)
+        except OSError as error:
+            raise unlisted(run_folder, error) from None
 
 
 def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int) -> None:
@@ -249,8 +241,9 @@ def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int) -> None
     goes; nor does one of a later step than ``newest``, which was just saved: the run went on from before it because
     its bytes are damaged, and it must not push out a sound one.
     """
-    folders = [folder for folder in list_checkpoints(run_folder) if step_of(folder) <= newest]
-    lasting = [folder for folder in folders if not read_manifest(folder).ephemeral]
+    complete = [(folder, manifest) for folder, manifest in _complete(run_folder) if step_of(folder) <= newest]
+    folders = [folder for folder, _ in complete]
+    lasting = [folder for folder, manifest in complete if not manifest.ephemeral]
     wanted = {*folders[-1:], *lasting[-keep:]}
     wanted |= {folder for folder in lasting if keep_every and step_of(folder) % keep_every == 0}
     for folder in folders:
@@ -262,7 +255,24 @@ def remove(folder: Path) -> None:
     """Remove a checkpoint: its name goes first, so that none is ever there in part."""
     doomed = folder.with_name(f"tmp-removed-{folder.name}")
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _sweep(doomed)
+
+
+def _sweep(left: Path) -> None:
+    """Remove what is no checkpoint; where that does not succeed it is told and stays, for it is in nobody's way but the
+    disk's, and the next save tries again."""
+    found = status(left, follow_links=False)
+    try:
+        if found is None:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    except FileNotFoundError:  # something else removes it as well
+        return
+    except OSError as error:
+        log.warning("warning: %s could not be removed (%s)", left, error)
 
 
 def newest_sound(
@@ -272,6 +282,7 @@ def newest_sound(
 
     Raises:
         Damaged: none does; the message is that of the newest.
+        Unreadable: whether one does cannot be told.
     """
     first: Damaged | None = None
     for folder in sorted(folders, key=step_of, reverse=True):

@@ -6,7 +6,8 @@ from pathlib import Path
 from ...engine.context import Context
 from ...errors import UserError
 from .contents import Checkpoint, check_contents
-from .folder import named_folders, newest_sound, recover, step_of, verify
+from .folder import newest_sound, recover, verify
+from .listing import check_run_folder, named_folders, step_of
 from .state import read_state
 
 log = logging.getLogger("inrank_dist")
@@ -17,6 +18,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         Damaged: a file is not as it was written, or what it holds does not fit together.
+        Unreadable: that cannot be told.
     """
     verify(folder)
     checkpoint = Checkpoint(folder, read_state(folder))
@@ -30,8 +32,7 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint:
     Raises:
         UserError: there is none, or that of the step is damaged.
     """
-    if not run_folder.is_dir():
-        raise UserError(f"{run_folder} is not a run folder; write --run with the folder of a training run")
+    check_run_folder(run_folder)
     folders = named_folders(run_folder)
     if step is None:
         return newest_sound(run_folder, folders, open_checkpoint, log.warning)
@@ -47,6 +48,7 @@ def peek_checkpoint(run_folder: Path) -> Checkpoint | None:
 
     Raises:
         Damaged: there are some, and all are damaged.
+        Unreadable: whether there are any, or what is in one, cannot be told.
     """
     folders = named_folders(run_folder)
 
@@ -62,9 +64,10 @@ def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
 
     Raises:
         Damaged: there are some, and all are damaged.
+        Unreadable: whether there are any, or what is in one, cannot be told.
     """
     context.main_does(recover, run_folder)
-    folders = context.gather(named_folders(run_folder) if context.is_main else None)[0]
+    folders = context.gather(context.main_does(named_folders, run_folder))[0]
     if not folders:
         return None
 

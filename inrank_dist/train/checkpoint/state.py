@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...lowrank.convert import LayerLayout, Layout
-from .folder import Damaged, step_of, write_json
+from .folder import write_json
+from .listing import Damaged, step_of, trouble
 
 STATE = "state.json"
 
@@ -79,13 +80,16 @@ def read_state(folder: Path) -> TrainState:
 
     Raises:
         Damaged: a value is missing, unknown or of the wrong type, or it is of another step than the folder.
+        Unreadable: it cannot be read.
     """
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
             values["ranks"].setdefault("found", {})  # not yet there before ranks were rounded at the freeze
         _check(values, KINDS, "it")
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise trouble(folder / STATE, error) from None
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{folder / STATE} is damaged ({error})") from None
     layout = {name: LayerLayout(**layer) for name, layer in values["layout"].items()}
     state = TrainState(**values | {"layout": layout})

@@ -15,6 +15,7 @@ from ...errors import UserError
 from ..settings import CheckpointSettings
 from . import folder as folders
 from .folder import FileEntry
+from .listing import folder_of
 from .state import STATE, TrainState, write_state
 from .tensors import stage_and_write_tensors, write_tensors, written_by
 
@@ -55,7 +56,7 @@ class CheckpointWriter:
                 before are still there.
         """
         self.finish()
-        final = folders.folder_of(self.run_folder, state.step)
+        final = folder_of(self.run_folder, state.step)
         partial = final.with_name(f"tmp-{final.name}")
         self._on_main(final, lambda: folders.begin(final))
         if self.settings.async_:
