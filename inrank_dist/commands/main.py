@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -45,6 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # One voice a node: the other processes of a launcher make the same mistake at the same time.
     local_rank = os.environ.get("LOCAL_RANK", "0")
     speaks = not local_rank.isdecimal() or int(local_rank) == 0
+    _print_any_text()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("inrank_dist").setLevel(logging.INFO if speaks else logging.ERROR)
     try:
@@ -85,6 +87,15 @@ def main(words: Sequence[str] | None = None) -> int:
         if speaks:
             print(error, file=sys.stderr)
         return _leave(stop.EXIT_STOPPED)
+
+
+def _print_any_text() -> None:
+    """A console of another encoding than UTF-8 shows ``\\u2014`` for a character that it lacks, and nothing fails."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            escapes = stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8"
+            if stream.errors in ("strict", "surrogateescape") and not escapes:
+                stream.reconfigure(errors="backslashreplace")
 
 
 OUT_OF_MEMORY = (

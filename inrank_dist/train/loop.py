@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import math
 import platform
 import time
@@ -26,11 +27,13 @@ from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
 from .ranks import RankEvents
-from .sampling import sample_tokens
+from .sampling import NotFinite, sample_tokens
 from .schedule import learning_rate
 from .speed import known_peak
 from .start import StartValues, build_engine, cost_setup, dense_skeleton, layer_shapes, start_layout
 from .stop import Stopped, StopRequest
+
+log = logging.getLogger("inrank_dist")
 
 
 class Trainer:
@@ -143,6 +146,7 @@ class Trainer:
             if reshaped:
                 patience = max(patience, self.config.parallel.timeout_seconds)
         self.beat("the end of the run", float(self.config.parallel.timeout_seconds))
+        self._refuse_lost()  # no text comes out of such a model, and no summary describes it
         if self.config.eval.sample_tokens:
             self._sample()
         self._summarise()
@@ -302,13 +306,7 @@ class Trainer:
         Raises:
             UserError: it could not be written, or the model is lost: a checkpoint of it would push out the sound ones.
         """
-        lost = self.engine.is_lost()
-        self.context.sum(lost)
-        if lost:
-            raise UserError(
-                f"at step {self.step} weights or moments are not finite, so no checkpoint was written; go on from the "
-                f"last one with a lower optimizer.lr than {self.config.optimizer.lr} and --allow-change optimizer.lr"
-            )
+        self._refuse_lost()
         self.beat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
         self.context.main_does(self._before_save)
         state = TrainState(
@@ -331,17 +329,31 @@ class Trainer:
         )
         self.writer.save(self.engine, state, ephemeral=ephemeral)
 
+    def _refuse_lost(self) -> None:
+        """Raise the user's mistake in all processes where a weight or a moment of one of them is not finite."""
+        lost = self.engine.is_lost()
+        self.context.sum(lost)
+        if lost:
+            raise UserError(
+                f"at step {self.step} weights or moments are not finite, so no checkpoint was written; go on from the "
+                f"last one with a lower optimizer.lr than {self.config.optimizer.lr} and --allow-change optimizer.lr"
+            )
+
     def _sample(self) -> None:
         self.engine.model.eval()
         prompt = [self.data.tokenizer.eos_id]
-        tokens = sample_tokens(
-            self.engine.logits,
-            prompt,
-            count=self.config.eval.sample_tokens,
-            max_seq_len=self.config.model.max_seq_len,
-            generator=generator_for(self.config.run.seed, "sample", self.step),
-            pad=self.config.train.compile,
-        )
+        try:
+            tokens = sample_tokens(
+                self.engine.logits,
+                prompt,
+                count=self.config.eval.sample_tokens,
+                max_seq_len=self.config.model.max_seq_len,
+                generator=generator_for(self.config.run.seed, "sample", self.step),
+                pad=self.config.train.compile,
+            )
+        except NotFinite as error:  # in every process; the weights are, so they are saved
+            log.warning("warning: no sample: %s", error)
+            return
         text = self.data.tokenizer.decode(tokens)
         self.monitors.write({"kind": "sample", "step": self.step, "prompt": "", "text": text})
 
