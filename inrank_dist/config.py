@@ -6,8 +6,6 @@ says what to write instead.
 
 import dataclasses
 import difflib
-import math
-import re
 import sys
 import types
 import typing
@@ -16,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from .data.settings import DataSettings, TokenizerSettings
 from .engine.optimizer import OptimizerSettings
 from .engine.settings import ParallelSettings
 from .errors import UserError
 from .lowrank.settings import LowRankSettings
 from .models import ModelSettings
+from .runtime import yaml_text
+from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
 
 
@@ -87,8 +85,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
-        # In ASCII: the same in every locale, and PyYAML itself reads a raw U+0085 back as a space.
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
+        return yaml_text.dump(self.to_dict())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> value, under the names that a YAML file has."""
@@ -162,6 +159,9 @@ SETTINGS: dict[str, Any] = {
 }
 """Dotted key -> its type."""
 
+MOST = 2**53
+"""No count is larger: what is computed with them stays exact."""
+
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, set[str]]:
     """Read a YAML file and apply ``--section.key VALUE`` overrides.
@@ -191,6 +191,8 @@ def _build(values: dict[str, Any]) -> Config:
             raise UserError(f"{dotted} is {shown(value)}; write {in_words(expected)}{quotes}")
         # A number without a point is as good where there may be a point.
         is_float = type(value) is int and float in (expected, *typing.get_args(expected))
+        if type(value) is int and abs(value) > MOST:
+            raise UserError(f"{dotted} is {shown(value)}; write a number of at most {MOST}")
         section, _, key = dotted.partition(".")
         sections.setdefault(section, {})[key] = float(value) if is_float else value
     for section, kind in SECTIONS.items():
@@ -219,43 +221,9 @@ def default_of(key: "dataclasses.Field[Any]") -> Any:
     return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
 
 
-# Reading YAML. PyYAML follows YAML 1.1, where 1e-3 is text and the second of two equal keys silently wins.
-
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-
-
-class _Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is written twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
-
-
 def _read_yaml(file: Path) -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; every name is checked."""
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); write the path of a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); write the path of a YAML file") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{file} is not valid YAML{place}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-01
-        raise UserError(f"{file} is not valid YAML: {error}") from None
+    tree = yaml_text.read(file)
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{file} holds no settings; write sections such as 'model:' with keys below them")
     for section, content in tree.items():
@@ -316,8 +284,8 @@ def _parse(text: str, expected: Any) -> Any:
     # In a list of texts, 1 and true are texts.
     is_list = any(kind == list[str] for kind in kinds)
     try:
-        return yaml.load(text, yaml.BaseLoader if is_list else _Loader) if text.strip() else text
-    except (yaml.YAMLError, ValueError):
+        return yaml_text.load(text, as_text=is_list) if text.strip() else text
+    except ValueError:
         return text
 
 
@@ -354,9 +322,3 @@ def in_words(expected: Any) -> str:
     if len(_alternatives(expected)) > 1:
         return " or ".join(in_words(kind) for kind in _alternatives(expected))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]
-
-
-def shown(value: Any) -> str:
-    """A value as YAML writes it."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return " ".join(text.removesuffix("...\n").split())

@@ -5,7 +5,8 @@ import ast
 import dataclasses
 import inspect
 
-from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of, shown
+from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of
+from ..runtime.yaml_text import shown
 
 
 def settings_help() -> str:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import SETTINGS, Config, load_config, shown
+from ..config import SETTINGS, Config, load_config
 from ..data import Prepared, prepare
 from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
+from ..runtime.yaml_text import shown
 from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory

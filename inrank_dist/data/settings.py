@@ -8,6 +8,8 @@ from inrank_dist.errors import UserError
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300
 
+MOST_VOCABULARY = 1 << 24
+
 
 @dataclass(kw_only=True)
 class DataSettings:
@@ -128,6 +130,10 @@ class TokenizerSettings:
             raise UserError(
                 f"tokenizer.vocab_size is {self.vocab_size}; byte fallback alone needs 258"
                 f" - write a vocab_size of at least {MIN_VOCABULARY}"
+            )
+        if self.vocab_size > MOST_VOCABULARY:
+            raise UserError(
+                f"tokenizer.vocab_size is {self.vocab_size}; write a vocab_size of at most {MOST_VOCABULARY}"
             )
         if self.max_training_bytes < 1:
             raise UserError(f"tokenizer.max_training_bytes is {self.max_training_bytes} - write 1 or more")

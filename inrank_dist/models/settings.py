@@ -6,6 +6,14 @@ from typing import Literal
 
 from inrank_dist.errors import UserError
 
+LARGEST = {
+    "num_layers": 2_048,
+    "hidden_size": 262_144,
+    "intermediate_size": 1_048_576,
+    "max_seq_len": 16_777_216,
+}
+"""Far above any model so far. Blocks take time and memory even without values, and sizes must not overflow."""
+
 
 @dataclass(kw_only=True)
 class ModelSettings:
@@ -53,6 +61,8 @@ class ModelSettings:
             value = getattr(self, key)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"model.{key} is {value}; it must be positive - write a number above 0")
+            if value is not None and value > LARGEST.get(key, math.inf):
+                raise UserError(f"model.{key} is {value}; write a number of at most {LARGEST[key]}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it is a probability - write a number from 0 to below 1")
         if self.hidden_size % self.num_heads:

@@ -13,6 +13,13 @@ def _at_least(section: str, settings: object, least: float, *names: str) -> None
             raise UserError(f"{section}.{name} is {value}; write a number of at least {least}")
 
 
+def _at_most(section: str, settings: object, most: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value > most:
+            raise UserError(f"{section}.{name} is {value}; write a number of at most {most}")
+
+
 @dataclass(kw_only=True)
 class TrainSettings:
     """The loop. Batch sizes count sequences, steps are optimizer steps."""
@@ -50,6 +57,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "max_skipped")
+        _at_most("train", self, 1 << 20, "global_batch_size")  # whose tokens of one step are held in memory
         _at_least("train", self, 0, "grad_clip", "spike_deviations")
         _at_least("train", self, 1e-3, "peak_tflops")
         for step in self.profile:
@@ -115,6 +123,7 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         _at_least("eval", self, 0, "interval", "sample_tokens")
+        _at_most("eval", self, 100_000, "sample_tokens")
         _at_least("eval", self, 1, "batches")
 
 

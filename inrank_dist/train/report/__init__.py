@@ -8,9 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from inrank_dist.errors import UserError
+from inrank_dist.runtime import yaml_text
 from inrank_dist.train.monitors.jsonl import read_metrics
 from inrank_dist.train.monitors.text import amount, number, plural
 from inrank_dist.train.report import sections
@@ -76,8 +75,8 @@ def _page(run_folder: Path, history: History, records: int) -> str:
 def _settings(text: str) -> dict[str, Any]:
     """The config as nested dicts; empty where it cannot be read, for its text is shown all the same."""
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+        settings = yaml_text.load(text)
+    except ValueError:
         return {}
     return settings if isinstance(settings, dict) else {}
 
