@@ -62,7 +62,8 @@ class HeatMap:
             groups.setdefault(layer.kind, []).append(layer)
         row = row_height(len(self.layers))
         is_wide = width > 600
-        left, right = (64, width - 104) if is_wide else (34, width - 8)
+        has_notes = is_wide and row >= LABEL_HEIGHT
+        left, right = 64 if is_wide else 34, width - (104 if has_notes else 14)
         bottom = MARK_SPACE + HEADING * len(groups) + row * len(self.layers)
         x_end = max(self.x_end, 1)
 
@@ -87,7 +88,7 @@ class HeatMap:
                     middle = y + row / 2 + 4
                     place = f'y="{middle:.1f}"'
                     texts.append(f'<text class="tick" x="{left - 6}" {place} text-anchor="end">{_number(layer)}</text>')
-                    if is_wide and row >= LABEL_HEIGHT:
+                    if has_notes:
                         note = escape(self.notes.get(layer.name, ""))
                         texts.append(f'<text class="tick" x="{right + 6}" {place}>{note}</text>')
                     free_from = y + LABEL_HEIGHT
@@ -95,7 +96,7 @@ class HeatMap:
         paths = "".join(f'<path class="h{level}" d="{"".join(shapes)}"/>' for level, shapes in sorted(cells.items()))
         marks = "".join(vertical_mark(mark, px(mark.x), MARK_SPACE, bottom, 1.0) for mark in self.marks)
         heading = ""
-        if is_wide and row >= LABEL_HEIGHT:
+        if has_notes:
             heading = f'<text class="tick" x="{right + 6}" y="{MARK_SPACE + 13}">rank (null)</text>'
         return (
             f'<svg class="heat" viewBox="0 0 {width} {bottom + BOTTOM:.0f}" role="img" '

@@ -13,6 +13,8 @@ from inrank_dist.train.report.history import Points
 Scale = Callable[[float], float]
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 40
 MAX_POINTS = 500
+MARK_DISTANCE = 4.0
+"""Pixels between two marks of one label; nearer ones are left out, or thousands would make a wall."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -110,8 +112,12 @@ class Plot:
             f'<g clip-path="url(#{clip})">',
         ]
         opacity = 1.0 if len(self.marks) <= 20 else 0.4
+        drawn: dict[str, float] = {}
         for mark in self.marks:
-            parts.append(vertical_mark(mark, px(mark.x), TOP, bottom, opacity))
+            x = px(mark.x)
+            if x - drawn.get(mark.label, -MARK_DISTANCE) >= MARK_DISTANCE:
+                drawn[mark.label] = x
+                parts.append(vertical_mark(mark, x, TOP, bottom, opacity))
         for reference in self.references:
             y = py(reference.y)
             parts.append(f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')

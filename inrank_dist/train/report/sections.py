@@ -69,8 +69,8 @@ def layer_table(history: History) -> HTML:
     rows = "".join(_layer_row(layer, table, longest) for layer in layers)
     return (
         '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. <i>Explained</i> is the '
-        "share of the spectrum that this rank explained at the last decision. Marked: a rank that is its null rank within "
-        "2%, one that never left its start, one that explains less than the threshold. "
+        "share of the spectrum that this rank explained at the last decision. Marked: a rank that is its null rank "
+        "within 2%, one that never left its start, one that explains less than the threshold. "
         "<i>r (out + in)</i> counts the factors alone, without a base that is still there.</p>"
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers, table)}</table></div>'
     )
