@@ -154,3 +154,16 @@ def test_means_hold_each_layers_value_until_its_next_one() -> None:
     history = History(RECORDS)
     assert history.means["rank"] == [(0, 8.0), (10, 9.0), (20, 7.0)]
     assert history.layers[NAMES[0]].rank == [(0, 8.0), (10, 12.0), (20, 8.0)]
+
+
+def test_a_budget_that_nothing_fits_into_is_refused_before_the_run(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(corpus, run__dir=tmp_path / "run", lowrank__final="budget", lowrank__final_budget=0.0001)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert capsys.readouterr().err == (
+        "error: lowrank.final_budget is 0.0001 but rank 1 in every factored layer already takes 0.047 of their dense "
+        "parameters; write at least 0.0469\n"
+    )
+    assert not (tmp_path / "run").exists()
