@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from pool import Pool
 from runs import small_config, tensor_bytes, train
+from sharing import nightly, slow
 
 from inrank_dist.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
 
 STEPS = 30
 EVENTS = (8, 16, 24)
-AROUND_EVENTS = sorted({step + offset for step in EVENTS for offset in (-1, 0, 1)} | {1, 20, 29})
+AROUND_EVENTS = [1, 8, 15, 17, 24, slow(7), slow(9), slow(16), slow(20), slow(23), slow(25), slow(29)]
 DROPOUT = {"model__dropout": 0.1, "checkpoint__interval": 1, "checkpoint__keep": STEPS}
 
 
@@ -69,11 +70,20 @@ ON_OTHERS = [("local", 1, None), ("fsdp", 2, None), ("ddp", 2, None), ("fsdp", 3
 ON_ZERO = [(8, "zero0", 3), (16, "zero1", 3), (8, "zero2", 1), (24, "zero2", 3), (24, "zero3", 1), (16, "zero3", 2)]
 
 
+def at_one_event_each() -> list[object]:
+    """Every layout goes on at one event, every event is one of them; the full product nightly."""
+    return [
+        (step, *other) if EVENTS[index % 3] == step else nightly(step, *other)
+        for index, other in enumerate(ON_OTHERS)
+        for step in EVENTS
+    ]
+
+
 @pytest.mark.parametrize(
     ("step", "engine", "world_size", "shard_size"),
     [
-        *((step, *other) for step in EVENTS for other in ON_OTHERS),
-        *(pytest.param(*other, None, marks=pytest.mark.slow) for other in ON_ZERO),
+        *at_one_event_each(),
+        *(slow(*other, None) for other in ON_ZERO),
     ],
 )
 def test_resume_on_other_processes_and_engines(
@@ -99,13 +109,13 @@ def test_resume_on_other_processes_and_engines(
     assert all(result[2] == table for result in results)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (("ddp", 2), ("fsdp", 3)), (("local", 1), ("fsdp", 2)), (("ddp", 4), ("local", 1)), (("local", 1), ("ddp", 2)),
-        (("zero0", 2), ("fsdp", 3)), (("zero1", 3), ("fsdp", 2)), (("zero2", 2), ("fsdp", 1)),
-        (("zero3", 3), ("fsdp", 2)), (("zero3", 2), ("zero1", 4)), (("zero2", 4), ("local", 1)),
+        slow(("ddp", 2), ("fsdp", 3)), nightly(("local", 1), ("fsdp", 2)), slow(("ddp", 4), ("local", 1)),
+        nightly(("local", 1), ("ddp", 2)), nightly(("zero0", 2), ("fsdp", 3)), slow(("zero1", 3), ("fsdp", 2)),
+        nightly(("zero2", 2), ("fsdp", 1)), nightly(("zero3", 3), ("fsdp", 2)), slow(("zero3", 2), ("zero1", 4)),
+        slow(("zero2", 4), ("local", 1)),
     ],
 )  # fmt: skip
 def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]) -> None:
@@ -124,8 +134,7 @@ def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, in
     assert rest[0][2] == whole[0][2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [nightly(1), nightly(2), slow(3)])
 def test_fsdp_to_zero_and_back_in_the_warm_up(
     pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path, stage: int
 ) -> None:

@@ -161,7 +161,7 @@ def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_cpu_no_mfu_is_told_unless_its_peak_is_given(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured before the run, it would depend on what else the machine does just then."""
-    recorder, _ = train(small_config(corpus))
+    recorder, _ = train(small_config(corpus, train__peak_tflops=None))
     start = next(record for record in recorder.records if record["kind"] == "start")
     assert start["peak_flops"] is None
     console = ConsoleMonitor(24)
