@@ -19,8 +19,7 @@ def make(run: Path, step: int, *, ephemeral: bool = False) -> Path:
     """A complete checkpoint with next to nothing in it."""
     final = folder_of(run, step)
     partial = begin(final)
-    (partial / "state.json").write_text("{}")
-    commit(partial, final, seal(partial, ["state.json"]), ephemeral=ephemeral)
+    commit(partial, final, seal(partial, {"state.json": b"{}"}), ephemeral=ephemeral)
     return final
 
 
@@ -91,8 +90,7 @@ def test_a_folder_that_is_not_shared_is_no_checkpoint(tmp_path: Path) -> None:
     """Node-local folders: process 0 would list files that it has never seen, and every checkpoint would be useless."""
     final = tmp_path / "checkpoints" / "step-00000004"
     partial = begin(final)
-    (partial / "state.json").write_text("{}")
-    files = seal(partial, ["state.json"])
+    files = seal(partial, {"state.json": b"{}"})
     elsewhere = {"shard-00002-model-00001-of-00001.safetensors": files["state.json"]}
     with pytest.raises(UserError, match=r"shard-00002-\S+ is missing for process 0; write a run.dir on a file system"):
         commit(partial, final, files | elsewhere, ephemeral=False)

@@ -281,13 +281,14 @@ class ZeroEngine(Engine):
         elif self.stage > 0:
             self.utils.safe_set_full_fp32_param(parameter, whole)
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        if not self.optimizer_steps or not parameter.requires_grad:
-            return {}
-        names = self.optimizer_settings.moments
+    def _moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        return self.optimizer_settings.moments if self.optimizer_steps and parameter.requires_grad else ()
+
+    def _moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """This process's rows, copied; all processes ask together."""
         if self.stage == 0:
-            return {name: self._cut(self.optimizer.state[parameter][name]) for name in names}
-        return {name: self._cut(self.utils.safe_get_full_optimizer_state(parameter, name)) for name in names}
+            return self._cut(self.optimizer.state[parameter][name])
+        return self._cut(self.utils.safe_get_full_optimizer_state(parameter, name))
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         for name, rows in moments.items():
@@ -301,15 +302,6 @@ class ZeroEngine(Engine):
 
     def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
         return as_dtensor(local, self.mesh, [Shard(0)], shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As ``Engine.tensors``, copied; all processes ask together."""
-        saved: dict[str, Tensor] = {}
-        for name, parameter in self.parameters().items():
-            saved[name] = self._wrap(self._local(parameter), self._shape(parameter))
-            for moment, rows in self._moments(parameter).items():
-                saved[f"optimizer.{moment}.{name}"] = self._wrap(rows, self._shape(parameter))
-        return saved
 
     def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
         self.optimizer_steps = steps

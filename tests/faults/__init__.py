@@ -72,7 +72,7 @@ def arm(fault: Fault) -> None:
 
     from inrank_dist.engine import engine
     from inrank_dist.train import ranks
-    from inrank_dist.train.checkpoint import folder
+    from inrank_dist.train.checkpoint import folder, shard
     from inrank_dist.train.loop import Trainer
 
     trainers: list[Trainer] = []
@@ -125,8 +125,8 @@ def arm(fault: Fault) -> None:
         setattr(owner, name, replaced)
 
     def flip(result: Any, *arguments: Any) -> Any:
-        """Flip a byte of the first tensor file of a folder that was sealed."""
-        path = arguments[0] / arguments[1][0]
+        """Flip a byte of the tensor file that was written."""
+        path = arguments[0] / next(iter(result))
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -171,7 +171,7 @@ def arm(fault: Fault) -> None:
     elif fault.phase == "reshape":
         around(engine, "map_factors")
     elif fault.phase == "save-data":
-        around(folder, "seal", flip)
+        around(shard, "write_shard", flip)
     elif fault.phase == "save-commit":
         around(Path, "rename", when=lambda path, *_: path.name.startswith("tmp-step-"))
     elif fault.phase == "retention":

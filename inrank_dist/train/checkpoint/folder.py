@@ -10,6 +10,7 @@ hashes every file before it uses one.
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import stat
@@ -186,27 +187,26 @@ def begin(final: Path) -> Path:
     return partial
 
 
-def seal(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Flush files to the disk; their entries."""
-    names = list(names)
-    for name in names:
-        flush_path(folder / name)
-    return hash_files(folder, names)
+def seal(folder: Path, contents: Mapping[str, bytes]) -> dict[str, FileEntry]:
+    """Write small files and flush them to the disk; their entries."""
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return {name: FileEntry(len(each), hashlib.sha256(each).hexdigest()) for name, each in contents.items()}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """One file of JSON."""
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file."""
+    return json.dumps(content, indent=1).encode()
 
 
 def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, ephemeral: bool) -> None:
     """Make a private folder, whose files are sealed, the checkpoint."""
     manifest = {"format": FORMAT, "ephemeral": ephemeral, "files": {name: asdict(e) for name, e in files.items()}}
-    write_json(partial / MANIFEST, manifest)
-    flush_path(partial / MANIFEST)
-    digest = hashlib.sha256((partial / MANIFEST).read_bytes()).hexdigest()
-    (partial / MARKER).write_bytes(f"{digest}\n".encode())
-    flush_path(partial / MARKER)
+    sealed = seal(partial, {MANIFEST: as_json(manifest)})
+    seal(partial, {MARKER: f"{sealed[MANIFEST].sha256}\n".encode()})
     flush_path(partial)
     try:
         read_manifest(partial)

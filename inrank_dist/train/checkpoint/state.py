@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...lowrank.convert import LayerLayout, Layout
-from .folder import write_json
+from .folder import as_json
 from .listing import Damaged, step_of, trouble
 
 STATE = "state.json"
@@ -70,9 +70,9 @@ KINDS: dict[str, Any] = get_type_hints(TrainState) | {
 """What ``state.json`` holds, to the last value: a wrong one must not come to light many steps later, or never."""
 
 
-def write_state(folder: Path, state: TrainState) -> None:
-    """Write ``state.json``."""
-    write_json(folder / STATE, asdict(state))
+def encode_state(state: TrainState) -> bytes:
+    """The content of ``state.json``."""
+    return as_json(asdict(state))
 
 
 def read_state(folder: Path) -> TrainState:

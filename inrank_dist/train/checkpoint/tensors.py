@@ -1,28 +1,23 @@
-"""Tensors to safetensors files and back, through ``torch.distributed.checkpoint``: every process its own rows."""
+"""Tensors out of a checkpoint's files, through ``torch.distributed.checkpoint``: every process its own rows."""
 
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...engine.engine import Engine
 from .folder import Damaged
 from .state import TrainState
 
-# A single process saves and loads on its own here, which is what is meant.
+# A single process loads on its own here, which is what is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-Group = dist.ProcessGroup | None
-"""Processes that write together; None: this one alone."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +26,6 @@ class Stored:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> None:
-    """Write tensors; all processes call it together."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-
-
-def stage_and_write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Group) -> "Future[Any]":
-    """Copy tensors to memory, then write them in another thread; they may change as soon as this returns."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    written = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group)
-    assert isinstance(written, Future)
-    return written
-
-
-def written_by(folder: Path, rank: int) -> list[str]:
-    """Names of the tensor files that a process wrote; none, if all its rows are empty."""
-    return sorted(path.name for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
 def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:

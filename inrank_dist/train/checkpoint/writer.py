@@ -1,23 +1,22 @@
 """Writing checkpoints, in step with the training or behind it."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ...engine.context import Context
-from ...engine.engine import Engine
+from ...engine.engine import Engine, SavedRows
 from ...errors import UserError
 from ..settings import CheckpointSettings
 from . import folder as folders
+from . import shard
 from .folder import FileEntry
 from .listing import folder_of
-from .state import STATE, TrainState, write_state
-from .tensors import stage_and_write_tensors, write_tensors, written_by
+from .state import STATE, TrainState, encode_state
 
 Result = TypeVar("Result")
 
@@ -59,13 +58,11 @@ class CheckpointWriter:
         final = folder_of(self.run_folder, state.step)
         partial = final.with_name(f"tmp-{final.name}")
         self._on_main(final, lambda: folders.begin(final))
+        rows = engine.saved_rows()
         if self.settings.async_:
-            with _Told(final):
-                written = stage_and_write_tensors(partial, engine.tensors(), self._group)
-            self._pending = self._thread.submit(self._complete, final, partial, state, ephemeral, written.result)
+            self._pending = self._thread.submit(self._complete, final, partial, state, ephemeral, shard.stage(rows))
         else:
-            tensors = engine.tensors()
-            self._complete(final, partial, state, ephemeral, lambda: write_tensors(partial, tensors, self._group))
+            self._complete(final, partial, state, ephemeral, rows)
 
     @property
     def failure(self) -> bool:
@@ -87,12 +84,10 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
 
     def _complete(
-        self, final: Path, partial: Path, state: TrainState, ephemeral: bool, write: Callable[[], Any]
+        self, final: Path, partial: Path, state: TrainState, ephemeral: bool, rows: Sequence[SavedRows]
     ) -> None:
         """Everything from the tensors' files to the removal of old checkpoints."""
-        with _Told(final):
-            write()
-        files = self._together(final, lambda: folders.seal(partial, written_by(partial, self.context.rank)))
+        files = self._together(final, lambda: shard.write_shard(partial, self.context.rank, rows))
         every = {name: entry for each in self.context.gather(files, self._group) for name, entry in each.items()}
         self._on_main(final, lambda: self._commit(final, partial, state, ephemeral, every))
         self._on_main(final, lambda: self._retain(state.step))
@@ -100,10 +95,7 @@ class CheckpointWriter:
     def _commit(
         self, final: Path, partial: Path, state: TrainState, ephemeral: bool, files: dict[str, FileEntry]
     ) -> None:
-        write_state(partial, state)
-        for name, content in self.companions.items():
-            (partial / name).write_bytes(content)
-        files |= folders.seal(partial, [STATE, *self.companions])
+        files |= folders.seal(partial, {STATE: encode_state(state), **self.companions})
         folders.commit(partial, final, files, ephemeral=ephemeral)
 
     def _retain(self, newest: int) -> None:
@@ -133,17 +125,10 @@ class _Told:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> Literal[False]:
-        cause = error
-        if isinstance(error, CheckpointException):
-            cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, UserError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            advice = "free space" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
+        if isinstance(error, OSError):
+            advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
             raise UserError(
-                f"{self.final} could not be written ({cause.strerror or cause}); {advice} and run the same command "
+                f"{self.final} could not be written ({error.strerror or error}); {advice} and run the same command "
                 "again, it goes on from the last complete checkpoint"
             ) from None
-        if isinstance(error, CheckpointException):
-            raise RuntimeError(f"{self.final} could not be written: {error}") from None
         return False
