@@ -107,7 +107,7 @@ class Config:
             idle.update({f"{section}.{key}": why for key in keys})
 
         if self.parallel.engine not in ("auto", "fsdp"):
-            no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size")
+            no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size", "reduce_each_micro_batch")
         if not self.parallel.engine.startswith("zero"):
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "deepspeed")
         if self.parallel.engine == "local":

@@ -317,6 +317,7 @@ def _tensor_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+        tensors += [each.grad for each in tensors if each.is_leaf and type(each.grad) is Tensor]  # known to C++ alone
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())
 
@@ -399,6 +400,37 @@ def held_and_sent(config: Config, steps: int) -> tuple[int, int, float, float]:
         held = with_engine - _tensor_bytes()
         trainer.loader.close()
         return held, held_bytes(module, setup).total, collectives.sent, sent_bytes(module, setup)
+    finally:
+        context.stop()
+
+
+def held_before_the_last_micro_batch(config: Config) -> tuple[int, int]:
+    """Take a step, then accumulate two micro-batches.
+
+    Returns:
+        Bytes that go with the engine when the second one begins, and what the formula says of them.
+    """
+    context = Context()
+    context.start(60, always=True)
+    try:
+        trainer = trainer_of(config, context)
+        trainer.take_step()
+        engine, setup = trainer.engine, cost_setup(config, context.world_size)
+        assert setup.accumulation == 2
+        module = convert(engine.skeleton, engine.layout)
+        batch = [(each.inputs, each.targets) for each in trainer.loader.next_batch()]
+        seen: list[int] = []
+
+        def counted(*inputs: Tensor) -> Tensor:
+            engine.parameters()  # gives up what is still gathered
+            seen.append(_tensor_bytes())
+            return type(engine).loss(engine, *inputs)
+
+        engine.loss = counted  # type: ignore[method-assign]
+        engine.accumulate(batch, 1)
+        engine.release()
+        trainer.loader.close()
+        return seen[1] - _tensor_bytes(), held_bytes(module, setup).total
     finally:
         context.stop()
 

@@ -44,9 +44,37 @@ def test_fsdp_holds_and_sends_what_the_formulas_say(
     config = small_config(corpus, **WIDE, **changes, train__global_batch_size=4 * accumulation)
     config.parallel.engine = "fsdp"
     for held, formula, sent, sent_formula in pool.run("cost_checks:held_and_sent", config, steps, world_size=2):
-        if accumulation == 1:
-            assert held == pytest.approx(formula, rel=0.02)
+        assert held == pytest.approx(formula, rel=0.02)
         assert sent == pytest.approx(sent_formula, abs=300)  # the loss, the norm and the verdict of the step travel too
+
+
+@pytest.mark.parametrize("each", ["true", "false"])
+def test_gradients_are_divided_after_every_micro_batch_unless_told_otherwise(
+    pool: Pool, corpus: Path, each: str
+) -> None:
+    """Whole ones would be the largest thing that a process holds: a model divided by 64 keeps 1/64 of all else."""
+    config = small_config(
+        corpus, **WIDE, lowrank__mode="full", train__global_batch_size=8, parallel__reduce_each_micro_batch=each
+    )
+    config.parallel.engine = "fsdp"
+    for held, formula in pool.run("cost_checks:held_before_the_last_micro_batch", config, world_size=2):
+        assert held == pytest.approx(formula, rel=0.02)
+    for _, _, sent, formula in pool.run("cost_checks:held_and_sent", config, 1, world_size=2):
+        assert sent == pytest.approx(formula, abs=300)
+
+
+@pytest.mark.parametrize(("each", "scatters"), [("true", 2), ("false", 1)])
+def test_replicas_sum_gradients_once_a_step(pool: Pool, corpus: Path, each: str, scatters: int) -> None:
+    """With hybrid sharding, however many micro-batches there are."""
+    layers = 3
+    config = small_config(
+        corpus, model__num_layers=layers, train__global_batch_size=8, train__micro_batch_size=1,
+        parallel__engine="fsdp", parallel__shard_size=2, parallel__reduce_each_micro_batch=each,
+    )  # fmt: skip
+    for seen in pool.run("cost_checks:collectives_of_a_step", config, world_size=4):
+        names = [name for name, _ in seen]
+        assert names.count("reduce_scatter_base") == scatters * (layers + 1)
+        assert names.count("allreduce") == layers + 1 + 2  # gradients, the norm, and the verdict
 
 
 def test_a_block_is_gathered_as_one(pool: Pool, corpus: Path) -> None:

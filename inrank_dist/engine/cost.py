@@ -14,10 +14,10 @@ and step:
 | zero2        | 4 P + 4 T / N   | 4 T / N                  | 4 m T / N |
 | zero3        | 4 P / N + 4 T/N | 4 T / N                  | 4 m T / N |
 
-ZeRO-1 to -3 keep a master beside each trained weight. FSDP2 reduces gradients in the last micro-batch of a step;
-until then, where ``A > 1``, they are whole, 4 T. DeepSpeed keeps up to 1e9 parameters of ZeRO-3 gathered from the
-forward to the backward pass (``stage3_max_reuse_distance``), in a smaller model all of 4 P. Activations, what is
-gathered for the block at work, and buckets of gradients on their way come on top.
+ZeRO-1 to -3 keep a master beside each trained weight. With ``parallel.reduce_each_micro_batch: false`` gradients of
+fsdp are whole, 4 T, until the last of several micro-batches. DeepSpeed keeps up to 1e9 parameters of ZeRO-3 gathered
+from the forward to the backward pass (``stage3_max_reuse_distance``), in a smaller model all of 4 P. Activations, what
+is gathered for the block at work, and buckets of gradients on their way come on top.
 
 Bytes that one process sends in a step, with an all-gather or reduce-scatter of ``x`` bytes sending ``x (N - 1) / N``
 and an all-reduce twice that (rings: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
@@ -26,7 +26,8 @@ workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes a weight on 
 | engine       | sent                                                                                          |
 |--------------|-----------------------------------------------------------------------------------------------|
 | ddp, zero0   | all-reduce 4 T                                                                                |
-| fsdp         | A x all-gather w (2 B + R); reduce-scatter 4 T; hybrid: all-reduce 4 T / S over the replicas  |
+| fsdp         | A x all-gather w (2 B + R); A x reduce-scatter 4 T (once with                                 |
+|              | ``reduce_each_micro_batch: false``); hybrid: all-reduce 4 T / S over the replicas             |
 | zero1        | all-reduce 4 T; all-gather 4 T                                                                |
 | zero2        | A x all-reduce 4 T; all-gather 4 T                                                            |
 | zero3        | A x all-gather 4 P (twice above 1e9 parameters); A x reduce-scatter 4 T; parameters below 1e5 |
@@ -83,6 +84,7 @@ class Setup:
         accumulation: ``A``.
         bf16: computes in bfloat16.
         offload: ZeRO keeps masters, gradients and moments in the memory of the CPU.
+        reduce_each_micro_batch: FSDP2 reduces gradients after every micro-batch.
     """
 
     kind: Kind
@@ -92,6 +94,7 @@ class Setup:
     accumulation: int = 1
     bf16: bool = False
     offload: bool = False
+    reduce_each_micro_batch: bool = True
 
 
 def held_bytes(module: nn.Module, setup: Setup) -> Held:
@@ -105,7 +108,8 @@ def held_bytes(module: nn.Module, setup: Setup) -> Held:
     if setup.kind == "fsdp":
         S = setup.shard_size or N
         mine = FLOAT * _cut(trained, S)
-        return Held(FLOAT * _cut(every, S), T if setup.accumulation > 1 else mine, m * mine)
+        whole = setup.accumulation > 1 and not setup.reduce_each_micro_batch
+        return Held(FLOAT * _cut(every, S), T if whole else mine, m * mine)
     stage = zero_stage(setup.kind)
     part = -(-T // N)
     parameters = -(-P // N) if stage == 3 else P
@@ -131,7 +135,8 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
         blocks = S * _cut(module.blocks.parameters(), S)
         gathered = (2 if setup.bf16 else FLOAT) * (S * _cut(every, S) + blocks)
         reduced = FLOAT * S * _cut(trained, S)
-        return A * shards * gathered + shards * reduced + 2 * replicas * reduced / S
+        times = A if setup.reduce_each_micro_batch else 1
+        return A * shards * gathered + times * shards * reduced + 2 * replicas * reduced / S
     if setup.kind == "zero3":
         lasting = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
         times = 1 if P < FLOAT * REUSED else 2

@@ -26,6 +26,7 @@ class FSDPEngine(Engine):
 
     Args:
         shard_size: processes that share one copy of the model; None: all.
+        reduce_each_micro_batch: reduce-scatter gradients after every micro-batch, so that none is ever held whole.
     """
 
     name = "fsdp"
@@ -40,7 +41,9 @@ class FSDPEngine(Engine):
         optimizer: OptimizerSettings,
         options: BuildOptions,
         shard_size: int | None = None,
+        reduce_each_micro_batch: bool = True,
     ) -> None:
+        self.reduce_each_micro_batch = reduce_each_micro_batch
         self.shard_size = shard_size or context.world_size
         self.replicas = context.world_size // self.shard_size
         sizes: tuple[int, ...] = (self.replicas, self.shard_size)
@@ -93,7 +96,9 @@ class FSDPEngine(Engine):
 
     def _accumulating(self, last: bool) -> AbstractContextManager[object]:
         assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last)
+        self.module.set_requires_gradient_sync(last or self.reduce_each_micro_batch)
+        # Replicas need the sum of all micro-batches only: what is reduced within a copy travels between copies once.
+        self.module.set_requires_all_reduce(last)
         return super()._accumulating(last)
 
 

@@ -25,6 +25,9 @@ class ParallelSettings:
     shard_size: int | None = None
     """Processes among which parameters are sharded, replicated over the rest (hybrid sharding); null: all. Of fsdp
     only."""
+    reduce_each_micro_batch: bool = True
+    """Divide the gradients among the processes after every micro-batch. With false they are whole in each process until
+    the last one: more memory, but they travel once a step. Of fsdp only."""
     offload_optimizer: bool = False
     """Keep master weights and moments in the memory of the CPU (zero2, zero3)."""
     deepspeed: dict[str, Any] | None = None

@@ -136,7 +136,11 @@ def build_engine(
     engines: dict[str, Callable[..., Engine]] = {
         "local": Engine,
         "ddp": DDPEngine,
-        "fsdp": functools.partial(FSDPEngine, shard_size=config.parallel.shard_size),
+        "fsdp": functools.partial(
+            FSDPEngine,
+            shard_size=config.parallel.shard_size,
+            reduce_each_micro_batch=config.parallel.reduce_each_micro_batch,
+        ),
     }
     make = engines.get(kind) or _zero(zero_stage(kind), config, context)
     return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
@@ -158,6 +162,7 @@ def cost_setup(config: Config, world_size: int) -> Setup:
         train.global_batch_size // world_size // train.micro_batch_size,
         train.precision == "bf16",
         config.parallel.offload_optimizer,
+        config.parallel.reduce_each_micro_batch,
     )
 
 
