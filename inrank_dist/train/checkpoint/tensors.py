@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ...engine.engine import Engine
-from .folder import Damaged
+from .listing import Damaged
 from .state import TrainState
 
 # A single process loads on its own here, which is what is meant.
