@@ -11,8 +11,8 @@
 # The others are those of launch/torchrun.sh, which runs inside. The current folder is the same inside and outside, so
 # that paths in a config mean the same; what is written there is yours. Prepared data stays in ~/.cache/inrank_dist.
 # GPUs are there if nvidia-smi shows any, the network is this machine's, and variables NCCL_*, GLOO_*, INRANK_*,
-# SLURM_*, TORCH_*, HF_TOKEN, OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES are passed. SIGTERM, SIGINT and SIGUSR1 go to the
-# training.
+# SLURM_*, TORCH_*, HF_TOKEN, OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES are passed. SIGTERM, SIGINT, SIGUSR1 and SIGHUP go
+# to the training.
 set -euo pipefail
 # shellcheck source=environment.sh
 . "$(dirname "$0")/environment.sh"

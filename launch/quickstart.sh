@@ -21,14 +21,14 @@ launch/torchrun.sh -n 2 train --config configs/quickstart.yaml --run.dir $run "$
 training=$!
 # Nobody else passes a signal on, and as the first process of a container this script would not even hear it. The
 # training saves and ends; its status, 75, is that of this script.
-trap 'kill -TERM "$training"' TERM INT USR1
+trap 'kill -TERM "$training"' TERM INT USR1 HUP
 status=0
 wait "$training" || status=$?
 while kill -0 "$training" 2>/dev/null; do  # a signal ends wait before the training
     status=0
     wait "$training" || status=$?
 done
-trap - TERM INT USR1
+trap - TERM INT USR1 HUP
 [ "$status" -eq 0 ] || exit "$status"
 echo "== What became of each layer (inrank inspect --run $run)"
 inrank inspect --run $run

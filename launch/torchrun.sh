@@ -5,5 +5,6 @@
 set -euo pipefail
 # shellcheck source=environment.sh
 . "$(dirname "$0")/environment.sh"
+trap 'exit 75' TERM INT USR1 HUP # nothing has begun
 use_environment
 exec python -m inrank_dist.launcher.torchrun "$@"

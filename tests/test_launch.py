@@ -17,6 +17,7 @@ from runs import small_config, tensor_bytes, the_error
 
 from inrank_dist.launcher import deepspeed
 from inrank_dist.launcher.network import reachable
+from inrank_dist.runtime.signals import STOP_SIGNALS
 from inrank_dist.train.checkpoint import list_checkpoints
 
 
@@ -39,7 +40,7 @@ def run(script: str, *words: object) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Gives back the signals that a launcher in this process takes."""
-    before = {number: signal.getsignal(number) for number in deepspeed.SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

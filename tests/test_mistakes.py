@@ -235,16 +235,24 @@ def test_words_after_the_command(fails: Fails, words: str, says: str) -> None:
 
 # The surroundings.
 
+MEETING = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
 
 @pytest.mark.parametrize(
     ("environment", "words", "says"),
     [
         ({"RANK": "1"}, "", "RANK is 1 but WORLD_SIZE is 1"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "", "RANK is 2 but WORLD_SIZE is 2"),
+        ({"LOCAL_RANK": "1"}, "", "LOCAL_RANK is 1 but WORLD_SIZE is not set; unset LOCAL_RANK for one process"),
+        ({"LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, "", "LOCAL_RANK is -1; write 0 to 1"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "", "srun started 8 tasks but not WORLD_SIZE; write srun torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "", "mpirun started 2 tasks but not WORLD_SIZE"),
         ({"RANK": "first"}, "", "RANK is 'first'; it must be a whole number"),
         ({"LOCAL_RANK": "x"}, "", "LOCAL_RANK is 'x'; it must be a whole number"),
         ({"WORLD_SIZE": "2"}, "", "WORLD_SIZE is 2 but MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "", "WORLD_SIZE is 2 but MASTER_PORT is not set"),
+        (MEETING, "", "WORLD_SIZE is 2 but RANK is not set"),
+        (MEETING | {"RANK": "0", "MASTER_PORT": "70000"}, "", "MASTER_PORT is 70000; write a port from 1 to 65535"),
         ({"WORLD_SIZE": "2"}, "--parallel.engine local", "parallel.engine is local but 2 processes were started"),
         ({"WORLD_SIZE": "2"}, "--parallel.shard_size 3", "parallel.shard_size is 3, which does not divide the 2"),
         ({"WORLD_SIZE": "3"}, "", "train.global_batch_size is 8"),
@@ -255,7 +263,7 @@ def test_environment(
 ) -> None:
     """Found by each process alone, before any waits for the others."""
     if words or "3" in environment.values():
-        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", **environment}
+        environment = MEETING | {"RANK": "0"} | environment
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert says in fails("train", "--config", place / "config.yaml", *words.split())

@@ -8,10 +8,15 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import Lost, UserError
+from ..runtime import console
+from ..runtime.parent import watch_launcher
+from ..runtime.place import speaks as speaks_for_node
+from ..runtime.signals import leaving_at_once
 
 COMMANDS = {
     "train": "the main job: prepare the data, train, checkpoint, report; resumes by itself",
@@ -24,6 +29,10 @@ COMMANDS = {
     "report": "one self-contained HTML file with plots",
     "bench": "measurements: full rank against low rank; a rank decision; what checkpoints cost",
 }
+
+
+OUTLIVE_CONSOLE = ("train", "prepare")
+"""Commands whose product is files: they go on when nobody reads what they print."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,9 +52,10 @@ def main(words: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     # The deepspeed launcher passes what it also writes to LOCAL_RANK.
     words = [word for word in words if not word.startswith("--local_rank=")]
-    # One voice a node: the other processes of a launcher make the same mistake at the same time.
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    speaks = not local_rank.isdecimal() or int(local_rank) == 0
+    console.guard(outlive=bool(words) and words[0] in OUTLIVE_CONSOLE)
+    watch_launcher()
+    # Log once per node: the other processes of a launcher make the same mistake at the same time.
+    speaks = speaks_for_node()
     _print_any_text()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("inrank_dist").setLevel(logging.INFO if speaks else logging.ERROR)
@@ -53,22 +63,20 @@ def main(words: Sequence[str] | None = None) -> int:
         command, rest = _command(words)
         if command is None:
             return 0
-        module = importlib.import_module(f".{command}", __package__)
-        parser = Parser(prog=f"inrank {command}", description=COMMANDS[command], allow_abbrev=False)
-        module.add_arguments(parser)
-        if hasattr(module, "complete"):
-            rest = module.complete(rest)
-        arguments, overrides = parser.parse_known_args(rest)
-        module.run(arguments, overrides)
+        with leaving_at_once() if command == "train" else nullcontext():
+            module = importlib.import_module(f".{command}", __package__)
+            parser = Parser(prog=f"inrank {command}", description=COMMANDS[command], allow_abbrev=False)
+            module.add_arguments(parser)
+            if hasattr(module, "complete"):
+                rest = module.complete(rest)
+            arguments, overrides = parser.parse_known_args(rest)
+            module.run(arguments, overrides)
         sys.stdout.flush()
         return 0
     except UserError as error:
         line = " ".join(str(error).split())
         _tell_mistake(line, speaks)
         return _leave(2, line)
-    except BrokenPipeError:  # the reader of a pipe such as `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _leave(0)
     except Lost as error:
         _tell_mistake(str(error), True)
         return _leave(1, str(error))
@@ -149,8 +157,7 @@ def _leave(status: int, line: str = "") -> int:
                 watch.tell_failure(status, line)
             watch.part()
             watch.leave(status, "")
-        sys.stdout.flush()
-        sys.stderr.flush()
+        console.flush()
         os._exit(status)
     return status
 

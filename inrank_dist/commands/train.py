@@ -15,6 +15,7 @@ from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
+from ..runtime.signals import NOTHING_LOST
 from ..runtime.yaml_text import shown
 from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
 from ..train.loop import Trainer
@@ -23,7 +24,7 @@ from ..train.monitors import Monitors
 from ..train.report import write_report
 from ..train.run_folder import RunFolder, refuse_unwritable
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
-from ..train.stop import NOTHING_LOST, Stopped, StopRequest
+from ..train.stop import Stopped, StopRequest
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..errors import Lost, UserError
 from ..lowrank.division import Processes
+from ..runtime.place import read_place, whole_number
+from ..runtime.store import join_store
 
 Result = TypeVar("Result")
 
@@ -35,24 +37,11 @@ class Context:
     """
 
     def __init__(self) -> None:
-        self.rank = _from_environment("RANK", 0)
-        self.world_size = _from_environment("WORLD_SIZE", 1)
-        self.local_rank = _from_environment("LOCAL_RANK", 0)
-        if not 0 <= self.rank < self.world_size:
-            raise UserError(
-                f"RANK is {self.rank} but WORLD_SIZE is {self.world_size}; start with torchrun, or unset both "
-                "for one process"
-            )
-        tasks = _from_environment("SLURM_NTASKS", 1)
-        if tasks > 1 and "SLURM_STEP_ID" in os.environ and "WORLD_SIZE" not in os.environ:
-            raise UserError(f"srun started {tasks} tasks but not WORLD_SIZE; write srun torchrun, one task per node")
-        if self.world_size > 1:
-            for name in ("MASTER_ADDR", "MASTER_PORT"):
-                if name not in os.environ:
-                    raise UserError(f"WORLD_SIZE is {self.world_size} but {name} is not set; start with torchrun")
+        place = read_place()
+        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         if torch.cuda.is_available():
             # By the number of processes of the node, so that all of them see the mistake and none waits for the others.
-            here = _from_environment("LOCAL_WORLD_SIZE", self.local_rank + 1)
+            here = whole_number("LOCAL_WORLD_SIZE", self.local_rank + 1)
             if max(here, self.local_rank + 1) > torch.cuda.device_count():
                 raise UserError(
                     f"{here} processes were started on this node, which has {torch.cuda.device_count()} GPU(s); "
@@ -97,8 +86,7 @@ class Context:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         try:
-            store, _, _ = next(iter(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout)))
-            store.set_timeout(timeout)
+            store = join_store(self.rank, timeout)
             self.attempt = name_attempt(store, self.rank, self.world_size, timeout_seconds)
             store = dist.PrefixStore(self.attempt, store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
@@ -232,11 +220,3 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds:
 def _digest(answer: object) -> int:
     text = json.dumps(answer, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-
-
-def _from_environment(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"the environment variable {name} is {text!r}; it must be a whole number") from None

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..runtime.console import flush, say
+from ..runtime.place import speaks
 from .context import Context
 from .patient_store import PatientStore
 
@@ -55,7 +56,7 @@ class Watch:
         on_stop: called in this thread when another process was asked to stop.
     """
 
-    def __init__(self, context: Context, folder: Path, on_stop: Callable[[str], None]) -> None:
+    def __init__(self, context: Context, folder: Path, on_stop: Callable[[], None]) -> None:
         self.context, self.folder, self._on_stop = context, folder, on_stop
         self._doing, self._since, self._patience = "starting", time.monotonic(), float("inf")
         self._off, self._leaving = threading.Event(), threading.Lock()
@@ -148,13 +149,12 @@ class Watch:
         """Say a line, unless it is empty, and end the process at once. The first to come here decides how."""
         self._leaving.acquire()
         if line:
-            sys.stderr.write(line + "\n")
-        sys.stdout.flush()
-        sys.stderr.flush()
+            say(line)
+        flush()
         os._exit(status)
 
     def _run(self) -> None:
-        stop_heard, launcher = False, os.getppid()
+        stop_heard = False
         for turn in itertools.count():
             before = time.monotonic()
             if self._off.wait(POLL_SECONDS):
@@ -162,9 +162,6 @@ class Watch:
             now = time.monotonic()
             if now - before > 1 + POLL_SECONDS:
                 self._since += now - before  # this process was stopped, or the machine slept: nobody's fault
-            if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
-                launcher = os.getppid()
-                self._on_stop("SIGTERM")  # torchrun was killed, and who starts it again finds nobody beside
             if turn % 8 == 0:
                 self._add(f"alive/{self.context.rank}", 1)
             news = self._get("news") is not None
@@ -172,9 +169,9 @@ class Watch:
             if failure:
                 time.sleep(1.0)  # the main thread, which a broken connection may have woken, may speak first
                 self.leave(failure[1], "" if self.spoken else farewell(self.context.rank, failure))
-            if news and not stop_heard and (name := self._get("stop")):
+            if news and not stop_heard and self._get("stop"):
                 stop_heard = True
-                self._on_stop(name)
+                self._on_stop()
             late = time.monotonic() - self._since > self._patience
             if (late or (news and self._get("hang"))) and not self._off.is_set():
                 self._hang()
@@ -253,7 +250,7 @@ def farewell(rank: int, failure: tuple[int, int, str]) -> str:
     """What a process says that leaves because another one failed. The user's mistake is told once a node."""
     other, status, line = failure
     if status == 2:
-        return f"error: {line}" if os.environ.get("LOCAL_RANK", "0") == "0" else ""
+        return f"error: {line}" if speaks() else ""
     return f"process {rank} leaves: process {other} failed ({line})"
 
 
@@ -290,6 +287,6 @@ def _list(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
 
 
-def interrupt(name: str) -> None:
-    """Give this process the signal that another one got."""
-    os.kill(os.getpid(), getattr(signal, name))
+def interrupt() -> None:
+    """Ask this process to stop, as another one was. Not by the signal that came there, which may be ignored here."""
+    os.kill(os.getpid(), signal.SIGTERM)

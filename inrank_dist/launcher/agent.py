@@ -2,6 +2,7 @@
 processes, on whatever node."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -13,10 +14,12 @@ from typing import Any
 import psutil
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from ..engine.patient_store import PatientStore
 from ..errors import Lost
-from .common import EXIT_MISTAKE
+from ..runtime.console import flush, say
+from .common import EXIT_MISTAKE, Outcome
 from .torchrun_job import Job
 
 MISTAKE_KEY = "inrank mistake"
@@ -29,7 +32,11 @@ SAME_SECONDS = 10
 
 
 def guarded(
-    job: Job, store: PatientStore | None, missing: str, status: Callable[[dict[int, Any]], int]
+    job: Job,
+    store: PatientStore | None,
+    missing: str,
+    status: Callable[[dict[int, int]], int],
+    outcome: Outcome,
 ) -> type[LocalElasticAgent]:
     """A class of agents beside which a thread looks that they do not wait for ever.
 
@@ -41,7 +48,8 @@ def guarded(
         job: of which the agent starts this node's processes.
         store: of the job; None: there is but this node.
         missing: the line to say when other nodes do not come.
-        status: exit status from the failures of processes.
+        status: exit status from those of processes.
+        outcome: written as it comes.
     """
     lost = f"lost the network to {job.place}, where the nodes meet; start the same command again"
 
@@ -60,18 +68,35 @@ def guarded(
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.state == WorkerState.SUCCEEDED:
+                outcome.final = 0
                 self._guard("done", BARRIER_SECONDS, 0)
             elif result.state == WorkerState.FAILED:
                 mistake = any(failure.exitcode == EXIT_MISTAKE for failure in result.failures.values())
                 if mistake:
                     self._remaining_restarts = 0
                 if self._remaining_restarts == 0:
-                    self._guard("failed", GONE_SECONDS, status(result.failures))
+                    statuses = {rank: int(failure.exitcode) for rank, failure in result.failures.items()}
+                    outcome.final = status(statuses)
+                    self._guard("failed", GONE_SECONDS, outcome.final)
                 if mistake and store:
                     _tell_mistake(store, job.nodes[0])
             else:
                 self._guard("running", GONE_SECONDS, 1)
             return result
+
+        def _start_workers(self, worker_group: Any) -> Any:
+            # Else torch takes more signals, SIGHUP also below nohup, and ends processes by signals they do not know.
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"
+            return super()._start_workers(worker_group)
+
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+            asked = isinstance(sys.exc_info()[1], SignalException)
+            if asked:  # a second signal would end the waiting and leave the processes behind
+                signal.signal(signal.SIGTERM, lambda *_: None)
+            super()._shutdown(death_sig, timeout)
+            for local_rank, handler in getattr(self._pcontext, "subprocess_handlers", {}).items() if asked else ():
+                code = handler.proc.poll()
+                outcome.statuses[local_rank] = -signal.SIGKILL if code is None else code
 
         def _guard(self, doing: str, limit: float, leave: int) -> None:
             first = not hasattr(self, "_state")
@@ -136,6 +161,6 @@ def _end_children() -> None:
 
 def _leave(status: int, line: str) -> None:
     if line:
-        sys.stderr.write(f"error: {line}\n")
-    sys.stderr.flush()
+        say(f"error: {line}")
+    flush()
     os._exit(status)

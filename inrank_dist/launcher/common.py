@@ -3,6 +3,7 @@
 import argparse
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ..commands.main import Parser
 from ..errors import UserError
@@ -12,6 +13,19 @@ EXIT_MISTAKE = 2
 SHUTDOWN_SECONDS = 180
 """How long processes that were asked to leave may take: longer than ``checkpoint.grace_seconds``, after which they
 leave by themselves."""
+
+
+@dataclass
+class Outcome:
+    """What became of the processes that a launcher has started on this node.
+
+    Attributes:
+        statuses: their exit statuses by local rank, once a signal has ended them.
+        final: exit status of the launcher, once they have ended by themselves and are not started again.
+    """
+
+    statuses: dict[int, int] = field(default_factory=dict)
+    final: int | None = None
 
 
 def read_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:

@@ -12,38 +12,34 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, TextIO
 from urllib.parse import quote, unquote
 
 import psutil
 
 from ..errors import UserError
-from ..train.stop import EXIT_STOPPED
+from ..runtime import console
+from ..runtime.parent import LAUNCH, LAUNCHER
+from ..runtime.signals import EXIT_STOPPED, stop_signals
 from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, killed
 from .deepspeed_job import Job, read_job
 from .network import settings_for, shown
 
-SIGNALS = {  # what comes -> what the training is sent
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,  # the terminal is gone
-}
-MARK = "INRANK_LAUNCH"
-"""Environment variable of the training's processes: name of the launch, own pid."""
 PROCESS, SIGNAL = "--process", "--signal"
 """First words of the calls that this module makes to itself."""
 
 
-def launch(job: Job, asked: list[signal.Signals]) -> int:
+def launch(job: Job, asked: threading.Event) -> int:
     """Run the deepspeed launcher to its end.
 
     Args:
-        asked: signals that have come so far; handlers add to it.
+        asked: set by handlers when a signal has come.
 
     Returns:
         Exit status of the training.
@@ -61,25 +57,33 @@ def launch(job: Job, asked: list[signal.Signals]) -> int:
         os.environ["PDSH_SSH_ARGS_APPEND"] = environment["PDSH_SSH_ARGS_APPEND"] = append.strip()
         _refuse_unreachable(job.remote)
     name = uuid.uuid4().hex
-    variables = [f"{key}={value}" for key, value in ({MARK: name} | job.variables).items()]
+    own = {LAUNCH: name} if job.remote else {LAUNCH: name, LAUNCHER: str(os.getpid())}
+    variables = [f"{key}={value}" for key, value in (own | job.variables).items()]
     command = ["deepspeed", *job.options, "--log_level", "critical", "--no_local_rank", "--no_python"]
     command += [*_myself(), PROCESS, *map(wrap, [*variables, "--", *job.words])]
-    if asked:
+    if asked.is_set():
         return EXIT_STOPPED
+    # pdsh would end, and with it the training, where nobody reads what it prints.
+    output = subprocess.PIPE if job.remote else None
     launcher = subprocess.Popen(
         command,
         env=environment,
+        stdout=output,
+        stderr=output,
         # A terminal's Ctrl-C, or a batch system that signals whoever it finds, would end it before the training.
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
     )
+    copies = [_copy(launcher.stdout, sys.stdout), _copy(launcher.stderr, sys.stderr)] if job.remote else []
     while True:
         try:
             status = launcher.wait(0.5)
             break
         except subprocess.TimeoutExpired:
-            if asked:  # again and again: those that are only starting hear of it as well, the others have
-                _tell(job, name, SIGNALS[asked[0]])
+            if asked.is_set():  # again and again: those that are only starting hear of it as well, the others have
+                _tell(job, name, signal.SIGTERM)
+    for copy in copies:
+        copy.join(5)
     if job.remote and status not in (0, EXIT_MISTAKE, EXIT_STOPPED):
         _tell(job, name, signal.SIGTERM)
     left = _signal(name, signal.SIGTERM)  # the launcher was killed, for which it returns 0
@@ -88,7 +92,7 @@ def launch(job: Job, asked: list[signal.Signals]) -> int:
     if left:
         print("the deepspeed launcher was killed; the processes that it left have been stopped", file=sys.stderr)
         return 1
-    if asked and status == 256 - SIGNALS[asked[0]]:
+    if asked.is_set() and status == 256 - signal.SIGTERM:
         return EXIT_STOPPED  # the signal itself ended a process that was still starting: nothing is lost
     if status in (0, EXIT_MISTAKE, EXIT_STOPPED):
         return status
@@ -102,11 +106,24 @@ def training_processes(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == f"{name} {process.pid}":
+            if process.environ().get(LAUNCH) == f"{name} {process.pid}":
                 found.append(process)
         except psutil.Error:  # another user's, or gone
             continue
     return found
+
+
+def _copy(source: IO[bytes] | None, target: TextIO) -> threading.Thread:
+    """Pass on what is written, line by line, in a thread."""
+
+    def work() -> None:
+        for line in source or ():
+            target.buffer.write(line)
+            target.flush()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
 
 
 def _tell(job: Job, name: str, number: signal.Signals) -> None:
@@ -168,7 +185,7 @@ def become(words: Sequence[str]) -> None:
     for variable in plain[:end]:
         name, _, value = variable.partition("=")
         os.environ[name] = value
-    os.environ[MARK] += f" {os.getpid()}"  # which it stays
+    os.environ[LAUNCH] += f" {os.getpid()}"  # which it stays
     settings = settings_for(os.environ["MASTER_ADDR"], int(os.environ["LOCAL_SIZE"]))
     if os.environ["LOCAL_RANK"] == "0":
         print(shown(settings), flush=True)
@@ -188,10 +205,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[:1] == [SIGNAL]:
             _signal(words[1], signal.Signals[words[2]])
             return 0
-        asked: list[signal.Signals] = []
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as below nohup
-                signal.signal(number, lambda number, _: asked.append(signal.Signals(number)))
+        asked = threading.Event()
+        for number in stop_signals():
+            signal.signal(number, lambda *_: asked.set())
         return launch(read_job(words), asked)
     except UserError as error:
         if words[:1] != [PROCESS] or os.environ["LOCAL_RANK"] == "0":  # one voice a host
@@ -200,4 +216,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    console.guard(outlive=True)
     sys.exit(main())

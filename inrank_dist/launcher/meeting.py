@@ -4,6 +4,7 @@ torch itself takes whatever listens at the port for that store, waits without a 
 nodes of two jobs that were given one port meet each other.
 """
 
+import errno
 import socket
 import threading
 import time
@@ -14,7 +15,8 @@ import torch.distributed as dist
 
 from ..engine.patient_store import PatientStore
 from ..errors import Lost, UserError
-from .network import is_here, reachable
+from ..runtime.store import serve_store
+from .network import LOOPBACK, is_here, reachable
 from .torchrun_job import Job
 
 ANSWER_SECONDS = 20.0
@@ -51,20 +53,27 @@ def meet(job: Job, address: str) -> PatientStore:
     return asked
 
 
+def meet_alone() -> dist.TCPStore:
+    """The store of a job of one node, at a port that was free."""
+    return serve_store(LOOPBACK, 0, timedelta(seconds=ANSWER_SECONDS))
+
+
 def _make(job: Job, address: str) -> dist.Store | None:
     """None: somebody listens there already, who may be another node of this job on the same machine."""
+    limit = timedelta(seconds=ANSWER_SECONDS)
     try:
-        # multi_tenant: torch's agent, in this process, then shares it.
-        return dist.TCPStore(
-            address,
-            job.port,
-            is_master=True,
-            wait_for_workers=False,
-            multi_tenant=True,
-            timeout=timedelta(seconds=ANSWER_SECONDS),
-        )
-    except (RuntimeError, ValueError) as error:
-        if "EADDRINUSE" not in str(error):
+        try:
+            return serve_store(address, job.port, limit)  # torch's agent, in this process, then shares it
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            # -k 0 behind an address of something else: a mapped port of a container, a service of a cluster.
+            print(f"{address} is no address of {socket.gethostname()}: the job's store listens on all of its own")
+            return dist.TCPStore(
+                address, job.port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=limit
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
             raise Lost(f"no store can be made at {job.place}: {str(error).splitlines()[0]}") from None
         if job.node_rank is not None or not reachable(address, job.port, 5):
             raise _taken(job) from None

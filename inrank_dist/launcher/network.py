@@ -15,6 +15,10 @@ PORT = 29400
 """Where the nodes of a job meet unless they are told another port; torchrun's own default."""
 
 
+LOOPBACK = "127.0.0.1"
+"""Where a job of one node meets: an address that no other machine reaches."""
+
+
 def split_endpoint(endpoint: str) -> tuple[str, int]:
     """``HOST[:PORT]`` -> host and port; IPv6 addresses with a port stand in brackets, ``[fd00::1]:29400``.
 

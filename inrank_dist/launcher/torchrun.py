@@ -17,12 +17,16 @@ from typing import Any
 import psutil
 
 from ..errors import Lost, UserError
-from ..train.stop import EXIT_STOPPED, SIGNALS
-from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, killed
-from .network import address_towards, resolve, settings_for, shown
+from ..runtime import console
+from ..runtime.console import say
+from ..runtime.signals import EXIT_STOPPED, STOP_SIGNALS, stop_signals
+from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, Outcome, killed
+from .network import LOOPBACK, address_towards, resolve, settings_for, shown
 from .torchrun_job import Job, check_every_size, read_job
 
 PROGRAM = ("-m", "inrank_dist")
+
+_outcome = Outcome()
 
 
 def launch(job: Job) -> int:
@@ -40,7 +44,7 @@ def launch(job: Job) -> int:
 
     job = replace(job, processes=job.processes or max(torch.cuda.device_count(), 1))
     check_every_size(job)
-    address = resolve(job.host or "localhost")
+    address = resolve(job.host or LOOPBACK)
     settings = settings_for(address, job.processes)
     print(shown(settings), flush=True)
     os.environ.update(settings)
@@ -54,9 +58,9 @@ def launch(job: Job) -> int:
         _run(job, address)
         return 0
     except SignalException:
-        return EXIT_STOPPED
+        return _status_when_asked()
     except ChildFailedError as error:
-        return _status(error.failures)
+        return _status({rank: int(failure.exitcode) for rank, failure in error.failures.items()})
     except RendezvousClosedError:
         raise Lost(f"the job that met at {job.place} has ended; nothing is left to join") from None
     except (RendezvousError, dist.DistNetworkError, dist.DistStoreError):
@@ -64,26 +68,28 @@ def launch(job: Job) -> int:
 
 
 def listen() -> None:
-    """SIGTERM, SIGINT and SIGUSR1 while no process of the training is there: leave at once with 75, there is nothing to
-    save. Else torch's agent passes them on, but for SIGUSR1, which it does not know.
+    """Answer requests to stop. While no process of the training is there, leave at once with 75: there is nothing to
+    save. Else a request becomes SIGTERM, which torch's agent passes on.
 
     A thread hears them, since the main thread may wait in C for other nodes, where Python's own handlers do not run.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
-    for number in SIGNALS:
+    for number in stop_signals():
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
 
     def hear() -> None:
         with theirs:
             while heard := ours.recv(1):
-                if heard[0] not in SIGNALS:
+                if heard[0] not in STOP_SIGNALS:
                     continue
                 if not psutil.Process().children():
-                    os.write(2, b"stopped while no training was running; the same command starts it or goes on\n")
+                    if _outcome.final is not None:
+                        os._exit(_outcome.final)
+                    say("stopped while no training was running; the same command starts it or goes on")
                     os._exit(EXIT_STOPPED)
-                if heard[0] == signal.SIGUSR1:
+                if heard[0] != signal.SIGTERM:
                     os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=hear, name="signals", daemon=True).start()
@@ -108,7 +114,7 @@ def _run(job: Job, address: str) -> None:
     from torch.distributed.launcher import api
 
     from .agent import guarded
-    from .meeting import meet
+    from .meeting import meet, meet_alone
 
     common: dict[str, Any] = {
         "min_nodes": job.nodes[0],
@@ -119,7 +125,9 @@ def _run(job: Job, address: str) -> None:
     }
     store = None
     if job.host is None:
-        config = api.LaunchConfig(**common, rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost")
+        alone = meet_alone()  # which lives as long as this function, or torch would make its own
+        common |= {"rdzv_endpoint": f"{LOOPBACK}:{alone.port}", "local_addr": LOOPBACK}
+        config = api.LaunchConfig(**common, rdzv_backend="static", rdzv_configs={"rank": 0, "timeout": job.wait})
     else:
         store = meet(job, address)
         bracketed = f"[{address}]" if ":" in address else address
@@ -140,7 +148,7 @@ def _run(job: Job, address: str) -> None:
         # One store for all rounds stays with the first round's process 0, and nodes that were there do not hear that
         # another one has taken its place: each round gets a store of its own.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    agent = guarded(job, store, _missing(job), _status)
+    agent = guarded(job, store, _missing(job), _status, _outcome)
     setattr(api, "LocalElasticAgent", agent)  # noqa: B010  # mypy takes no assignment to a class
     api.elastic_launch(config, sys.executable)("-u", *PROGRAM, *job.words)
 
@@ -152,17 +160,28 @@ def _missing(job: Job) -> str:
     )
 
 
-def _status(failures: dict[int, Any]) -> int:
+def _status(statuses: dict[int, int]) -> int:
     """Exit status from those of the processes that failed; a line on those that could not say one."""
-    statuses = {rank: int(failure.exitcode) for rank, failure in failures.items()}
     if EXIT_MISTAKE in statuses.values():
         return EXIT_MISTAKE
-    signals = {rank: -status for rank, status in statuses.items() if status < 0 and -status != signal.SIGTERM}
-    if not signals and EXIT_STOPPED in statuses.values():
+    if set(statuses.values()) <= {EXIT_STOPPED, -signal.SIGTERM} and EXIT_STOPPED in statuses.values():
         return EXIT_STOPPED
-    for rank, number in signals.items():
-        print(killed(f"process {rank} on {socket.gethostname()}", number), file=sys.stderr)
-    return 1
+    for rank, status in statuses.items():
+        if status < 0 and -status not in (signal.SIGTERM, signal.SIGPIPE):
+            print(killed(f"process {rank} on {socket.gethostname()}", -status), file=sys.stderr)
+    return 128 + signal.SIGPIPE if -signal.SIGPIPE in statuses.values() else 1
+
+
+def _status_when_asked() -> int:
+    """The same for all processes of this node, when they have been asked to stop. One that SIGTERM itself has ended was
+    only just starting, and has lost nothing."""
+    if _outcome.final is not None:
+        return _outcome.final
+    statuses = _outcome.statuses
+    failed = {rank: status for rank, status in statuses.items() if status not in (0, -signal.SIGTERM)}
+    if statuses and all(status == 0 for status in statuses.values()):
+        return 0  # they were done
+    return _status(failed) if failed else EXIT_STOPPED
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -178,5 +197,6 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    console.guard(outlive=True)
     listen()
     sys.exit(main())

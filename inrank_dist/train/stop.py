@@ -9,12 +9,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-EXIT_STOPPED = 75
-"""Saved and stopped on request: run the same command again (``EX_TEMPFAIL`` of sysexits.h)."""
-
-NOTHING_LOST = "stopped before the training began; nothing is lost, the same command starts it"
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from ..runtime.console import say
+from ..runtime.signals import EXIT_STOPPED, NOTHING_LOST, STOP_SIGNALS, stop_signals
 
 
 class Stopped(BaseException):
@@ -48,13 +44,13 @@ class StopRequest:
         """Take over the signals.
 
         Args:
-            grace_seconds: from a signal on; a process that is then still there leaves with status 75 without saving.
-                None: no limit.
+            grace_seconds: from a signal on; a process that is then still there leaves without saving, with status 1
+                (75 where there is nothing to save). None: no limit.
         """
         self._grace_seconds = grace_seconds
         self._sockets = socket.socketpair()
         self._sockets[1].setblocking(False)
-        for number in SIGNALS:
+        for number in stop_signals():
             self._before[number] = signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._sockets[1].fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._hear, args=(self._sockets[0],), name="signals", daemon=True).start()
@@ -110,7 +106,7 @@ class StopRequest:
     def _hear(self, end: socket.socket) -> None:
         with end, suppress(OSError):
             while heard := end.recv(1):
-                if heard[0] in SIGNALS:
+                if heard[0] in STOP_SIGNALS:
                     self._remember(heard[0])
 
     def _remember(self, number: int) -> None:
@@ -131,9 +127,11 @@ class StopRequest:
             self._lock.release()
 
     def _leave(self) -> None:
+        if self._at_once:  # the main thread is in C and has not heard of it
+            self._end(NOTHING_LOST)
         line = f"no safe point within checkpoint.grace_seconds {self._grace_seconds:g} after {self.signal}: leaving"
-        self._end(f"{line}; the next start goes on from the last complete checkpoint")
+        self._end(f"{line}; the next start goes on from the last complete checkpoint", 1)
 
-    def _end(self, line: str) -> None:
-        os.write(2, f"{line}\n".encode())
-        os._exit(EXIT_STOPPED)
+    def _end(self, line: str, status: int = EXIT_STOPPED) -> None:
+        say(line)
+        os._exit(status)
