@@ -1,0 +1,184 @@
+"""Every step of every engine is the textbook's: loss, clipping, parameter groups, AdamW, schedule, moments at events.
+
+Engines are otherwise compared with each other; what all of them did wrong would be seen by none.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference_step as reference
+import torch
+from checks import whole
+from pool import Pool
+from runs import short_config, train
+from sharing import slow
+from torch import Tensor
+
+from inrank_dist.config import Config
+from inrank_dist.train.loop import Trainer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def near(got: Tensor, expected: Tensor, relative: float, what: str) -> None:
+    """Equal to a share of the largest entry: sums of float32 are that exact, whatever their terms."""
+    scale = max(float(expected.abs().max()), 1e-30)
+    error = float((got.double() - expected.double()).abs().max()) / scale
+    assert error <= relative, f"{what}: off by {error:.1e} of its largest entry"
+
+
+def followed(config: Config) -> list[str]:
+    """Train, and hold each step and each rank event to the reference.
+
+    Returns:
+        What was held to it, in order: ``step``, ``grow``, ``freeze``.
+    """
+    done: list[str] = []
+    adamw = config.optimizer.name == "adamw"
+
+    def hook(trainer: Trainer) -> None:
+        engine, context = trainer.engine, trainer.context
+        take_step, after_step = trainer.take_step, trainer.ranks.after_step
+
+        def state() -> dict[str, Tensor]:
+            return {name: whole(tensor) for name, tensor in engine.tensors().items()}
+
+        def observed_step() -> Any:
+            before, step = state(), trainer.step
+            batches, verdict, rate = take_step()
+            after = state()
+            every = [batch for each in context.gather([(x.clone(), y.clone()) for x, y in batches]) for batch in each]
+            inputs, targets = (torch.cat(side) for side in zip(*every, strict=True))
+            assert inputs.shape == (config.train.global_batch_size, config.model.max_seq_len)
+            check_step(config, before, after, (inputs, targets), step, verdict, rate)
+            done.append("step")
+            return batches, verdict, rate
+
+        def observed_event(step: int, *batch: Any) -> Any:
+            action, before = trainer.ranks.due(step), state()
+            records = after_step(step, *batch)
+            if action and adamw:
+                check_event(config, before, state(), list(engine.layout), step, action)
+                done.append(action)
+            return records
+
+        trainer.take_step = observed_step  # type: ignore[method-assign]
+        trainer.ranks.after_step = observed_event  # type: ignore[method-assign]
+
+    train(config, hook=hook)
+    return done
+
+
+def check_step(
+    config: Config,
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    batch: tuple[Tensor, Tensor],
+    step: int,
+    verdict: Any,
+    rate: float,
+) -> None:
+    """One step, from the tensors before it."""
+    settings, shape = config.optimizer, config.model
+    model = reference.Model(shape.name, shape.num_layers, shape.num_heads, shape.num_kv_heads or shape.num_heads)
+    parameters = {name: tensor for name, tensor in before.items() if not name.startswith("optimizer.")}
+    fade = 1.0
+    if config.lowrank.base == "decay":
+        fade = max(0.0, 1 - step / config.lowrank.warmup_steps)
+    loss, gradients = reference.loss_and_gradients(model, parameters, *batch, fade)
+    assert verdict.loss == pytest.approx(loss, rel=1e-5)
+    norm, gradients = reference.clipped(gradients, config.train.grad_clip)
+    assert verdict.norm == pytest.approx(norm, rel=1e-4)
+    schedule = config.schedule
+    lr = reference.learning_rate(settings.lr, step, config.train.steps, schedule.warmup_steps, schedule.min_lr_ratio)
+    assert rate == pytest.approx(lr, rel=1e-12)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        decay = settings.weight_decay if reference.is_decayed(name) else 0.0
+        gradient = gradient + (0 if settings.name == "adamw" else decay) * before[name].double()
+        weights = (1 - settings.beta1, 1 - settings.beta2) if settings.name == "adamw" else (1.0,)
+        names = MOMENTS if settings.name == "adamw" else ("momentum_buffer",)
+        moved = []
+        for moment, beta, weight in zip(names, (settings.beta1, settings.beta2), weights, strict=False):
+            key = f"optimizer.{moment}.{name}"
+            old = before[key].double() if key in before else torch.zeros_like(gradient)
+            power = gradient.square() if moment == "exp_avg_sq" else gradient
+            # A gradient that is zero by mathematics, such as that of a key's bias, is noise of the size of the others.
+            noise = 1e-5 * largest ** (2 if moment == "exp_avg_sq" else 1)
+            expected = beta * old + weight * power
+            error = float((after[key].double() - expected).abs().max())
+            assert error <= 1e-4 * float(expected.abs().max()) + noise, f"step {step + 1}, {moment} of {name}: {error}"
+            moved.append(after[key])
+        if settings.name == "adamw":
+            expected = reference.adamw(
+                before[name], *moved, step=step + 1, lr=lr, decay=decay, betas=(settings.beta1, settings.beta2),
+                eps=settings.eps,
+            )  # fmt: skip
+        else:
+            expected = before[name].double() - lr * moved[0].double()
+        # Weight decay moves a parameter by 3e-4 of itself, and so is a hundred times this.
+        near(after[name], expected, 1e-6, f"step {step + 1}, {name}")
+    for name in parameters.keys() - gradients.keys():
+        assert torch.equal(after[name], before[name]), f"{name} has no gradient, but moved"
+
+
+def check_event(
+    config: Config, before: dict[str, Tensor], after: dict[str, Tensor], layers: list[str], step: int, action: str
+) -> None:
+    """The moments of one factor move with the map of the other, which the factors tell; nothing else moves."""
+    betas = (config.optimizer.beta1, config.optimizer.beta2)
+    for layer in layers:
+        old = {factor: before[f"{layer}.{factor}"].double() for factor in "UV"}
+        new = {factor: after[f"{layer}.{factor}"].double() for factor in "UV"}
+        modes = old["U"].shape[1]
+        for factor, other in (("U", "V"), ("V", "U")):
+            m, v = (before[f"optimizer.{moment}.{layer}.{factor}"].double() for moment in MOMENTS)
+            m_after, v_after = (after[f"optimizer.{moment}.{layer}.{factor}"].double() for moment in MOMENTS)
+            if action == "grow":  # the columns so far are untouched
+                near(new[factor][:, :modes], old[factor], 1e-6, f"{layer}.{factor}")
+                near(m_after[:, :modes], m, 1e-5, f"exp_avg of {layer}.{factor}")
+                near(v_after[:, :modes], v, 1e-5, f"exp_avg_sq of {layer}.{factor}")
+                continue
+            Q = torch.linalg.lstsq(old[other], new[other]).solution
+            near(old[other] @ Q, new[other], 1e-4, f"{layer}.{other} is no map of what it was")
+            near(m_after, m @ Q, 1e-3, f"exp_avg of {layer}.{factor}")
+            m, v = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+            mapped = ((v - m.square()) @ Q.square() + (m @ Q).square()).abs() * (1 - betas[1] ** step)
+            near(v_after, mapped, 1e-3, f"exp_avg_sq of {layer}.{factor}")
+    factors = {f"{layer}.{factor}" for layer in layers for factor in "UV"}
+    for name in after:
+        if not any(name.endswith(factor) for factor in factors):
+            assert torch.equal(after[name], before[name]), f"{name} moved at a rank event"
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"schedule__warmup_steps": 4, "schedule__min_lr_ratio": 0.1},
+    "llama": {
+        "model__name": "llama", "model__num_heads": 4, "model__num_kv_heads": 2, "lowrank__targets": "[mlp]",
+        "train__grad_clip": 0.0,
+    },
+    "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
+    "no base": {"lowrank__base": "none", "lowrank__init": "spectral"},
+    "full": {"lowrank__mode": "full"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "world_size"),
+    [
+        ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
+        ("gpt2", "ddp", 2), ("gpt2", "fsdp", 3), slow("llama", "fsdp", 2), slow("sgd", "ddp", 2),
+        slow("gpt2", "zero0", 2), slow("gpt2", "zero1", 2), slow("gpt2", "zero2", 3), slow("llama", "zero2", 2),
+        slow("gpt2", "zero3", 2), slow("llama", "zero3", 3), slow("sgd", "zero3", 2),
+        slow("sgd", "fsdp", 2),
+    ],
+)  # fmt: skip
+def test_every_step_is_the_textbooks(pool: Pool, corpus: Path, model: str, engine: str, world_size: int) -> None:
+    config = short_config(
+        corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1, **MODELS[model]
+    )
+    events = [] if model in ("sgd", "full") else ["grow", "grow", "freeze"]
+    for done in pool.run("test_reference_step:followed", config, world_size=world_size):
+        assert done.count("step") == 12
+        assert [each for each in done if each != "step"] == events
