@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inrank_dist.lowrank.final import budget_ranks, fitting_multiple, rounded_ranks, uniform_ranks
+from inrank_dist.lowrank.final import budget_ranks, fitting_multiple, least_fraction, rounded_ranks, uniform_ranks
 
 SHAPES = {"a": (12, 8), "b": (8, 8), "c": (30, 10)}
 CAPS = {"a": 8, "b": 8, "c": 10}
@@ -33,7 +33,7 @@ def discarded(ranks: dict[str, int], sigmas: dict[str, torch.Tensor]) -> float:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.floats(0.3, 0.9))
+@given(st.integers(0, 10**6), st.floats(0.34, 0.9))
 def test_budget_discards_the_least_energy_where_all_layers_cost_the_same(seed: int, fraction: float) -> None:
     """The greedy choice is then optimal: no other ranks within the budget do better (all are tried)."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +57,6 @@ def test_budget_weighs_energy_by_cost() -> None:
 
 def test_budget_gives_multiples_and_at_least_one_group() -> None:
     sigmas = {name: torch.ones(8, dtype=torch.float64) for name in SHAPES}
-    assert budget_ranks(sigmas, SHAPES, 1e-9, 2) == {"a": 2, "b": 2, "c": 2}
     assert all(rank % 2 == 0 for rank in budget_ranks(sigmas, SHAPES, 0.5, 2).values())
     assert budget_ranks(sigmas, SHAPES, 1e9, 2) == {"a": 8, "b": 8, "c": 8}
 
@@ -92,3 +91,35 @@ def test_rounding_never_goes_beyond_the_modes_that_exist() -> None:
 def test_rounding_at_a_cap_throws_nothing_away(cap: int, rank: int) -> None:
     """A cap that is no multiple of 64: to round down there would cost up to half of the parameters."""
     assert rounded_ranks({"a": cap}, {"a": torch.ones(cap, dtype=torch.float64)}, {"a": (400, 400)}, 64) == {"a": rank}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(2, 60), st.integers(2, 60)), min_size=1, max_size=5),
+    st.sampled_from([1, 3, 8, 64]),
+    st.floats(1.0, 20.0),
+)
+def test_a_budget_is_kept_whatever_the_multiple(
+    seed: int, shapes: list[tuple[int, int]], multiple: int, times: float
+) -> None:
+    """0.0001 once gave 0.375 of dense, for a group of 64 in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    named = {str(index): shape for index, shape in enumerate(shapes)}
+    sigmas = {
+        name: torch.rand(min(shape), generator=generator).double().sort(descending=True).values
+        for name, shape in named.items()
+    }
+    fraction = times * least_fraction(named)
+    ranks = budget_ranks(sigmas, named, fraction, multiple)
+    dense = sum(out * in_ for out, in_ in shapes)
+    assert sum(rank * sum(named[name]) for name, rank in ranks.items()) <= fraction * dense * (1 + 1e-12)
+    assert all(1 <= rank <= min(named[name]) for name, rank in ranks.items())
+
+
+def test_a_budget_below_rank_1_is_refused() -> None:
+    sigmas = {name: torch.ones(8, dtype=torch.float64) for name in SHAPES}
+    assert least_fraction(SHAPES) == pytest.approx((20 + 16 + 40) / (96 + 64 + 300))
+    with pytest.raises(ValueError, match=r"a budget of 0\.1 is below 0\.165"):
+        budget_ranks(sigmas, SHAPES, 0.1, 8)
+    assert budget_ranks(sigmas, SHAPES, least_fraction(SHAPES), 8) == {"a": 1, "b": 1, "c": 1}

@@ -279,14 +279,15 @@ class TestConsole:
 
     def test_a_rank_event_is_one_line_with_its_null_rank(self) -> None:
         assert console_lines(grow(100)) == [
-            "step 100  grow: mean rank 8.0 -> 15.0 (2 layers, null rank 31.0, explained 0.82) in 0.04 s"
+            "step 100  grow: mean rank 8.0 -> 15.0 (2 of 2 layers, null rank 31.0, explained 0.82) in 0.04 s"
         ]
 
     def test_ranks_that_are_the_null_rank_are_called_that(self) -> None:
         """The published ranks were those of untrained factors; nobody should have to find that out again."""
         (line,) = console_lines(grow(100, null_rank=16.2))
         assert line.endswith(
-            "in 1 of 2 the rank is the null rank within 2%: the rule found no more than it finds on untrained factors"
+            "in 1 of 2 layers the rank is the null rank within 2%: "
+            "the rule found no more than it finds on untrained factors"
         )
         assert "null rank within" not in console_lines(grow(100, null_rank=16.4))[0]
 
@@ -294,10 +295,12 @@ class TestConsole:
         lines = console_lines(START, step(1), grow(2), step(2), check(4), step(4), SUMMARY)
         assert not [line for line in lines if "rank" in line.replace("low-rank", "") and "null" not in line]
 
-    def test_evaluation_stands_beside_the_unigram_entropy(self) -> None:
-        line = console_lines(START, {"kind": "eval", "step": 50, "loss": 4.5, "perplexity": 90.017})[-1]
-        assert "step 50" in line and "validation loss 4.5000" in line and "perplexity 90.02" in line
-        assert "unigram entropy 6.9120, perplexity 1,004" in line
+    def test_the_unigram_entropy_stands_in_the_start_and_the_summary_not_at_every_validation(self) -> None:
+        evaluation = {"kind": "eval", "step": 50, "loss": 4.5, "perplexity": 90.017}
+        lines = console_lines(START, evaluation, evaluation, SUMMARY)
+        assert lines[3:5] == ["step 50  validation loss 4.5000  perplexity 90.02"] * 2
+        for told in (lines[:3], lines[5:]):
+            assert "\n".join(told).count("unigram entropy 6.9120, perplexity 1,004") == 1
 
     def test_start_is_short_and_the_summary_says_all(self) -> None:
         start = console_lines(START)

@@ -9,7 +9,8 @@ from ..lowrank.criterion import effective_rank
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
-from ..train.monitors.ranks import equals_null
+from ..train.monitors.ranks import RankTable
+from ..train.monitors.text import fixed
 from .common import add_run_arguments, console, load_trained, no_overrides
 
 
@@ -22,19 +23,21 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print a table of the low-rank layers and the sizes of the model.
 
     ``explained`` is the share of the measured spectrum that the rank explained at the last decision; ``eff. rank`` is
-    of ``U V^T`` as it is now.
+    of ``U V^T`` as it is now. The last column says where a rank is not a finding: equal to its null rank, never raised
+    above ``lowrank.initial_rank``, or below the threshold.
     """
     no_overrides(rest)
     trained = load_trained(arguments)
     state, settings = trained.checkpoint.state, trained.config.lowrank
     null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
     null.load_state_dict(state.ranks["null"])
-    explained, found = state.ranks["explained"], state.ranks["found"]
+    ranks = RankTable()
+    ranks.initial_rank, ranks.threshold = settings.initial_rank, settings.threshold
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")
     for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
         table.add_column(heading, justify="right")
-    at_null = 0
+    table.add_column("")
     for name, layer in state.layout.items():
         module = trained.model.get_submodule(name)
         assert isinstance(module, LowRankLinear)
@@ -42,18 +45,25 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
         sigma = singular_values(grams[name])
         null_rank = null.of(shape) if null.checks else None
-        at_null += null_rank is not None and equals_null(found.get(name, layer.rank), null_rank)
+        ranks.set_layer(
+            name,
+            rank=layer.rank,
+            found=state.ranks["found"].get(name),
+            null_rank=null_rank,
+            reached=state.ranks["explained"].get(name),
+        )
         parameters = (module.U.numel() + module.V.numel()) + (module.base.numel() if module.base is not None else 0)
         table.add_row(
             name,
             f"{shape[0]} x {shape[1]}",
             str(layer.rank),
             str(layer.modes),
-            "-" if null_rank is None else str(null_rank),
-            f"{explained[name]:.3f}" if name in explained else "-",
+            fixed(null_rank, 0),
+            fixed(ranks.explained.get(name), 3),
             f"{effective_rank(sigma):.1f}",
             str(parameters),
             f"{parameters / (shape[0] * shape[1]):.0%}",
+            ", ".join(ranks.flags(name)),
         )
     screen = console(width=160)
     dense = sum(parameter.numel() for parameter in trained.skeleton.parameters())
@@ -64,9 +74,5 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     if state.layout:
         screen.print(table)
     screen.print(f"{now} parameters, {now / dense:.1%} of {dense} dense", highlight=False)
-    if at_null:
-        screen.print(
-            f"in {at_null} of {len(state.layout)} layers the rank is the null rank within 2%: "
-            "there the rule has not seen learning",
-            highlight=False,
-        )
+    for note in ranks.notes():
+        screen.print(note, highlight=False)

@@ -54,15 +54,37 @@ def budget_ranks(
     """Ranks that discard the least energy, over all layers together, within a budget of parameters.
 
     Modes are taken in groups of ``multiple_of``, each time the group that saves the most energy ``sum sigma^2`` for
-    each of its ``in + out`` parameters; every layer keeps at least one group, even where the budget does not suffice.
+    each of its ``in + out`` parameters; every layer keeps at least one group. Where one group in every layer is already
+    more than the budget, groups are halved until it is not: the budget is kept, at the cost of ranks that suit the
+    machine less.
 
     Args:
         sigmas: layer -> ``(R,)`` singular values, descending; no layer gets more than its ``R``.
         fraction: the budget, as a fraction of the dense parameters ``in * out`` of these layers.
+
+    Raises:
+        ValueError: rank 1 in every layer is already more, see ``least_fraction``.
     """
-    budget = fraction * sum(out * in_ for out, in_ in (shapes[name] for name in sigmas))
-    groups = {name: fitting_multiple(multiple_of, len(sigma)) for name, sigma in sigmas.items()}
+    shapes = {name: shapes[name] for name in sigmas}
+    least = least_fraction(shapes)
+    if fraction < least:
+        raise ValueError(f"a budget of {fraction:g} is below {least:g}, which rank 1 in every layer takes")
+    budget = fraction * _dense_parameters(shapes)
+    while True:
+        groups = {name: fitting_multiple(multiple_of, len(sigma)) for name, sigma in sigmas.items()}
+        if multiple_of == 1 or sum(group * sum(shapes[name]) for name, group in groups.items()) <= budget:
+            break
+        multiple_of //= 2
     return _spend(budget, sigmas, shapes, groups, groups, {name: len(sigma) for name, sigma in sigmas.items()})
+
+
+def least_fraction(shapes: Mapping[str, Shape]) -> float:
+    """Parameters of rank 1 in every layer, as a fraction of the dense ones: no smaller budget can be kept."""
+    return sum(map(sum, shapes.values())) / _dense_parameters(shapes)
+
+
+def _dense_parameters(shapes: Mapping[str, Shape]) -> int:
+    return sum(out * in_ for out, in_ in shapes.values())
 
 
 def _spend(

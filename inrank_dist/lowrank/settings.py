@@ -56,7 +56,8 @@ class LowRankSettings:
     """Ranks at the freeze: per_layer as the rule found them; uniform: one rank of about as many parameters; budget: the
     ranks that discard the least energy within final_budget."""
     final_budget: float = 0.25
-    """With final budget: parameters of the factors after the freeze as a fraction of the dense layers'."""
+    """With final budget: at most this many parameters in the factors after the freeze, as a fraction of the dense
+    layers'; ranks are rounded to less than multiple_of where it would not be kept otherwise."""
     growth_init: Literal["random", "gradient", "published"] = "random"
     """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
     the span of the factors (costs two more backward passes a growth); neither changes the function. published: both

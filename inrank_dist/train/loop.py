@@ -383,11 +383,13 @@ class Trainer:
                 "train_tokens": self.data.train_tokens,
                 "validation_tokens": self.data.validation_tokens,
                 "ranks": {name: layer.rank for name, layer in self.engine.layout.items()},
+                "rank_table": self.ranks.table(),  # after a resume, as it was at the last decision
+                "initial_rank": self.config.lowrank.initial_rank,
+                "threshold": self.config.lowrank.threshold,
             }
         )
 
     def _summarise(self) -> None:
-        shapes = self.ranks.shapes
         self.monitors.write(
             {
                 "kind": "summary",
@@ -401,15 +403,9 @@ class Trainer:
                 "parameters": self.engine.parameter_count(),
                 "parameters_dense": self.parameters_dense,
                 "parameters_start": self.parameters_start,
-                "ranks": {
-                    name: {
-                        "rank": layer.rank,
-                        "found": self.ranks.found.get(name, layer.rank),
-                        "null_rank": self.ranks.null.of(shapes[name]) if self.ranks.null.checks else None,
-                        "shape": list(shapes[name]),
-                    }
-                    for name, layer in self.engine.layout.items()
-                },
+                "ranks": self.ranks.table(),
+                "initial_rank": self.config.lowrank.initial_rank,
+                "threshold": self.config.lowrank.threshold,
                 "seed": self.config.run.seed,
                 "world_size": self.context.world_size,
             }

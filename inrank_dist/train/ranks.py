@@ -217,7 +217,10 @@ class RankEvents:
         removes_base: bool,
         seconds: float,
     ) -> list[Record]:
+        """Of each layer ``explained`` is the share that the rank before the decision explains, ``reached`` that of the
+        rank after it."""
         records: list[Record] = []
+        when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold}
         null = {name: self.null.of(self.shapes[name]) for name in decisions}
         if action:
             layers = {
@@ -225,14 +228,21 @@ class RankEvents:
                     "rank": d.after,
                     "found": self.found[name],
                     "explained": d.explained,
+                    "reached": d.reached,
                     "null_rank": null[name],
                     "effective_rank": d.effective_rank,
                 }
                 for name, d in decisions.items()
             }
-            records.append({"kind": "rank_check", "step": step, "seconds": seconds, "layers": layers})
+            records.append({"kind": "rank_check", **when, "layers": layers})
         changes = {
-            name: {"from": d.before, "to": d.after, "explained": d.explained, "null_rank": null[name]}
+            name: {
+                "from": d.before,
+                "to": d.after,
+                "explained": d.explained,
+                "reached": d.reached,
+                "null_rank": null[name],
+            }
             for name, d in decisions.items()
             if name in events or d.after != d.before
         }
@@ -240,11 +250,23 @@ class RankEvents:
             for name, change in changes.items():
                 if self.found[name] != change["to"]:
                     change["found"] = self.found[name]
-            event = {"kind": "rank_event", "step": step, "action": action, "seconds": seconds, "layers": changes}
-            records.append(event)
+            records.append({"kind": "rank_event", "action": action, **when, "layers": changes})
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
+
+    def table(self) -> dict[str, Record]:
+        """What is known of each layer: its rank, the rank that the rule found, and what to hold them against."""
+        return {
+            name: {
+                "rank": layer.rank,
+                "found": self.found.get(name, layer.rank),
+                "null_rank": self.null.of(self.shapes[name]) if self.null.checks else None,
+                "reached": self.explained.get(name),
+                "shape": list(self.shapes[name]),
+            }
+            for name, layer in self.engine.layout.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state beside the layout; ``load_state_dict`` continues from it."""

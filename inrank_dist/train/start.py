@@ -1,6 +1,7 @@
 """From settings to a model at its start: skeleton, layout, start values."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..engine.fsdp import FSDPEngine
 from ..engine.settings import zero_stage
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, find_targets
+from ..lowrank.final import least_fraction
 from ..lowrank.init import generator_for, start_base, start_factors
 from ..lowrank.settings import LowRankSettings
 from ..lowrank.spectrum import Factors
@@ -32,7 +34,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
     """``(out, in)`` of the layers that are factored, in the model's order.
 
     Raises:
-        UserError: a target that matches nothing, or an initial rank above the width.
+        UserError: a target that matches nothing, an initial rank above the width, or a budget that nothing fits into.
     """
     if settings.mode == "full":
         return {}
@@ -55,6 +57,12 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
             if settings.grows:
                 reason += f" and lowrank.max_rank_fraction {settings.max_rank_fraction} caps its rank at {limit}"
             raise UserError(f"lowrank.initial_rank is {settings.initial_rank} but {reason}; write at most {limit}")
+    if settings.mode == "efficient" and settings.final == "budget" and settings.final_budget < least_fraction(shapes):
+        least = math.ceil(1e4 * least_fraction(shapes)) / 1e4
+        raise UserError(
+            f"lowrank.final_budget is {settings.final_budget:g} but rank 1 in every factored layer already takes "
+            f"{least_fraction(shapes):.2g} of their dense parameters; write at least {least:g}"
+        )
     return shapes
 
 

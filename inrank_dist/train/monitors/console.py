@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inrank_dist.train.monitors.ranks import RankTable, equals_null, found, mean
+from inrank_dist.train.monitors.ranks import RankTable, mean
 from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural, size
 
 SMOOTHING = 0.9
@@ -57,7 +57,7 @@ class ConsoleMonitor:
         elif kind == "step":
             self._step(record)
         elif kind == "eval":
-            self._say(f"{_at(record)}  validation loss {self._against_unigram(record)}")
+            self._say(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
         elif kind == "rank_event":
             self._rank_event(record)
         elif kind == "profile":
@@ -145,18 +145,16 @@ class ConsoleMonitor:
         self._step_seconds = None
 
     def _rank_event(self, record: dict[str, Any]) -> None:
-        layers = list((record.get("layers") or {}).values())
-        before, after, null, explained = (
-            mean(layer.get(key) for layer in layers) for key in ("from", "to", "null_rank", "explained")
-        )
+        change = self._table.change(record)
+        facts = [f"{change.changed} of {plural(change.total, 'layer')}"]
+        if change.found != change.after:
+            facts.append(f"found {fixed(change.found, 1)}")
+        facts += [f"null rank {fixed(change.null_rank, 1)}", f"explained {fixed(change.explained, 2)}"]
         line = (
-            f"{_at(record)}  {record.get('action', 'change')}:"
-            f" mean rank {fixed(before, 1)} -> {fixed(after, 1)}"
-            f" ({plural(len(layers), 'layer')}, null rank {fixed(null, 1)}, explained {fixed(explained, 2)})"
-            f" in {fixed(record.get('seconds'), 2)} s"
+            f"{_at(record)}  {change.action}: mean rank {fixed(change.before, 1)} -> {fixed(change.after, 1)}"
+            f" ({', '.join(facts)}) in {fixed(change.seconds, 2)} s"
         )
-        same = sum(equals_null(found(layer, "to"), layer.get("null_rank")) for layer in layers)
-        self._say(line + (f"; {_no_more_than_null(same, len(layers))}" if same else ""))
+        self._say("; ".join([line, *change.notes]))
 
     def _summary(self, record: dict[str, Any]) -> None:
         self.close()
@@ -168,28 +166,29 @@ class ConsoleMonitor:
         )
         validation = {"loss": record.get("validation_loss"), "perplexity": record.get("perplexity")}
         self._say(f"  train loss       {fixed(record.get('train_loss'), 4)}")
-        self._say(f"  validation loss  {self._against_unigram(validation)}")
+        known = f"  ({self._unigram()})" if self._entropy is not None else ""
+        self._say(f"  validation loss  {_loss_and_perplexity(validation)}{known}")
         parameters, dense = number(record.get("parameters")), number(record.get("parameters_dense"))
         share = f" ({parameters / dense:.2f} of dense, {amount(dense)})" if parameters and dense else ""
         self._say(f"  parameters       {amount(record.get('parameters_start'))} -> {amount(parameters)}{share}")
         if self._table.ranks:
             self._say(f"  rank             {self._mean_rank()}, {plural(len(self._table.ranks), 'layer')}")
-            if same := len(self._table.null_layers):
-                self._say(f"                   {_no_more_than_null(same, len(self._table.ranks))}")
+            for note in self._table.notes():
+                self._say(f"                   {note}")
 
     def _mean_rank(self, short: bool = False) -> str:
         rank, null = mean(self._table.ranks.values()), mean(self._table.null_ranks.values())
         if short:
-            return f"rank {fixed(rank, 1)} (null {fixed(null, 1)})"
+            pinned = len(self._table.pinned_layers)
+            held = f", {pinned} pinned" if pinned else ""
+            return f"rank {fixed(rank, 1)} (null {fixed(null, 1)}{held})"
         known = f"null rank {fixed(null, 1)}" if null is not None else "null rank not measured"
         found = mean(self._table.found.values())
         if null is not None and found != rank:
             known = f"found {fixed(found, 1)}, {known}"
+        if (explained := mean(self._table.explained.values())) is not None:
+            known += f", explained {fixed(explained, 2)}"
         return f"mean rank {fixed(rank, 1)} ({known})"
-
-    def _against_unigram(self, record: dict[str, Any]) -> str:
-        text = f"{fixed(record.get('loss'), 4)}  perplexity {fixed(record.get('perplexity'), 2)}"
-        return text + (f"  ({self._unigram()})" if self._entropy is not None else "")
 
     def _unigram(self) -> str:
         return f"unigram entropy {fixed(self._entropy, 4)}, perplexity {fixed(perplexity_of(self._entropy), 0)}"
@@ -202,13 +201,6 @@ class ConsoleMonitor:
         return text.encode(encoding, "replace").decode(encoding)
 
 
-def _no_more_than_null(same: int, layers: int) -> str:
-    return (
-        f"in {same} of {layers} the rank is the null rank within 2%: "
-        "the rule found no more than it finds on untrained factors"
-    )
-
-
 def _profile(record: dict[str, Any]) -> str:
     memory = record.get("memory") or {}
     split = ", ".join(f"{name} {size(memory.get(name))}" for name in memory if name != "peak")
@@ -219,6 +211,10 @@ def _skipped(record: dict[str, Any]) -> str:
     processes = ", ".join(str(process) for process in record.get("processes") or [])
     where = f" on process {processes}" if processes else ""
     return f"{_at(record)}  skipped: {record.get('reason')}{where} ({_whole(record.get('skipped'))} skipped so far)"
+
+
+def _loss_and_perplexity(record: dict[str, Any]) -> str:
+    return f"{fixed(record.get('loss'), 4)}  perplexity {fixed(record.get('perplexity'), 2)}"
 
 
 def _at(record: dict[str, Any]) -> str:

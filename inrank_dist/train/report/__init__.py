@@ -28,10 +28,10 @@ def write_report(run_folder: Path) -> Path:
     run_folder = Path(run_folder)
     if not run_folder.is_dir():
         raise UserError(f"run folder {run_folder} does not exist - give the folder that train wrote")
-    records = read_metrics(run_folder / "metrics.jsonl")
-    if not records:
+    history = History(read_metrics(run_folder / "metrics.jsonl"))
+    if not history.count:
         raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
-    page = _page(run_folder, History(records), len(records))
+    page = _page(run_folder, history)
     report = run_folder / "report.html"
     fresh = run_folder / "report.html.tmp"
     # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
@@ -43,7 +43,7 @@ def write_report(run_folder: Path) -> Path:
     return report
 
 
-def _page(run_folder: Path, history: History, records: int) -> str:
+def _page(run_folder: Path, history: History) -> str:
     config_file = run_folder / "config.yaml"
     text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
     settings = _settings(text)
@@ -61,7 +61,7 @@ def _page(run_folder: Path, history: History, records: int) -> str:
         sections.event_table(history),
         sections.samples(history),
         sections.config(text),
-        f"<footer>Made from {plural(records, 'record')} of metrics.jsonl.</footer>",
+        f"<footer>Made from {plural(history.count, 'record')} of metrics.jsonl.</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from inrank_dist.train.monitors.text import number, plural
+from inrank_dist.train.monitors.text import fixed, number, plural
+from inrank_dist.train.report.heatmap import HeatMap
 from inrank_dist.train.report.history import History
 from inrank_dist.train.report.plot import Line, Mark, Plot, Reference, figure, smoothed
 
-WIDE, HALF = 1020, 490
+WIDE, HALF, NARROW = 1020, 490, 350
 MARK_STYLE = {"grow": ("growth", "--c2", "2 3"), "freeze": ("freeze", "--c0", "")}
 
 
@@ -77,44 +78,39 @@ def dynamics_figures(history: History) -> str:
 
 
 def rank_figures(history: History, threshold: float | None) -> str:
-    """The rank of every layer with the null rank dashed, the explained ratio and the effective rank."""
+    """The rank of every layer, their mean beside the null rank, the explained ratio and the effective rank."""
     if not history.layers:
         return ""
-    kinds = list(dict.fromkeys(layer.kind for layer in history.layers.values()))
-    colours = {kind: f"--c{index % 8}" for index, kind in enumerate(kinds)}
-    lines = [
-        Line(
-            label=layer.kind,
-            tooltip=layer.name,
-            points=layer.rank,
-            colour=colours[layer.kind],
-            width=1.1,
-            opacity=0.55,
-            steps=True,
-        )
-        for layer in history.layers.values()
-    ]
-    lines.append(
-        Line(label="mean rank", points=history.mean_over_layers("rank"), colour="--ink", width=2.6, steps=True)
+    table, means = history.table, history.means
+    notes = {
+        name: " ".join([f"{fixed(rank, 0)} ({fixed(table.null_ranks.get(name), 0)})", *table.flags(name)])
+        for name, rank in table.ranks.items()
+    }
+    turns = [mark for mark in marks(history) if mark.label != "growth"]
+    ranks = HeatMap(
+        layers=list(history.layers.values()),
+        notes=notes,
+        start_rank=history.start_rank,
+        marks=turns,
+        x_end=history.last_step,
     )
-    null = history.mean_over_layers("null_rank")
-    lines.append(Line(label="mean null rank", points=null, colour="--ink", width=2, dash="6 4", steps=True))
-    figures = figure(
-        Plot(
-            title="Rank of every layer",
-            unit=plural(len(history.layers), "layer") + ("" if null else "; no null rank was measured"),
-            lines=lines,
-            marks=[mark for mark in marks(history) if mark.label != "growth"],
-            x_end=history.last_step,
-            from_zero=True,
-        ),
-        height=360,
-        wide=WIDE,
+    null = means["null_rank"]
+    mean_rank = Plot(
+        title="Mean rank",
+        unit="over all layers" + ("" if null else "; no null rank was measured"),
+        lines=[
+            Line(label="mean rank", points=means["rank"], colour="--c0", width=2, steps=True),
+            Line(label="mean null rank", points=null, colour="--ink", width=1.6, dash="6 4", steps=True),
+        ],
+        marks=turns,
+        x_end=history.last_step,
+        from_zero=True,
     )
-    last_check = max((x for layer in history.layers.values() for x, _ in layer.explained), default=0.0)
+    threshold = table.threshold or threshold
+    last_check = max((points[-1][0] for points in (means["explained"], means["effective_rank"]) if points), default=0.0)
     explained = Plot(
         title="Explained ratio",
-        unit="mean over layers",
+        unit="by the rank after each check, mean over layers",
         lines=[_checked("explained", history)],
         references=[Reference(y=threshold, label=f"threshold {threshold:g}")] if threshold else [],
         x_end=last_check,
@@ -126,8 +122,8 @@ def rank_figures(history: History, threshold: float | None) -> str:
         x_end=last_check,
         from_zero=True,
     )
-    small = figure(explained, height=220, wide=HALF) + figure(effective, height=220, wide=HALF)
-    return f'<h2>Rank</h2>{figures}<div class="pair">{small}</div>'
+    small = "".join(figure(plot, height=220, wide=HALF) for plot in (mean_rank, explained, effective))
+    return f'<h2>Rank</h2>{ranks.figure(WIDE, NARROW)}<div class="pair">{small}</div>'
 
 
 def threshold_of(settings: dict[str, Any]) -> float | None:
@@ -139,10 +135,10 @@ def threshold_of(settings: dict[str, Any]) -> float | None:
 def marks(history: History) -> list[Mark]:
     """Growth, freeze, base removal and resumes as vertical marks."""
     found = []
-    for record in history.rank_events:
-        label, colour, dash = MARK_STYLE.get(record.get("action", ""), ("rank event", "--c7", ""))
-        tip = f"step {record['step']:,}: {label}, {plural(len(record.get('layers') or {}), 'layer')}"
-        found.append(Mark(x=record["step"], label=label, colour=colour, dash=dash, tooltip=tip))
+    for change in history.rank_changes:
+        label, colour, dash = MARK_STYLE.get(change.action, ("rank event", "--c7", ""))
+        tip = f"step {change.step:,}: {label}, {change.changed:,} of {plural(change.total, 'layer')}"
+        found.append(Mark(x=change.step, label=label, colour=colour, dash=dash, tooltip=tip))
     for record in history.base_removals:
         tip = f"step {record['step']:,}: base removed"
         found.append(Mark(x=record["step"], label="base removed", colour="--c3", dash="7 3", tooltip=tip))
@@ -153,5 +149,4 @@ def marks(history: History) -> list[Mark]:
 
 
 def _checked(key: str, history: History) -> Line:
-    points = history.mean_over_layers(key)
-    return Line(label=key.replace("_", " "), points=points, colour="--c0", width=1.8, dots=True)
+    return Line(label=key.replace("_", " "), points=history.means[key], colour="--c0", width=1.8, dots=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from statistics import fmean, median
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import RankTable, mean
+from inrank_dist.train.monitors.ranks import RankChange, RankTable, mean
 from inrank_dist.train.monitors.text import number
 
 Points = list[tuple[float, float | None]]
@@ -21,9 +20,7 @@ class Layer:
     name: str
     shape: tuple[int, int] | None = None
     rank: Points = field(default_factory=list)
-    null_rank: Points = field(default_factory=list)
-    explained: Points = field(default_factory=list)
-    effective_rank: Points = field(default_factory=list)
+    """Where it changed, and what it became."""
 
     @property
     def kind(self) -> str:
@@ -46,22 +43,26 @@ class History:
     """The records of one run by kind; where a step was logged twice the later record counts.
 
     ``summary`` is empty unless the run ended after its last logged step. ``layers`` maps names to ``Layer``
-    in the order the run named them.
+    in the order the run named them. ``means`` holds, for rank, null rank, explained and effective rank, the mean over
+    all layers at every check, each layer holding its value until its next one.
     """
 
-    def __init__(self, records: list[dict[str, Any]]) -> None:
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.start: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         self.resumes: list[dict[str, Any]] = []
-        self.rank_events: list[dict[str, Any]] = []
+        self.rank_changes: list[RankChange] = []
         self.base_removals: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self._decision_seconds: dict[int, float] = {}
         self.layers: dict[str, Layer] = {}
         self.table = RankTable()
+        self.means: dict[str, Points] = {"rank": [], "null_rank": [], "explained": [], "effective_rank": []}
+        self.count = 0
         steps: dict[int, dict[str, Any]] = {}
         evals: dict[int, dict[str, Any]] = {}
         for record in records:
+            self.count += 1
             kind, step = record.get("kind"), record.get("step")
             # The curve of a layer is told by its events; a later process only repeats where it took over.
             if kind != "start" or not self.start:
@@ -91,34 +92,43 @@ class History:
     def _start(self, record: dict[str, Any]) -> None:
         if not self.start:
             self.start = record
-            for name, rank in (record.get("ranks") or {}).items():
-                self._layer(name).rank.append((0, number(rank)))
+            self._take_ranks(record.get("ranks") or {}, 0)
 
     def _end(self, record: dict[str, Any]) -> None:
         self.summary = record
-        for name, entry in (record.get("ranks") or {}).items():
-            layer = self._layer(name)
+        layers = record.get("ranks") or {}
+        for name, entry in layers.items():
             shape = entry.get("shape")
-            layer.shape = (int(shape[0]), int(shape[1])) if shape else None
-            step = number(record.get("step")) or 0.0
-            for points, key in ((layer.rank, "rank"), (layer.null_rank, "null_rank")):
-                if (value := number(entry.get(key))) is not None and (not points or points[-1][0] <= step):
-                    _put(points, step, value)
+            self._layer(name).shape = (int(shape[0]), int(shape[1])) if shape else None
+        self._take_ranks(layers, number(record.get("step")) or 0.0)
 
     def _ranks(self, record: dict[str, Any], step: int) -> None:
+        layers = record.get("layers") or {}
         if record["kind"] == "rank_event":
-            self.rank_events.append(record)
+            self.rank_changes.append(self.table.change(record))
         seconds = number(record.get("seconds")) or 0.0
         self._decision_seconds[step] = max(seconds, self._decision_seconds.get(step, 0.0))
-        for name in record.get("layers") or {}:
-            layer = self._layer(name)
-            _put(layer.rank, step, self.table.ranks.get(name))
-            _put(layer.null_rank, step, self.table.null_ranks.get(name))
-            _put(layer.explained, step, self.table.explained.get(name))
-            _put(layer.effective_rank, step, self.table.effective_ranks.get(name))
+        self._take_ranks(layers, step, measured=True)
+
+    def _take_ranks(self, names: Iterable[str], step: float, *, measured: bool = False) -> None:
+        """Draw what the table holds of these layers now; ``measured``: their spectra as well."""
+        table, ranks = self.table, self.table.ranks
+        for name in names:
+            points, rank = self._layer(name).rank, ranks.get(name)
+            if not points or points[-1][1] != rank:
+                _put(points, step, rank)
+        tables = {"rank": ranks, "null_rank": table.null_ranks}
+        if measured:
+            tables |= {"explained": table.explained, "effective_rank": table.effective_ranks}
+        for key, values in tables.items():
+            if values:
+                _put(self.means[key], step, mean(values.values()))
 
     def _layer(self, name: str) -> Layer:
-        return self.layers.setdefault(name, Layer(name=name))
+        layer = self.layers.get(name)
+        if layer is None:
+            layer = self.layers[name] = Layer(name=name)
+        return layer
 
     def curve(self, key: str) -> Points:
         """``key`` of every logged step; None where it is missing or not finite."""
@@ -127,22 +137,6 @@ class History:
     def eval_curve(self, key: str) -> Points:
         """``key`` of every evaluation; None where it is missing or not finite."""
         return [(record["step"], number(record.get(key))) for record in self.evals]
-
-    def mean_over_layers(self, key: str) -> Points:
-        """Mean over layers of one of ``Layer``'s curves, each layer holding its value until its next one."""
-        changes = [
-            (step, index, value)
-            for index, layer in enumerate(self.layers.values())
-            for step, value in getattr(layer, key)
-        ]
-        changes.sort(key=itemgetter(0))
-        held: list[float | None] = [None] * len(self.layers)
-        points: Points = []
-        for step, at_step in groupby(changes, key=itemgetter(0)):
-            for _, index, value in at_step:
-                held[index] = value
-            points.append((step, mean(held)))
-        return points
 
     def first(self, key: str) -> Any:
         """``key`` from the summary, or else from the start of the run, or None."""
@@ -153,6 +147,12 @@ class History:
         """The last step the records speak of; 0 if none."""
         ends = [record["step"] for record in (*self.steps[-1:], *self.evals[-1:])]
         return int(max([*ends, number(self.summary.get("step")) or 0]))
+
+    @property
+    def start_rank(self) -> float | None:
+        """The rank that the layers started with; None where it is not recorded, or is not one."""
+        first = {number(rank) for rank in (self.start.get("ranks") or {}).values()}
+        return self.table.initial_rank or (first.pop() if len(first) == 1 and not self.start.get("step") else None)
 
     @property
     def ended(self) -> bool:

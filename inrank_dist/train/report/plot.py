@@ -13,6 +13,8 @@ from inrank_dist.train.report.history import Points
 Scale = Callable[[float], float]
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 40
 MAX_POINTS = 500
+MARK_DISTANCE = 4.0
+"""Pixels between two marks of one label; nearer ones are left out, or thousands would make a wall."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -106,18 +108,16 @@ class Plot:
                 f'height="{bottom - TOP + 4}"/></clipPath>'
             ),
             *_y_axis(ticks, py, right),
-            *_x_axis(x_end, px, right, bottom),
+            *x_axis(x_end, px, right, bottom),
             f'<g clip-path="url(#{clip})">',
         ]
-        opacity = 1 if len(self.marks) <= 20 else 0.4
+        opacity = 1.0 if len(self.marks) <= 20 else 0.4
+        drawn: dict[str, float] = {}
         for mark in self.marks:
             x = px(mark.x)
-            parts.append(
-                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{bottom}" stroke-width="1.2" '
-                f'stroke-opacity="{opacity}" '
-                f'style="stroke:var({mark.colour})" stroke-dasharray="{mark.dash}">'
-                f"<title>{escape(mark.tooltip)}</title></line>"
-            )
+            if x - drawn.get(mark.label, -MARK_DISTANCE) >= MARK_DISTANCE:
+                drawn[mark.label] = x
+                parts.append(vertical_mark(mark, x, TOP, bottom, opacity))
         for reference in self.references:
             y = py(reference.y)
             parts.append(f'<line class="reference" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -199,9 +199,18 @@ def _y_axis(ticks: list[float], py: Scale, right: float) -> list[str]:
     return parts
 
 
-def _x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
+def vertical_mark(mark: Mark, x: float, top: float, bottom: float, opacity: float) -> str:
+    """A mark as one ``<line>`` at the pixel ``x``."""
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}" stroke-width="1.2" stroke-opacity="{opacity:g}" '
+        f'style="stroke:var({mark.colour})" stroke-dasharray="{mark.dash}"><title>{escape(mark.tooltip)}</title></line>'
+    )
+
+
+def x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
+    """The axis of optimizer steps below a drawing, from ``px(0)`` to ``right``."""
     ticks = [tick for tick in linear_ticks(0, x_end, max(3, int(right) // 110)) if tick <= x_end * 1.0001]
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
+    parts = [f'<line class="axis" x1="{px(0):.1f}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
     for text, tick in zip(tick_labels(ticks), ticks, strict=True):
         x = px(tick)
         # A label under the right end would be cut by the edge of the drawing.
@@ -221,10 +230,10 @@ def figure(plot: Plot, height: int, wide: int) -> str:
     entries: dict[str, str] = {}
     for line in plot.lines:
         if line.points:
-            entries.setdefault(line.label, _swatch(line, upright=False))
+            entries.setdefault(line.label, legend_entry(line.label, line))
     for mark in plot.marks:
-        entries.setdefault(mark.label, _swatch(mark, upright=True))
-    keys = "".join(f"<span>{swatch}{escape(label)}</span>" for label, swatch in entries.items())
+        entries.setdefault(mark.label, legend_entry(mark.label, mark))
+    keys = "".join(entries.values())
     legend = f'<span class="legend">{keys}</span>' if len(entries) > 1 else ""
     described = ", ".join(part for part in (plot.unit, plot.scale) if part)
     unit = f' <span class="unit">{escape(described)}</span>' if described else ""
@@ -235,12 +244,13 @@ def figure(plot: Plot, height: int, wide: int) -> str:
     )
 
 
-def _swatch(drawn: Line | Mark, upright: bool) -> str:
-    ends = 'x1="9" x2="9" y1="0" y2="12"' if upright else 'x1="0" x2="18" y1="6" y2="6"'
+def legend_entry(label: str, drawn: Line | Mark) -> str:
+    """A line or a mark in small, and its label."""
+    ends = 'x1="9" x2="9" y1="0" y2="12"' if isinstance(drawn, Mark) else 'x1="0" x2="18" y1="6" y2="6"'
     faint = f'stroke-opacity="{drawn.opacity}"' if isinstance(drawn, Line) else ""
     return (
-        f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true"><line {ends} stroke-width="2" {faint} '
-        f'style="stroke:var({drawn.colour})" stroke-dasharray="{drawn.dash}"/></svg>'
+        f'<span><svg class="swatch" viewBox="0 0 18 12" aria-hidden="true"><line {ends} stroke-width="2" {faint} '
+        f'style="stroke:var({drawn.colour})" stroke-dasharray="{drawn.dash}"/></svg>{escape(label)}</span>'
     )
 
 

@@ -12,6 +12,7 @@ from inrank_dist.train.report.history import History
 def reading(history: History, settings: dict[str, Any]) -> list[str]:
     """Plain sentences, the most important first; ``settings`` is the resolved config or {}."""
     sentences = [_end(history), _loss(history), _generalisation(history), _ranks(history, settings)]
+    sentences += _not_found(history)
     sentences += [
         _parameters(history),
         _passes(history),
@@ -97,6 +98,23 @@ def _ranks(history: History, settings: dict[str, Any]) -> str:
     if judged < len(ranks):
         text += f" {plural(len(ranks) - judged, 'layer')} without a null rank: read nothing into those ranks."
     return text
+
+
+def _not_found(history: History) -> list[str]:
+    """Ranks that are no findings, for other reasons than the null rank."""
+    table, sentences = history.table, []
+    layers = plural(len(table.ranks), "layer")
+    if pinned := len(table.pinned_layers):
+        sentences.append(
+            f"In {pinned:,} of {layers} the rank never left lowrank.initial_rank, {table.initial_rank:g}: it is pinned "
+            "by its start, and the rule, which only raises ranks, says nothing of how small it could have been."
+        )
+    if cut := len(table.cut_layers):
+        sentences.append(
+            f"In {cut:,} of {layers} the freeze kept less than the rule had found, and that explains less than the "
+            f"threshold, {table.threshold:g}."
+        )
+    return sentences
 
 
 def _parameters(history: History) -> str:

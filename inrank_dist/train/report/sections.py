@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import equals_null, found, mean
+from inrank_dist.train.monitors.ranks import RankChange, RankTable, mean
 from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
 from inrank_dist.train.report.history import History, Layer, last
 
@@ -49,7 +49,7 @@ def tiles(history: History) -> HTML:
 
 def layer_table(history: History) -> HTML:
     """Every low-rank layer: shape, rank beside null rank, explained ratio, parameters against dense."""
-    layers, at_null = list(history.layers.values()), set(history.table.null_layers)
+    layers, table = list(history.layers.values()), history.table
     if not layers:
         return ""
     head = _row(
@@ -65,18 +65,20 @@ def layer_table(history: History) -> HTML:
         ("r (out + in)", "n"),
         ("Of dense", "n"),
     )
-    longest = max([1.0, *(value for layer in layers for _, value in (*layer.rank, *layer.null_rank) if value)])
-    rows = "".join(_layer_row(layer, longest, layer.name in at_null) for layer in layers)
+    longest = max([1.0, *(last(layer.rank) or 0.0 for layer in layers), *table.null_ranks.values()])
+    rows = "".join(_layer_row(layer, table, longest) for layer in layers)
     return (
-        '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. '
+        '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. <i>Explained</i> is the '
+        "share of the spectrum that this rank explained at the last decision. Marked: a rank that is its null rank "
+        "within 2%, one that never left its start, one that explains less than the threshold. "
         "<i>r (out + in)</i> counts the factors alone, without a base that is still there.</p>"
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers)}</table></div>'
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers, table)}</table></div>'
     )
 
 
-def _layer_row(layer: Layer, longest: float, at_null: bool) -> HTML:
-    rank, null = last(layer.rank), last(layer.null_rank)
-    same = '<span class="flag">= null</span>' if at_null else ""
+def _layer_row(layer: Layer, table: RankTable, longest: float) -> HTML:
+    rank, null = last(layer.rank), table.null_ranks.get(layer.name)
+    flags = " ".join(f'<span class="flag">{escape(flag)}</span>' for flag in table.flags(layer.name))
     shape = f"{layer.shape[0]:,} \u00d7 {layer.shape[1]:,}" if layer.shape else "-"
     factors, dense = layer.factor_parameters, layer.dense_parameters
     share = f"{factors / dense:.2f}" if factors is not None and dense else "-"
@@ -86,16 +88,16 @@ def _layer_row(layer: Layer, longest: float, at_null: bool) -> HTML:
         (shape, "n"),
         (fixed(rank, 0), "n"),
         (fixed(null, 0), "n"),
-        (same, ""),
+        (flags, ""),
         (_bar(rank, null, longest), ""),
-        (fixed(last(layer.explained), 3), "n"),
-        (fixed(last(layer.effective_rank), 1), "n"),
+        (fixed(table.explained.get(layer.name), 3), "n"),
+        (fixed(table.effective_ranks.get(layer.name), 1), "n"),
         (fixed(factors, 0), "n"),
         (share, "n"),
     )
 
 
-def _total(layers: list[Layer]) -> HTML:
+def _total(layers: list[Layer], table: RankTable) -> HTML:
     known = [
         (layer.factor_parameters, layer.dense_parameters)
         for layer in layers
@@ -107,11 +109,11 @@ def _total(layers: list[Layer]) -> HTML:
         (f"Mean, sum ({plural(len(layers), 'layer')})", ""),
         ("", "n"),
         (fixed(mean(last(layer.rank) for layer in layers), 1), "n"),
-        (fixed(mean(last(layer.null_rank) for layer in layers), 1), "n"),
+        (fixed(mean(table.null_ranks.values()), 1), "n"),
         ("", ""),
         ("", ""),
-        (fixed(mean(last(layer.explained) for layer in layers), 3), "n"),
-        (fixed(mean(last(layer.effective_rank) for layer in layers), 1), "n"),
+        (fixed(mean(table.explained.values()), 3), "n"),
+        (fixed(mean(table.effective_ranks.values()), 1), "n"),
         (fixed(factors, 0) if known else "-", "n"),
         (f"{factors / dense:.2f}" if dense else "-", "n"),
     )
@@ -133,7 +135,7 @@ def _bar(rank: float | None, null: float | None, longest: float) -> HTML:
 
 def event_table(history: History) -> HTML:
     """Growth, freeze, base removal and resumes in the order of their steps."""
-    rows = [(record["step"], _rank_event_row(record)) for record in history.rank_events]
+    rows = [(change.step, _rank_event_row(change)) for change in history.rank_changes]
     for record in history.base_removals:
         rows.append((record["step"], _plain_row(record, "base removed", "the factors stand alone from here")))
     for record in history.resumes:
@@ -160,26 +162,25 @@ def event_table(history: History) -> HTML:
             cost += f", {100 * history.decision_seconds / seconds:.2g}% of the wall time"
         cost = f'<p class="soft">{cost}.</p>'
     table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    cost += (
+        '<p class="soft">Ranks and ratios are means over all layers, after the event.</p>'
+        if history.rank_changes
+        else ""
+    )
     return f'<h2>Events</h2>{cost}<div class="scroll">{table}</div>'
 
 
-def _rank_event_row(record: dict[str, Any]) -> HTML:
-    layers = list((record.get("layers") or {}).values())
-    before, after, null, explained = (
-        mean(layer.get(key) for layer in layers) for key in ("from", "to", "null_rank", "explained")
-    )
-    same = sum(equals_null(found(layer, "to"), layer.get("null_rank")) for layer in layers)
-    note = f'<span class="flag">{same:,} of {len(layers):,} = null rank</span>' if same else ""
+def _rank_event_row(change: RankChange) -> HTML:
     return _row(
         "td",
-        (f"{record['step']:,}", "n"),
-        (escape(str(record.get("action", "change"))), ""),
-        (f"{len(layers):,}", "n"),
-        (f"{fixed(before, 1)} → {fixed(after, 1)}", "n"),
-        (fixed(null, 1), "n"),
-        (fixed(explained, 3), "n"),
-        (fixed(record.get("seconds"), 2), "n"),
-        (note, ""),
+        (f"{change.step:,}", "n"),
+        (escape(change.action), ""),
+        (f"{change.changed:,} of {change.total:,}", "n"),
+        (f"{fixed(change.before, 1)} → {fixed(change.after, 1)}", "n"),
+        (fixed(change.null_rank, 1), "n"),
+        (fixed(change.explained, 3), "n"),
+        (fixed(change.seconds, 2), "n"),
+        (" ".join(f'<span class="flag">{escape(note)}</span>' for note in change.short_notes), ""),
     )
 
 

@@ -3,11 +3,13 @@
 STYLE = """
 :root { color-scheme:light dark; --paper:#fff; --card:#f6f7f9; --ink:#16191d; --soft:#5c6570;
   --rule:#dde1e6; --grid:#eaedf0; --c0:#1f6fb4; --c1:#c8501c; --c2:#218358; --c3:#8145b5; --c4:#a3791a;
-  --c5:#b5325c; --c6:#0f8a94; --c7:#6a7280; --warn:#b3261e }
+  --c5:#b5325c; --c6:#0f8a94; --c7:#6a7280; --warn:#b3261e;
+  --h0:#d3d7dc; --h1:#c7e9b4; --h2:#7fcdbb; --h3:#41b6c4; --h4:#1d91c0; --h5:#225ea8; --h6:#253494; --h7:#081d58 }
 @media screen and (prefers-color-scheme:dark) {
   :root { --paper:#14171b; --card:#1c2026; --ink:#e8ebee; --soft:#9aa4af; --rule:#343b44; --grid:#262c33;
     --c0:#62a8e5; --c1:#f08a52; --c2:#55bd8b; --c3:#b98be6; --c4:#d8ae4e; --c5:#ec7ba0; --c6:#4cc3cd;
-    --c7:#98a1ad; --warn:#ff8a80 }
+    --c7:#98a1ad; --warn:#ff8a80;
+    --h0:#4a515a; --h1:#253494; --h2:#225ea8; --h3:#1d91c0; --h4:#41b6c4; --h5:#7fcdbb; --h6:#c7e9b4; --h7:#ffffd9 }
 }
 * { box-sizing:border-box }
 body { margin:0; background:var(--paper); color:var(--ink);
@@ -45,6 +47,18 @@ svg { display:block; width:100%; height:auto }
 .reference { stroke:var(--soft); stroke-dasharray:6 4; stroke-width:1.3 }
 .tick,.name { font-size:12px; fill:var(--soft); font-family:inherit }
 .name { fill:var(--ink); paint-order:stroke; stroke:var(--paper); stroke-width:4px; stroke-linejoin:round }
+.group { font-size:12px; font-weight:600; fill:var(--ink); font-family:inherit }
+.row { fill:transparent }
+.row:hover { stroke:var(--ink); stroke-width:1 }
+.h0 { fill:var(--h0) }
+.h1 { fill:var(--h1) }
+.h2 { fill:var(--h2) }
+.h3 { fill:var(--h3) }
+.h4 { fill:var(--h4) }
+.h5 { fill:var(--h5) }
+.h6 { fill:var(--h6) }
+.h7 { fill:var(--h7) }
+.patch { height:10px; flex:none }
 .narrow { display:none }
 .scroll { overflow-x:auto }
 table { border-collapse:collapse; width:100%; font-size:.88rem }
