@@ -21,6 +21,7 @@ from .errors import UserError
 from .lowrank.settings import LowRankSettings
 from .models import ModelSettings
 from .runtime import yaml_text
+from .runtime.home import expand_home
 from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
 
@@ -45,7 +46,7 @@ class RunSettings:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.dir).expanduser() if self.dir else Path("runs") / self.name
+        return expand_home(self.dir, "run.dir") if self.dir else Path("runs") / self.name
 
 
 @dataclass(kw_only=True)
@@ -129,7 +130,7 @@ class Config:
             key = "validation_paths" if source == "files" else "validation_split"
             no_effect(f"data.{key} is set", "data", "validation_fraction")
         if source != "files":
-            no_effect(f"data.source is {source}", "data", "paths", "validation_paths")
+            no_effect(f"data.source is {source}", "data", "paths", "validation_paths", "document_separator")
         if source != "hub":
             no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
         if source == "stdlib":

@@ -264,6 +264,7 @@ def test_what_is_wrong_in_the_overrides(words: list[str], says: str) -> None:
             "data.name=a data.validation_fraction=0.1",
         ),
         ("--data.source=hub --data.name=a", "data.paths=[a] data.validation_fraction=0.1"),
+        ("--data.source=hub --data.name=a", "data.document_separator=x"),
     ],
 )
 def test_a_setting_without_effect_is_told_when_it_was_given(words: str, idle: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from inrank_dist.errors import UserError
 
 def read(tmp_path: Path, **settings: Any) -> Corpus:
     data = DataSettings(cache_dir=str(tmp_path / "cache"), **settings)
-    return choose_documents(open_source(data).read(tmp_path / "scratch"), data, progress=False)
+    scratch = Path(tempfile.mkdtemp(dir=tmp_path))
+    return choose_documents(open_source(data).read(scratch, False), data)
 
 
 def identity(tmp_path: Path, **settings: Any) -> str:
@@ -61,19 +63,19 @@ def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def test_stdlib_is_the_library_without_its_tests(stdlib: Corpus) -> None:
     """The first run's corpus must be there on every machine, and be the library's own code."""
     root = Path(sysconfig.get_path("stdlib"))
-    texts = {*stdlib.train["text"], *stdlib.validation["text"]}
+    texts = {*stdlib.train, *stdlib.validation}
     assert (root / "json" / "decoder.py").read_text() in texts
     for left_out in ("test/test_json/__init__.py", "site-packages/pytest/__init__.py"):
         if (root / left_out).is_file():
             assert (root / left_out).read_text() not in texts
-    assert 5e6 < stdlib.train_bytes < 50e6
+    assert 5e6 < stdlib.train.total_bytes < 50e6
     assert "" not in texts
 
 
 def test_stdlib_split(stdlib: Corpus) -> None:
     """Each file is on one side, the share held out is about the one asked for, and both are the same every time."""
-    assert not {*stdlib.train["text"]} & {*stdlib.validation["text"]}
-    share = stdlib.validation_bytes / (stdlib.train_bytes + stdlib.validation_bytes)
+    assert not {*stdlib.train} & {*stdlib.validation}
+    share = stdlib.validation.total_bytes / (stdlib.train.total_bytes + stdlib.validation.total_bytes)
     assert 0.02 <= share < 0.04
 
 
@@ -81,7 +83,7 @@ def test_stdlib_is_deterministic(stdlib: Corpus, tmp_path: Path) -> None:
     """Processes on several machines read for themselves and must agree."""
     again = read(tmp_path)
     assert again.digest == stdlib.digest
-    assert again.train[:5] == stdlib.train[:5]
+    assert [*again.train] == [*stdlib.train]
 
 
 def test_stdlib_skips_other_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +103,7 @@ def test_stdlib_skips_other_encodings(tmp_path: Path, monkeypatch: pytest.Monkey
         write(tmp_path / "lib" / name, "")
         (tmp_path / "lib" / name).write_bytes(content)
     corpus = read(tmp_path, validation_fraction=0.3)
-    texts = [*corpus.train["text"], *corpus.validation["text"]]
+    texts = [*corpus.train, *corpus.validation]
     assert sorted(texts) == ["# in a package\n", "# marked\n", "# plain\n"]
 
 
@@ -112,9 +114,9 @@ def test_held_out_documents_do_not_move_when_others_come(tmp_path: Path) -> None
     """By hash, not by place: an added file must not put last week's validation text into training."""
     for name in range(100):
         write(tmp_path / f"{name}.txt", f"document {name} " * 5)
-    few = {*read(tmp_path, source="files", paths=[str(tmp_path / "[0-8]*.txt")], validation_fraction=0.1).train["text"]}
+    few = {*read(tmp_path, source="files", paths=[str(tmp_path / "[0-8]*.txt")], validation_fraction=0.1).train}
     many = read(tmp_path, source="files", paths=[str(tmp_path / "*.txt")], validation_fraction=0.1)
-    assert len(few & {*many.validation["text"]}) <= 2
+    assert len(few & {*many.validation}) <= 2
 
 
 def test_copies_stay_on_one_side(tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_copies_stay_on_one_side(tmp_path: Path) -> None:
     for name in range(60):
         write(tmp_path / f"{name}.txt", f"document {name % 20}.")
     corpus = read(tmp_path, source="files", paths=[str(tmp_path / "*.txt")], validation_fraction=0.2)
-    assert not {*corpus.train["text"]} & {*corpus.validation["text"]}
+    assert not {*corpus.train} & {*corpus.validation}
     assert len(corpus.train) + len(corpus.validation) == 60
 
 
@@ -132,8 +134,8 @@ def test_one_big_document_is_not_held_out(tmp_path: Path) -> None:
     for name in range(50):
         write(tmp_path / f"{name}.txt", f"document {name} " * 10)
     corpus = read(tmp_path, source="files", paths=[str(tmp_path / "*.txt")])
-    assert max(map(len, corpus.train["text"])) == 20000
-    assert corpus.validation_bytes < 1000
+    assert max(map(len, [*corpus.train])) == 20000
+    assert corpus.validation.total_bytes < 1000
 
 
 @pytest.mark.parametrize("most", [1, 7, 100, 101, 2050, 10**6])
@@ -148,10 +150,10 @@ def test_max_bytes_takes_a_prefix_of_one_order(tmp_path: Path, most: int) -> Non
         "validation_paths": [str(tmp_path / "valid.txt")],
     }
     whole, part = read(tmp_path, **settings), read(tmp_path, max_bytes=most, **settings)
-    text = "".join(whole.train["text"])
-    assert "".join(part.train["text"]) == text.encode()[:most].decode(errors="ignore")
-    assert part.train_bytes == len("".join(part.train["text"]).encode()) <= most
-    assert part.validation_bytes == min(most, 9000)
+    text = "".join([*whole.train])
+    assert "".join([*part.train]) == text.encode()[:most].decode(errors="ignore")
+    assert part.train.total_bytes == len("".join([*part.train]).encode()) <= most
+    assert part.validation.total_bytes == min(most, 9000)
     assert (part.digest == whole.digest) == (most == 10**6)
 
 
@@ -170,8 +172,8 @@ def test_files_of_all_kinds_together(tmp_path: Path) -> None:
     ]
     valid = write(tmp_path / "v.txt", "held out")
     corpus = read(tmp_path, source="files", paths=paths, validation_paths=[valid])
-    assert sorted(corpus.train["text"]) == ["first line\n\nsecond line\n", "from parquet", "other columns", "row"]
-    assert corpus.validation["text"] == ["held out"]
+    assert sorted([*corpus.train]) == ["first line\n\nsecond line\n", "from parquet", "other columns", "row"]
+    assert [*corpus.validation] == ["held out"]
 
 
 def test_join_rows_keeps_the_order(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_join_rows_keeps_the_order(tmp_path: Path) -> None:
     lines = [f"line {n}\n" for n in range(50)]
     train, valid = (write(tmp_path / f"{name}.jsonl", text_rows(*lines)) for name in ("t", "v"))
     corpus = read(tmp_path, source="files", paths=[train], validation_paths=[valid], join_rows=True)
-    assert corpus.train["text"] == lines
+    assert [*corpus.train] == lines
 
 
 def test_moved_files_are_the_same_text(tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path) -> None:
     source = open_source(data)
     write(tmp_path / "a.txt", "after that")
     with pytest.raises(UserError, match=r"a\.txt changed while it was read"):
-        source.read(tmp_path / "scratch")
+        source.read(tmp_path, False)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path) -> None:
     [
         ({}, {"paths": ["absent.txt"]}, r"data.paths has '.*absent.txt', which does not exist"),
         ({}, {"paths": ["*.txt"]}, r"data.paths has '.*\*.txt', which matches no file"),
-        ({"d/a.txt": "x"}, {"paths": ["d"]}, r"data.paths has '.*d', a folder - write '.*d/\*\*/\*.txt'"),
+        ({"d/a.txt": "x"}, {"paths": ["d"]}, r"data.paths has '.*d', a folder; write '.*d/\*\*/\*.txt'"),
         ({"a.txt": "x"}, {"paths": ["a.txt"], "validation_paths": ["b.txt"]}, "data.validation_paths has"),
         ({"a.txt": "x"}, {"paths": ["a.txt"], "validation_paths": ["*.txt"]}, r"both match .*a\.txt"),
         ({"a.txt": "x", "b.csv": "y"}, {"paths": ["*"]}, r"matches .*b\.csv, .* only .txt, .jsonl, .parquet"),
@@ -273,8 +275,8 @@ def test_text_that_is_not_utf8(tmp_path: Path, suffix: str) -> None:
 def test_hub_reads_a_local_data_set(tmp_path: Path) -> None:
     """The same call that downloads; the test split is never read."""
     corpus = read(tmp_path, source="hub", name=hub_folder(tmp_path / "set"))
-    assert sorted(corpus.train["text"]) == ["one", "three", "two"]
-    assert corpus.validation["text"] == ["held out"]
+    assert sorted([*corpus.train]) == ["one", "three", "two"]
+    assert [*corpus.validation] == ["held out"]
 
 
 def test_hub_configurations_splits_and_columns(tmp_path: Path) -> None:
@@ -285,8 +287,8 @@ def test_hub_configurations_splits_and_columns(tmp_path: Path) -> None:
     write(tmp_path / "set" / "README.md", f"---\nconfigs:\n{configs}---\n")
     common = {"source": "hub", "name": str(tmp_path / "set"), "config": "large", "text_column": "body"}
     corpus = read(tmp_path, train_split="train[:80%]", validation_split="train[80%:]", **common)
-    assert sorted(corpus.train["text"]) == [f"large {n}" for n in range(8)]
-    assert sorted(corpus.validation["text"]) == ["large 8", "large 9"]
+    assert sorted([*corpus.train]) == [f"large {n}" for n in range(8)]
+    assert sorted([*corpus.validation]) == ["large 8", "large 9"]
     held_out = read(tmp_path, validation_split=None, validation_fraction=0.2, **common)
     assert len(held_out.train) == 8 and len(held_out.validation) == 2
 
@@ -302,8 +304,9 @@ def test_hub_notices_an_edit_of_a_local_data_set(tmp_path: Path) -> None:
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert identity(tmp_path, source="hub", name=name) != before
     data = DataSettings(source="hub", name=name, cache_dir=str(tmp_path / "cache"))
-    again = choose_documents(open_source(data).read(tmp_path / "other"), data, progress=False)
-    assert "ONE" in again.train["text"] and "one" in first.train["text"]
+    (tmp_path / "other").mkdir()
+    again = choose_documents(open_source(data).read(tmp_path / "other", False), data)
+    assert "ONE" in [*again.train] and "one" in [*first.train]
 
 
 @pytest.mark.parametrize(
@@ -345,8 +348,8 @@ def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"source": "hub"}, "data.name is None"),
         ({"validation_fraction": 0.0}, "data.validation_fraction is 0.0"),
         ({"validation_fraction": 0.9}, "data.validation_fraction is 0.9"),
-        ({"max_bytes": 0}, "data.max_bytes is 0 - write 1 or more"),
-        ({"num_workers": 0}, "data.num_workers is 0 - write 1 or more"),
+        ({"max_bytes": 0}, "data.max_bytes is 0; write 1 or more"),
+        ({"num_workers": 0}, "data.num_workers is 0; write 1 or more"),
         ({"source": "hub", "name": "a/b", "validation_split": "test"}, "the test split is not for validation"),
         ({"source": "hub", "name": "a/b", "validation_split": "validation+test[:5%]"}, "the test split"),
         ({"source": "hub", "name": "a/b", "validation_split": "train"}, "the same as data.train_split"),

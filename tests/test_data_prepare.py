@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Sequence, Value, are_progress_bars_disabled
+from datasets import Dataset, are_progress_bars_disabled
 
 from inrank_dist.data import DataSettings, Prepared, Tokenizer, TokenizerSettings, prepare
-from inrank_dist.data.packing import pack, tokenise, unigram_entropy
+from inrank_dist.data.packing import pack, unigram_entropy
 from inrank_dist.errors import UserError
 
 BLOCK = 16
@@ -51,7 +51,7 @@ class Corpus:
         if not self.cache.is_dir():
             return []
         whole = {path.name for path in self.cache.iterdir() if (path / "prepared.json").is_file()}
-        plain = {path.name for path in self.cache.iterdir() if path.suffix in (".lock", ".failed")}
+        plain = {path.name for path in self.cache.iterdir() if ".lock." in path.name or path.suffix == ".failed"}
         return sorted({path.name for path in self.cache.iterdir()} - whole - plain)
 
 
@@ -103,9 +103,10 @@ def test_packing_of_any_lengths(tmp_path: Path, lengths: list[int], block: int) 
     """Record batches and document batches end at other places than rows do; none may show."""
     stream = np.random.default_rng(1).integers(0, 50, sum(lengths))
     documents = np.split(stream, np.cumsum(lengths)[:-1])
-    tokens = Dataset.from_dict({"tokens": [document.astype(np.uint16) for document in documents]})
-    rows, counts = pack(tokens.cast_column("tokens", Sequence(Value("uint16"))), block, tmp_path / "rows.arrow")
-    count = (len(stream) - 1) // block
+    documents = [document.astype(np.uint16) for document in documents]
+    count, counts = pack(documents, np.dtype(np.uint16), block, tmp_path / "rows.arrow")
+    rows = Dataset.from_file(str(tmp_path / "rows.arrow"))
+    assert count == (len(stream) - 1) // block
     assert len(rows) == count
     assert stream_of(rows_of(rows)) == stream[: count * block + 1].tolist()
     assert counts.tolist() == np.bincount(stream).tolist()
@@ -120,22 +121,25 @@ def test_join_rows_puts_nothing_between(corpus: Corpus, tmp_path: Path) -> None:
     tokenizer = {"vocab_size": 300}
     joined = corpus.prepare(join_rows=True, tokenizer=tokenizer, **paths)
     text = "".join(row["text"] for row in rows)
-    assert text.startswith(joined.tokenizer.decode(stream_of(rows_of(joined.train))))
-    assert joined.tokenizer.eos_id not in rows_of(joined.train)
+    packed = rows_of(joined.train)
+    assert text.startswith(joined.tokenizer.decode(packed[:, 1:].ravel().tolist()))
+    assert (packed[:, 0] == joined.tokenizer.eos_id).all(), "what generate begins with is trained"
+    assert joined.tokenizer.eos_id not in packed[:, 1:]
     separate = corpus.prepare(tokenizer=tokenizer, **paths)
     assert separate.tokenizer.eos_id in rows_of(separate.train)
     assert separate.fingerprint != joined.fingerprint
 
 
-def test_several_workers_give_the_same(corpus: Corpus, tmp_path: Path) -> None:
-    """The number of workers is no part of the result."""
+def test_several_workers_give_the_same(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of threads is no part of the result, nor is how much text is encoded at a time."""
     tokenizer = corpus.prepare().tokenizer
-    texts = Dataset.from_dict({"text": [path.read_text() for path in sorted((corpus.folder / "text").iterdir())] * 8})
-    one, two = (
-        tokenise(texts, tokenizer, tmp_path / f"{n}.arrow", separate=True, num_workers=n, advance=lambda units: None)
-        for n in (1, 2)
-    )
-    assert one["tokens"][:] == two["tokens"][:]
+    texts = [path.read_text() for path in sorted((corpus.folder / "text").iterdir())]
+    end = [tokenizer.eos_id]
+    whole = [token for text in texts for token in tokenizer.encode(text) + end]
+    for threads, characters in ((1, 1 << 18), (2, 1 << 18), (3, 500)):
+        monkeypatch.setattr("inrank_dist.data.tokenizer.BATCH_CHARACTERS", characters)
+        ids = tokenizer.encode_documents(([text] for text in texts), separate=True, threads=threads)
+        assert np.concatenate([*ids]).tolist() == whole
 
 
 def test_unigram_entropy_by_hand(corpus: Corpus) -> None:
@@ -301,7 +305,7 @@ def test_a_full_disk(corpus: Corpus) -> None:
     assert corpus.prepare().train_tokens > 0
 
 
-@pytest.mark.parametrize("name", ["train/data-00000-of-00001.arrow", "tokenizer.model", "prepared.json"])
+@pytest.mark.parametrize("name", ["train.arrow", "tokenizer.model", "prepared.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_found(corpus: Corpus, name: str, damage: str) -> None:
     """One flipped byte would otherwise train on other tokens without a word."""

@@ -126,7 +126,7 @@ def test_nothing_to_train_on(texts: list[str]) -> None:
 
 def test_too_little_text_for_any_vocabulary() -> None:
     """The largest vocabulary of a few characters is below the smallest accepted one, so it is no advice."""
-    with pytest.raises(UserError, match=r"can fill - give more text$"):
+    with pytest.raises(UserError, match=r"can fill; give more text$"):
         train_tokenizer(["  "], TokenizerSettings())
 
 
@@ -141,7 +141,7 @@ def test_path_must_agree_with_vocab_size(tokenizer: Tokenizer, tmp_path: Path) -
     tokenizer.save(tmp_path / "m.model")
     path = str(tmp_path / "m.model")
     assert load_tokenizer(TokenizerSettings(path=path, vocab_size=400)).fingerprint == tokenizer.fingerprint
-    with pytest.raises(UserError, match=r"vocab_size is 2048.*has 400 tokens - write tokenizer.vocab_size: 400$"):
+    with pytest.raises(UserError, match=r"vocab_size is 2048.*has 400 tokens; write tokenizer.vocab_size: 400$"):
         load_tokenizer(TokenizerSettings(path=path))
 
 
@@ -162,7 +162,7 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"vocab_size": 100}, "tokenizer.vocab_size is 100; .* at least 300"),
-        ({"max_training_bytes": 0}, "tokenizer.max_training_bytes is 0 - write 1 or more"),
+        ({"max_training_bytes": 0}, "tokenizer.max_training_bytes is 0; write 1 or more"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:

@@ -47,7 +47,7 @@ def nothing_half_written(folder: Path) -> None:
     """No run folder; in the cache at most the lock and the reason of the failure."""
     assert not (folder / "run").exists()
     left = [path.name for path in (folder / "cache").glob("*")] if (folder / "cache").exists() else []
-    assert [name for name in left if not name.endswith((".lock", ".failed"))] == []
+    assert [name for name in left if ".lock." not in name and not name.endswith(".failed")] == []
 
 
 def contents(run_folder: Path) -> dict[Path, bytes]:

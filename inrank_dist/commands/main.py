@@ -59,6 +59,8 @@ def main(words: Sequence[str] | None = None) -> int:
     _print_any_text()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("inrank_dist").setLevel(logging.INFO if speaks else logging.ERROR)
+    # One process of a job prepares the data, whichever comes first, and it alone can tell how far it is.
+    logging.getLogger("inrank_dist.preparation").setLevel(logging.INFO)
     try:
         command, rest = _command(words)
         if command is None:

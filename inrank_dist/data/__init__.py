@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from inrank_dist.data.loader import Loader, LoaderState, MicroBatch, check_batch_sizes, validation_batches
-from inrank_dist.data.prefetch import Prefetcher
-from inrank_dist.data.settings import DataSettings, TokenizerSettings
-from inrank_dist.data.tokenizer import Tokenizer
+from .loader import Loader, LoaderState, MicroBatch, check_batch_sizes, validation_batches
+from .prefetch import Prefetcher
+from .settings import DataSettings, TokenizerSettings
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from inrank_dist.data.preparation import Prepared, prepare
+    from .preparation import Prepared, prepare
 
 __all__ = [
     "DataSettings",
@@ -28,7 +28,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What reads and packs text, when it is first asked for: ``datasets`` takes seconds to import."""
     if name in ("Prepared", "prepare"):
-        from inrank_dist.data import preparation
+        from . import preparation
 
         return getattr(preparation, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

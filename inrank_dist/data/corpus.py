@@ -1,29 +1,30 @@
 """Where text comes from: the standard library, files, the hub; whether it changed; and reading it."""
 
 import errno
-import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 
-from inrank_dist.data.hashing import Hashed, hash_files, refuse_change
-from inrank_dist.data.settings import DataSettings
-from inrank_dist.errors import UserError
+from ..errors import UserError
+from ..runtime.home import expand_home
+from .globs import find_files
+from .hashing import Hashed, hash_files, refuse_change
+from .progress import phase
+from .readers import SUFFIXES, Missing, Piece, no_strings, no_such_column, read_file, whole_document
+from .settings import DataSettings
+from .stored import Documents, store
 
-#: One document a row.
-TEXT = Features({"text": Value("string")})
-
-#: Loader of ``datasets`` for each kind of file.
-READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+log = logging.getLogger("inrank_dist.preparation")
 
 #: What a disk that is full or fails answers to a write.
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -31,28 +32,31 @@ DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 #: Folders of the standard library's that hold tests, installed packages, or files made when Python was built.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 
+#: Rows of a data set that are in memory at a time.
+HUB_ROWS = 64
+
 
 @dataclass(frozen=True)
-class Documents:
+class Texts:
     """Text as it was read. ``validation`` is None where the source has none; ``names`` are the documents'
     stable names where they have any, and the text itself names them where not."""
 
-    train: Dataset
-    validation: Dataset | None = None
+    train: Documents
+    validation: Documents | None = None
     names: list[str] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
     """Text that has not been read yet. ``identity`` (hex) changes whenever the text may have;
-    ``read(scratch)`` reads it, with ``scratch`` for temporary files that the documents are mapped from."""
+    ``read(scratch, progress)`` stores it in files in the folder ``scratch``."""
 
     identity: str
-    read: Callable[[Path], Documents]
+    read: Callable[[Path, bool], Texts]
 
 
-def open_source(data: DataSettings) -> Source:
-    """Find the text that ``data`` names.
+def open_source(data: DataSettings, *, remember: bool = True) -> Source:
+    """Find the text that ``data`` names; ``remember`` is that of ``hash_files``.
 
     Raises:
         UserError: files or folders are missing, of an unknown kind, empty, or not UTF-8. What only reading
@@ -61,8 +65,8 @@ def open_source(data: DataSettings) -> Source:
     if data.source == "stdlib":
         return _open_stdlib()
     if data.source == "files":
-        return _open_files(data)
-    return _open_hub(data)
+        return _open_files(data, remember)
+    return _open_hub(data, remember)
 
 
 def _open_stdlib() -> Source:
@@ -78,13 +82,17 @@ def _open_stdlib() -> Source:
                 if text:
                     texts[path.relative_to(root).as_posix()] = text
     if not texts:
-        raise UserError("data.source is stdlib, but this Python has no library sources - write data.source: files")
+        raise UserError("data.source is stdlib, but this Python has no library sources; write data.source: files")
     texts = dict(sorted(texts.items()))
     identity = hashlib.sha256()
     for name, text in texts.items():
         identity.update(f"{name}\0{len(text)}\0{text}".encode())
-    train = Dataset.from_dict({"text": list(texts.values())}, features=TEXT)
-    return Source(identity.hexdigest(), lambda scratch: Documents(train, names=list(texts)))
+
+    def read(scratch: Path, progress: bool) -> Texts:
+        pieces = (Piece(text, True) for text in texts.values())
+        return Texts(_store("training", pieces, scratch, progress), names=list(texts))
+
+    return Source(identity.hexdigest(), read)
 
 
 def _python_source(content: bytes) -> str | None:
@@ -96,78 +104,47 @@ def _python_source(content: bytes) -> str | None:
         return None
 
 
-def _open_files(data: DataSettings) -> Source:
-    train = _expand("paths", data.paths)
-    validation = _expand("validation_paths", data.validation_paths)
-    both = sorted(set(train) & set(validation))
-    if both:
-        raise UserError(
-            f"data.paths and data.validation_paths both match {both[0]} - write globs with no file in common"
-        )
-    hashes = hash_files(
-        [*train, *validation],
-        Path(data.cache_dir).expanduser(),
-        is_text=lambda path: path.suffix != ".parquet",
-    )
+def _open_files(data: DataSettings, remember: bool) -> Source:
+    train = find_files("paths", data.paths, SUFFIXES)
+    validation = find_files("validation_paths", data.validation_paths, SUFFIXES)
+    real = {os.path.realpath(path): path for path in train}
+    for path in validation:
+        if same := real.get(os.path.realpath(path)):
+            also = f" (as {same})" if same != path else ""
+            raise UserError(
+                f"data.paths and data.validation_paths both match {path}{also}; write globs with no file in common"
+            )
+    cache_dir = expand_home(data.cache_dir, "data.cache_dir")
+    files = [*train, *validation]
+    hashes = hash_files(files, cache_dir, is_text=lambda path: path.suffix != ".parquet", remember=remember)
     identity = json.dumps(
         [[[path.suffix, hashes[path].sha256] for path in part] for part in (train, validation)] + [data.text_column]
     )
 
-    def read(scratch: Path) -> Documents:
-        documents = Documents(
-            _read_files(train, data.text_column, scratch),
-            _read_files(validation, data.text_column, scratch) if validation else None,
+    def read(scratch: Path, progress: bool) -> Texts:
+        texts = Texts(
+            _store("training", _read_files(train, data), scratch, progress),
+            _store("validation", _read_files(validation, data), scratch, progress) if validation else None,
         )
         refuse_change(hashes)
-        return documents
+        return texts
 
     return Source(hashlib.sha256(identity.encode()).hexdigest(), read)
 
 
-def _expand(key: str, patterns: Iterable[str]) -> list[Path]:
-    """The files that ``patterns`` match, each once, in the order of their names."""
-    found = set()
-    for pattern in patterns:
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-        files = [Path(match) for match in matches if os.path.isfile(match)]
-        if not files and matches:
-            raise UserError(f"data.{key} has {pattern!r}, a folder - write {os.path.join(pattern, '**/*.txt')!r}, say")
-        if not files:
-            missing = "matches no file" if glob.has_magic(pattern) else "does not exist"
-            raise UserError(f"data.{key} has {pattern!r}, which {missing} - write the path of a file or a glob")
-        found.update(files)
-    for path in sorted(found):
-        if path.suffix not in READERS:
-            raise UserError(
-                f"data.{key} matches {path}, which is of no known kind - name only {', '.join(READERS)} files"
-            )
-    return sorted(found)
+def _read_files(paths: list[Path], data: DataSettings) -> Iterator[Piece]:
+    """First all .txt, then .jsonl, then .parquet, each in the order of ``paths``; files without text are told."""
+    for path in sorted(paths, key=lambda path: SUFFIXES.index(path.suffix)):
+        empty = True
+        if path.stat().st_size:
+            for piece in read_file(path, text_column=data.text_column, document_separator=data.document_separator):
+                empty = empty and not piece.text
+                yield piece
+        if empty:
+            log.info("%s holds no text and is skipped", path)
 
 
-def _read_files(paths: list[Path], text_column: str, scratch: Path) -> Dataset:
-    """One document a .txt file, one a row of the others; first all .txt, then .jsonl, then .parquet."""
-    parts = []
-    for suffix, reader in READERS.items():
-        files = [str(path) for path in paths if path.suffix == suffix and path.stat().st_size]
-        # Tables are read one by one, because their other columns may differ; text files have none.
-        for group in [files] if suffix == ".txt" and files else [[file] for file in files]:
-            options = {"sample_by": "document"} if suffix == ".txt" else {}
-            column = "text" if suffix == ".txt" else text_column
-            rows = _load(
-                f"{group[0]} cannot be read",
-                "mend it or leave it out",
-                reader,
-                data_files=group,
-                split="train",
-                cache_dir=str(scratch),
-                **options,
-            )
-            rows = _text_only(rows, column, group[0])
-            parts.append(rows if rows.features == TEXT else rows.cast(TEXT))
-    return concatenate_datasets(parts) if parts else Dataset.from_dict({"text": []}, features=TEXT)
-
-
-def _open_hub(data: DataSettings) -> Source:
+def _open_hub(data: DataSettings, remember: bool) -> Source:
     assert data.name is not None
     what: dict[str, Any] = {
         "name": data.name,
@@ -175,18 +152,18 @@ def _open_hub(data: DataSettings) -> Source:
         "splits": [data.train_split, data.validation_split],
         "text_column": data.text_column,
     }
-    folder = Path(data.name).expanduser()
+    folder = _local_folder(data.name)
     hashes: dict[Path, Hashed] = {}
-    if folder.is_dir():
+    if folder is not None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        hashes = hash_files(files, Path(data.cache_dir).expanduser())
+        hashes = hash_files(files, expand_home(data.cache_dir, "data.cache_dir"), remember=remember)
         what["name"] = [[path.relative_to(folder).as_posix(), hashes[path].sha256] for path in files]
 
-    def read(scratch: Path) -> Documents:
+    def read(scratch: Path, progress: bool) -> Texts:
         # A local folder is not read through the hub's cache, which misses a change that keeps the times.
-        place = {"path": str(folder), "cache_dir": str(scratch)} if hashes else {"path": data.name}
+        place = {"path": data.name} if folder is None else {"path": str(folder), "cache_dir": str(scratch / "hub")}
 
-        def split(key: str, name: str) -> Dataset:
+        def split(title: str, key: str, name: str) -> Documents:
             rows = _load(
                 f"data.name is {data.name!r}, whose split {name!r} cannot be read",
                 f"check data.name, data.config and data.{key}",
@@ -194,16 +171,31 @@ def _open_hub(data: DataSettings) -> Source:
                 name=data.config,
                 split=name,
             )
-            return _text_only(rows, data.text_column, f"split {name!r} of {data.name}")
+            where = f"split {name!r} of {data.name}"
+            return _store(title, _read_rows(rows, data.text_column, where), scratch, progress)
 
-        train = split("train_split", data.train_split)
+        train = split("training", "train_split", data.train_split)
         validation = None
         if data.validation_split is not None:
-            validation = split("validation_split", data.validation_split)
+            validation = split("validation", "validation_split", data.validation_split)
         refuse_change(hashes)
-        return Documents(train, validation)
+        return Texts(train, validation)
 
     return Source(hashlib.sha256(json.dumps(what).encode()).hexdigest(), read)
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder that ``data.name`` names; None where it is a name on the hub."""
+    folder = Path(name) if os.path.isdir(name) else expand_home(name, "data.name")
+    if not folder.is_dir():
+        return None
+    real = os.path.realpath(folder)
+    if "::" in real or any(character in real for character in "*?[]"):
+        raise UserError(
+            f"data.name is {name!r}, and `datasets` takes the name of that folder ({real}) for a pattern; rename it, "
+            "or write data.source: files with data.paths"
+        )
+    return folder
 
 
 def _load(problem: str, advice: str, *args: Any, **options: Any) -> Dataset:
@@ -222,17 +214,28 @@ def _load(problem: str, advice: str, *args: Any, **options: Any) -> Dataset:
         if isinstance(cause, OSError) and cause.errno in DISK_TROUBLE and "cache_dir" in options:
             raise cause from error  # our own scratch folder's, not the data's
         reason = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
-        raise UserError(f"{problem}: {reason} - {advice}") from error
+        raise UserError(f"{problem}: {reason}; {advice}") from error
 
 
-def _text_only(rows: Dataset, column: str, where: str) -> Dataset:
+def _read_rows(rows: Dataset, column: str, where: str) -> Iterator[Piece]:
     if column not in rows.column_names:
-        raise UserError(
-            f"data.text_column is {column!r}, and {where} has the columns {', '.join(rows.column_names)}"
-            " - write one of them"
-        )
+        raise no_such_column(column, where, rows.column_names)
     kind = getattr(rows.features[column], "dtype", "a nested type")
-    if kind not in ("string", "large_string"):
-        raise UserError(f"data.text_column is {column!r}, which is {kind} in {where} - write a column of strings")
-    rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise no_strings(column, where, kind)
+    missing = Missing(where, column, "row")
+    number = 0
+    for batch in rows.select_columns([column]).iter(HUB_ROWS):
+        for text in batch[column]:
+            number += 1
+            if text is None:
+                missing.add(number, [column])
+            else:
+                missing.rows += 1
+                yield whole_document(text, f"row {number} of {where}")
+    missing.tell()
+
+
+def _store(title: str, pieces: Iterator[Piece], scratch: Path, progress: bool) -> Documents:
+    with phase(f"reading the {title} text", None, enabled=progress) as advance:
+        return store(pieces, scratch / f"{title}.utf8", advance)

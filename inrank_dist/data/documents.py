@@ -4,16 +4,12 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 
-from inrank_dist.data.corpus import Documents
-from inrank_dist.data.permutation import stable_permutation
-from inrank_dist.data.progress import phase
-from inrank_dist.data.settings import DataSettings
-from inrank_dist.errors import UserError
-
-#: Documents per step of a pass over the text.
-BATCH = 100
+from ..errors import UserError
+from .corpus import Texts
+from .permutation import stable_permutation
+from .settings import DataSettings
+from .stored import Documents
 
 #: The order of documents is one for all runs; the order of samples is the loader's.
 ORDER_SEED = 0
@@ -21,29 +17,16 @@ ORDER_SEED = 0
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of a run: one document a row of column ``text``. ``digest`` (hex) is over all of it, in order;
-    ``train_bytes`` and ``validation_bytes`` count it in UTF-8."""
+    """The text of a run. ``digest`` (hex) is over all of it, in order; ``in_both`` counts the validation documents
+    that are training documents as well, and their bytes."""
 
-    train: Dataset
-    validation: Dataset
+    train: Documents
+    validation: Documents
     digest: str
-    train_bytes: int
-    validation_bytes: int
+    in_both: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """Documents of one set, with their sizes (n,) in bytes and sha256 digests (n, 32)."""
-
-    rows: Dataset
-    sizes: np.ndarray
-    digests: np.ndarray
-
-    def take(self, indices: np.ndarray) -> "_Measured":
-        return _Measured(self.rows.select(indices), self.sizes[indices], self.digests[indices])
-
-
-def choose_documents(documents: Documents, data: DataSettings, *, progress: bool) -> Corpus:
+def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
     """Drop empty documents, hold out validation, shuffle once and for all, and cap at ``data.max_bytes``.
 
     Held out are the documents with the smallest hashes (of the name where a document has one, else of the
@@ -53,49 +36,42 @@ def choose_documents(documents: Documents, data: DataSettings, *, progress: bool
     Raises:
         UserError: there is no text, or too few documents to hold one out.
     """
-    train = _measure(documents.train, "reading the training text", progress)
-    validation = None
-    if documents.validation is not None:
-        validation = _measure(documents.validation, "reading the validation text", progress)
+    train, validation = texts.train, texts.validation
     for name, part in (("training", train), ("validation", validation)):
         if part is not None and not part.sizes.any():
-            raise UserError(f"data.source {data.source} gives no {name} text - name data with text in it")
+            raise UserError(f"data.source {data.source} gives no {name} text; name data with text in it")
     if validation is None:
-        keys = train.digests if documents.names is None else np.stack([_sha256(name) for name in documents.names])
+        keys = train.digests if texts.names is None else np.stack([_sha256(name) for name in texts.names])
         train, validation = _hold_out(train, keys, data.validation_fraction)
     parts = []
     for name, part in (("training", train), ("validation", validation)):
         part = part.take(np.flatnonzero(part.sizes))
         if not data.join_rows:
-            part = part.take(stable_permutation(len(part.sizes), ORDER_SEED))
+            part = part.take(stable_permutation(len(part), ORDER_SEED))
         if data.max_bytes is not None:
             part = _cap(part, data.max_bytes)
-        if not len(part.sizes):
+        if not len(part):
             raise UserError(f"data.max_bytes is {data.max_bytes}, less than one character of the {name} text")
         parts.append(part)
     train, validation = parts
     digest = hashlib.sha256(train.digests.tobytes() + b"validation" + validation.digests.tobytes())
-    return Corpus(train.rows, validation.rows, digest.hexdigest(), int(train.sizes.sum()), int(validation.sizes.sum()))
+    # Rows that are joined are lines, and the same line comes often.
+    in_both = (0, 0) if data.join_rows else _in_both(train, validation)
+    return Corpus(train, validation, digest.hexdigest(), in_both)
 
 
-def _measure(rows: Dataset, title: str, progress: bool) -> _Measured:
-    sizes = np.zeros(len(rows), dtype=np.int64)
-    digests = np.zeros((len(rows), 32), dtype=np.uint8)
-    with phase(title, len(rows), enabled=progress) as advance:
-        for start in range(0, len(rows), BATCH):
-            texts = rows[start : start + BATCH]["text"]
-            for index, text in enumerate(texts, start):
-                sizes[index] = len((text or "").encode())
-                digests[index] = _sha256(text or "")
-            advance(len(texts))
-    return _Measured(rows, sizes, digests)
+def _in_both(train: Documents, validation: Documents) -> tuple[int, int]:
+    """Number and bytes of the documents of ``validation`` that are in ``train`` as well."""
+    known, held_out = (np.ascontiguousarray(part.digests).view("S32")[:, 0] for part in (train, validation))
+    shared = np.isin(held_out, known)
+    return int(shared.sum()), int(validation.sizes[shared].sum())
 
 
 def _sha256(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
 
 
-def _hold_out(train: _Measured, keys: np.ndarray, fraction: float) -> tuple[_Measured, _Measured]:
+def _hold_out(train: Documents, keys: np.ndarray, fraction: float) -> tuple[Documents, Documents]:
     full = np.flatnonzero(train.sizes)
     share = fraction * train.sizes.sum()
     # One document larger than the whole share would make validation both too large and too much alike.
@@ -111,26 +87,19 @@ def _hold_out(train: _Measured, keys: np.ndarray, fraction: float) -> tuple[_Mea
     rest = np.setdiff1d(full, held_out)
     if not len(rest):
         raise UserError(
-            f"the text has {len(np.unique(first_bytes[full]))} different documents, too few to hold one out - name"
-            " validation data (data.validation_paths, data.validation_split) or give more documents"
+            f"the text has {len(np.unique(first_bytes[full]))} different documents, too few to hold one out; name "
+            "validation data (data.validation_paths, data.validation_split), give more documents, or write "
+            "data.document_separator where one file holds many"
         )
     return train.take(rest), train.take(held_out)
 
 
-def _cap(part: _Measured, max_bytes: int) -> _Measured:
+def _cap(part: Documents, max_bytes: int) -> Documents:
     """The first ``max_bytes`` bytes; the document in which they end is cut at a character."""
     ends = np.cumsum(part.sizes)
     whole = int(np.searchsorted(ends, max_bytes, side="right"))
-    room = max_bytes - (int(ends[whole - 1]) if whole else 0)
-    kept = part.take(np.arange(whole))
     if whole == len(ends):
-        return kept
-    cut = part.rows[whole]["text"].encode()[:room].decode(errors="ignore")
-    if not cut:
-        return kept
-    last = Dataset.from_dict({"text": [cut]}, features=part.rows.features)
-    return _Measured(
-        concatenate_datasets([kept.rows, last]),
-        np.append(kept.sizes, len(cut.encode())),
-        np.concatenate([kept.digests, _sha256(cut)[None]]),
-    )
+        return part
+    room = max_bytes - (int(ends[whole - 1]) if whole else 0)
+    cut = part.take(np.arange(whole + 1)).cut_last(room)
+    return cut if cut.sizes[-1] else part.take(np.arange(whole))

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inrank_dist.data.permutation import stable_permutation
-from inrank_dist.errors import UserError
+from ..errors import UserError
+from .permutation import stable_permutation
 
 if TYPE_CHECKING:  # seconds to import
     from datasets import Dataset

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from inrank_dist.data.loader import Loader, LoaderState, MicroBatch
+from .loader import Loader, LoaderState, MicroBatch
 
 
 class Prefetcher:

@@ -3,30 +3,35 @@
 import hashlib
 import json
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
-from inrank_dist.data.corpus import Source, open_source
-from inrank_dist.data.documents import Corpus, choose_documents
-from inrank_dist.data.hashing import Hashed, hash_files
-from inrank_dist.data.packing import pack, tokenise, unigram_entropy
-from inrank_dist.data.progress import phase, quiet_datasets
-from inrank_dist.data.settings import DataSettings, TokenizerSettings
-from inrank_dist.data.store import make_once
-from inrank_dist.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from inrank_dist.errors import UserError
+from ..errors import UserError
+from ..runtime.home import expand_home
+from .corpus import Source, open_source
+from .documents import Corpus, choose_documents
+from .hashing import hash_files
+from .packing import pack, unigram_entropy
+from .progress import phase, quiet_datasets
+from .settings import DataSettings, TokenizerSettings
+from .store import MARKER, make_once
+from .stored import Documents
+from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger("inrank_dist")
 
 #: Raised whenever the same settings and text would be prepared differently; older folders are then left
-#: alone.
-FORMAT_VERSION = 2
+#: alone. The fingerprint, which checkpoints know, changes only where the tokens do.
+FORMAT_VERSION = 3
 
 SCRATCH, SUMMARY, TOKENIZER = "scratch", "prepared.json", "tokenizer.model"
+PARTS = ("train", "validation")
+FILES = {MARKER, TOKENIZER, *(f"{part}.arrow" for part in PARTS)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Prepared:
 
     Rows of ``train`` and ``validation`` hold ``input_ids``, ``block_length + 1`` tokens; the last token of a
     row is the first of the next, so each row has ``block_length`` tokens to predict and none is predicted
-    twice or skipped, but for fewer than ``block_length`` at the end. ``train_tokens`` and
+    twice or skipped, but for fewer than ``block_length`` at the end. Where the training text has no separator that
+    anything follows (joined rows, a single document), the first token of a row is the separator instead, so that a
+    model learns to begin with it, as ``generate`` does. ``train_tokens`` and
     ``validation_tokens`` count the tokens to predict. ``fingerprint`` (sha256, hex) is over the text, the
     tokenizer, and the block length.
 
@@ -55,7 +62,14 @@ class Prepared:
     unigram_entropy: float
 
 
-def prepare(data: DataSettings, tokenizer: TokenizerSettings, block_length: int, *, progress: bool = True) -> Prepared:
+def prepare(
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    block_length: int,
+    *,
+    progress: bool = True,
+    saved_tokenizer: Tokenizer | None = None,
+) -> Prepared:
     """Tokenise and pack the text that ``data`` names, unless that was done, and map the result into memory.
 
     The folder's name is a hash of the text and of every setting that changes the result. So an edited file or
@@ -66,110 +80,163 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings, block_length: int,
 
     Args:
         block_length: tokens to predict in a row, the model's context length.
-        progress: whether this process shows what it does (one process of a job should).
+        progress: whether this process shows what it does, if it is the one that does it.
+        saved_tokenizer: taken where ``tokenizer.path`` is not there any more: a checkpoint holds what it was.
 
     Raises:
         UserError: a setting, file or folder cannot be used; nothing is left but the lock and the reason.
     """
-    loaded = None if tokenizer.path is None else load_tokenizer(tokenizer)
+    loaded = _given_tokenizer(tokenizer, saved_tokenizer)
     with quiet_datasets():
         source = open_source(data)
-        key = _key(source, data, loaded.fingerprint if loaded else tokenizer, block_length)
-        folder = Path(data.cache_dir).expanduser().absolute() / f"{data.source}-{key[:16]}"
+        folder = _folder(source, data, loaded or tokenizer, block_length)
 
         def build(work: Path) -> None:
             scratch = work / SCRATCH
             scratch.mkdir()
-            with phase(f"loading the text, data.source {data.source}", None, enabled=progress):
-                documents = source.read(scratch)
-            corpus = choose_documents(documents, data, progress=progress)
+            corpus = choose_documents(source.read(scratch, progress), data)
             chosen = loaded or _train(corpus, tokenizer, progress)
             _write(work, corpus, chosen, data, block_length, progress=progress)
 
-        make_once(folder, build)
+        make_once(folder, build, _check_complete)
         return _open_prepared(folder)
 
 
-def _key(source: Source, data: DataSettings, tokenizer: str | TokenizerSettings, block_length: int) -> str:
+def find_prepared(
+    data: DataSettings, tokenizer: TokenizerSettings, block_length: int, *, saved_tokenizer: Tokenizer | None = None
+) -> Prepared | None:
+    """What ``prepare`` made before, without writing anything anywhere; None where there is nothing.
+
+    Raises:
+        UserError: as ``prepare``.
+    """
+    loaded = _given_tokenizer(tokenizer, saved_tokenizer)
+    folder = _folder(open_source(data, remember=False), data, loaded or tokenizer, block_length)
+    try:
+        found = folder.is_dir()
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return _open_prepared(folder, remember=False) if found else None
+
+
+def _given_tokenizer(settings: TokenizerSettings, saved: Tokenizer | None) -> Tokenizer | None:
+    if settings.path is None:
+        return None
+    if saved is not None and not os.path.lexists(os.path.expanduser(settings.path)):
+        logger.info("tokenizer.path %s is not there; the checkpoint's own copy is used", settings.path)
+        return saved
+    return load_tokenizer(settings)
+
+
+def _folder(source: Source, data: DataSettings, tokenizer: Tokenizer | TokenizerSettings, block_length: int) -> Path:
     what = {
         "format": FORMAT_VERSION,
         "source": data.source,
         "identity": source.identity,
+        "document_separator": data.document_separator if data.source == "files" else None,
         "join_rows": data.join_rows,
         "validation_fraction": None if data.has_own_validation else data.validation_fraction,
         "max_bytes": data.max_bytes,
-        "tokenizer": tokenizer if isinstance(tokenizer, str) else asdict(tokenizer),
+        "tokenizer": tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else asdict(tokenizer),
         "block_length": block_length,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return expand_home(data.cache_dir, "data.cache_dir").absolute() / f"{data.source}-{key[:16]}"
 
 
 def _train(corpus: Corpus, settings: TokenizerSettings, progress: bool) -> Tokenizer:
-    texts = (row["text"] for row in corpus.train)
     title = f"training a {settings.kind} tokenizer of {settings.vocab_size} tokens"
     with phase(title, None, enabled=progress):
-        return train_tokenizer(texts, settings)
+        return train_tokenizer(corpus.train.heads(settings.max_training_bytes), settings)
 
 
 def _write(
     work: Path, corpus: Corpus, tokenizer: Tokenizer, data: DataSettings, block_length: int, *, progress: bool
 ) -> None:
-    """Fill ``work``: train/, validation/, tokenizer.model; and prepared.json, with a hash of each file."""
-    counts, tokens = {}, {}
-    for name, texts in (("train", corpus.train), ("validation", corpus.validation)):
-        with phase(f"tokenising {name}", len(texts), enabled=progress) as advance:
-            tokenised = tokenise(
-                texts,
-                tokenizer,
-                work / SCRATCH / f"{name}-tokens.arrow",
+    """Fill ``work``: train.arrow, validation.arrow, tokenizer.model; and prepared.json, with a hash of each file."""
+    counts, rows = {}, {}
+    # With one document the separator would only ever be the last token, which nothing follows.
+    begin = data.join_rows or len(corpus.train) == 1
+    irregular = False
+    parts: dict[str, Documents] = {"train": corpus.train, "validation": corpus.validation}
+    for name, documents in parts.items():
+        with phase(f"tokenising {name}", documents.total_bytes, enabled=progress) as advance:
+            encoding = tokenizer.encode_documents(
+                (documents.pieces(index, advance) for index in range(len(documents))),
                 separate=not data.join_rows,
-                num_workers=min(data.num_workers, len(texts)),
-                advance=advance,
+                threads=data.num_workers or _cpus(),
             )
-        with phase(f"packing {name}", None, enabled=progress):
-            rows, counts[name] = pack(tokenised, block_length, work / SCRATCH / f"{name}-rows.arrow")
-            if not len(rows):
-                raise UserError(
-                    f"the {name} text has {counts[name].sum()} tokens and a row takes {block_length + 1}"
-                    " (model.max_seq_len + 1) - give more text or write a smaller model.max_seq_len"
-                )
-            rows.save_to_disk(str(work / name))
-        tokens[name] = len(rows) * block_length
+            first = tokenizer.eos_id if begin else None
+            rows[name], counts[name] = pack(
+                encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first
+            )
+            irregular = irregular or encoding.cutter.irregular
+        if not rows[name]:
+            raise UserError(
+                f"the {name} text has {counts[name].sum()} tokens and a row takes {block_length + 1}"
+                " (model.max_seq_len + 1); give more text or write a smaller model.max_seq_len"
+            )
     tokenizer.save(work / TOKENIZER)
     shutil.rmtree(work / SCRATCH)
-    fingerprint = f"{FORMAT_VERSION} {corpus.digest} {tokenizer.fingerprint} {block_length}"
+    # Where rows and cuts are as they were in format 2 the tokens are too, and checkpoints of then can go on.
+    tokens = f"3 {begin} {irregular}" if begin or irregular else "2"
+    fingerprint = f"{tokens} {corpus.digest} {tokenizer.fingerprint} {block_length}"
+    hashes = hash_files([work / name for name in sorted(FILES)], work.parent, remember=False)
     summary = {
         "format": FORMAT_VERSION,
         "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest(),
         "block_length": block_length,
-        "train_tokens": tokens["train"],
-        "validation_tokens": tokens["validation"],
+        "train_tokens": rows["train"] * block_length,
+        "validation_tokens": rows["validation"] * block_length,
         "unigram_entropy": unigram_entropy(counts["train"], counts["validation"], tokenizer.vocab_size),
-        "train_bytes": corpus.train_bytes,
-        "validation_bytes": corpus.validation_bytes,
+        "train_bytes": corpus.train.total_bytes,
+        "validation_bytes": corpus.validation.total_bytes,
+        "validation_documents": len(corpus.validation),
+        "documents_in_both": corpus.in_both,
         "tokenizer": tokenizer.fingerprint,
-        "files": {str(path.relative_to(work)): hashed.sha256 for path, hashed in _hash_folder(work).items()},
+        "files": {path.name: hashed.sha256 for path, hashed in hashes.items()},
+        "sizes": {path.name: path.stat().st_size for path in hashes},
     }
     (work / SUMMARY).write_text(json.dumps(summary, indent=1))
 
 
-def _hash_folder(folder: Path) -> dict[Path, Hashed]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hash_files(files, folder.parent)
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_prepared(folder: Path) -> Prepared:
+def _check_complete(work: Path) -> None:
+    """That what was written is still there: whoever can write in the cache can remove it.
+
+    Raises:
+        OSError: it is not.
+    """
+    sizes = json.loads((work / SUMMARY).read_text())["sizes"]
+    for name in FILES:
+        if (work / name).stat().st_size != sizes[name]:
+            raise OSError(f"{name} is not as it was written")
+
+
+def _open_prepared(folder: Path, *, remember: bool = True) -> Prepared:
     advice = "delete this folder and it is prepared again"
     try:
         summary = json.loads((folder / SUMMARY).read_text())
-        hashes = {str(path.relative_to(folder)): hashed.sha256 for path, hashed in _hash_folder(folder).items()}
-        for name, sha256 in summary["files"].items():
-            if hashes.get(name) != sha256:
-                raise UserError(f"{folder / name} is not as it was written - {advice}")
+        files = [folder / name for name in sorted(FILES)]
+        hashes = hash_files([path for path in files if path.exists()], folder.parent, remember=remember)
+        for path in files:
+            if path not in hashes or hashes[path].sha256 != summary["files"][path.name]:
+                raise UserError(f"{path} is not as it was written; {advice}")
+        shared, shared_bytes = summary["documents_in_both"]
+        if shared:
+            logger.warning(
+                "warning: %s of %s validation documents (%.1f%% of the bytes) are in the training text as well",
+                *(f"{shared:,}", f"{summary['validation_documents']:,}"),
+                100 * shared_bytes / summary["validation_bytes"],
+            )
         return Prepared(
             folder=folder,
-            train=load_from_disk(str(folder / "train")),
-            validation=load_from_disk(str(folder / "validation")),
+            train=Dataset.from_file(str(folder / "train.arrow")),
+            validation=Dataset.from_file(str(folder / "validation.arrow")),
             tokenizer=Tokenizer.load(folder / TOKENIZER),
             fingerprint=summary["fingerprint"],
             block_length=summary["block_length"],
@@ -177,7 +244,15 @@ def _open_prepared(folder: Path) -> Prepared:
             validation_tokens=summary["validation_tokens"],
             unigram_entropy=summary["unigram_entropy"],
         )
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except PermissionError as error:
+        raise _unreadable(folder, error) from error
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder} is damaged ({' '.join(str(error).split())}) - {advice}") from error
+        raise UserError(f"{folder} is damaged ({' '.join(str(error).split())}); {advice}") from error
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.cache_dir is {folder.parent}, and {folder} cannot be read ({error.strerror}); write a folder of your own"
+    )

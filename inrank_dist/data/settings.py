@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from inrank_dist.errors import UserError
+from ..errors import UserError
 
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300
@@ -21,7 +21,9 @@ class DataSettings:
 
     paths: list[str] = field(default_factory=list)
     """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document a
-    file), .jsonl or .parquet (one document a row)."""
+    file, see document_separator), .jsonl or .parquet (one document a row). A path that exists is taken as it is,
+    whatever characters are in it. Text must be UTF-8 and is kept as it is, line ends too; a byte-order mark at
+    the start of a file or document is left out."""
 
     validation_paths: list[str] = field(default_factory=list)
     """Validation files, written as in paths. Empty: whole documents are held out of paths, see
@@ -44,10 +46,14 @@ class DataSettings:
     text_column: str = "text"
     """Column that holds the text, for .jsonl, .parquet and hub."""
 
+    document_separator: str | None = None
+    """Text between two documents of a .txt file, such as "<|endoftext|>", which is left out. null: a file is one
+    document."""
+
     join_rows: bool = False
-    """Join the rows of jsonl, parquet and hub sources in their order, with no separator between them: for
+    """Join documents (rows of jsonl, parquet and hub sources) in their order, with no separator between them: for
     data sets that hold one line a row and not one document, such as WikiText. Needs validation data of its
-    own."""
+    own. Every packed row of tokens then begins with the separator, so that the model learns to begin with it."""
 
     validation_fraction: float = 0.02
     """Share of the text, in bytes, that is held out for validation where the source has no validation data of
@@ -61,31 +67,34 @@ class DataSettings:
     cache_dir: str = "~/.cache/inrank_dist"
     """Folder of prepared data; on several machines one that all of them see."""
 
-    num_workers: int = 1
-    """Processes that tokenise. More pay off from about 100 MB of text."""
+    num_workers: int | None = None
+    """Threads that tokenise; null: one for each CPU that the process may use. Processes of a job do not add up:
+    one of them prepares."""
 
     def __post_init__(self) -> None:
         if self.source == "files" and not self.paths:
-            raise UserError("data.paths is empty; data.source files needs it - write data.paths: [FOLDER/**/*.txt]")
+            raise UserError("data.paths is empty; data.source files needs it; write data.paths: [FOLDER/**/*.txt]")
         if self.source == "hub" and not self.name:
             raise UserError(
-                f"data.name is {self.name!r}; data.source hub needs it - write data.name: Salesforce/wikitext"
+                f"data.name is {self.name!r}; data.source hub needs it; write data.name: Salesforce/wikitext"
             )
         if not 0 < self.validation_fraction <= 0.5:
             raise UserError(
                 f"data.validation_fraction is {self.validation_fraction}; it is a share of the text"
-                " - write a value above 0 and at most 0.5"
+                "; write a value above 0 and at most 0.5"
             )
         for key, value, least in (("max_bytes", self.max_bytes, 1), ("num_workers", self.num_workers, 1)):
             if value is not None and value < least:
-                raise UserError(f"data.{key} is {value} - write {least} or more")
+                raise UserError(f"data.{key} is {value}; write {least} or more")
+        if self.document_separator == "":
+            raise UserError("data.document_separator is ''; write the text between two documents, or null")
         if self.source == "hub" and self.validation_split is not None:
             self._check_splits(self.validation_split)
         if self.join_rows and self.source != "stdlib" and not self.has_own_validation:
             key = "validation_paths" if self.source == "files" else "validation_split"
             raise UserError(
                 f"data.join_rows is true and data.{key} is empty; rows that go on cannot be held out"
-                f" one by one - set data.{key}, or write data.join_rows: false"
+                f" one by one; set data.{key}, or write data.join_rows: false"
             )
 
     @property
@@ -99,12 +108,12 @@ class DataSettings:
         names = {part.split("[")[0].strip() for part in validation.split("+")}
         if any(name.lower().startswith("test") for name in names):
             raise UserError(
-                f"data.validation_split is {validation!r}; the test split is not for validation - write"
+                f"data.validation_split is {validation!r}; the test split is not for validation; write"
                 " data.validation_split: validation, or null to hold out part of data.train_split"
             )
         if validation == self.train_split:
             raise UserError(
-                f"data.validation_split is {validation!r}, the same as data.train_split - write another,"
+                f"data.validation_split is {validation!r}, the same as data.train_split; write another,"
                 " or null to hold out part of data.train_split"
             )
 
@@ -129,11 +138,11 @@ class TokenizerSettings:
         if self.vocab_size < MIN_VOCABULARY:
             raise UserError(
                 f"tokenizer.vocab_size is {self.vocab_size}; byte fallback alone needs 258"
-                f" - write a vocab_size of at least {MIN_VOCABULARY}"
+                f"; write a vocab_size of at least {MIN_VOCABULARY}"
             )
         if self.vocab_size > MOST_VOCABULARY:
             raise UserError(
                 f"tokenizer.vocab_size is {self.vocab_size}; write a vocab_size of at most {MOST_VOCABULARY}"
             )
         if self.max_training_bytes < 1:
-            raise UserError(f"tokenizer.max_training_bytes is {self.max_training_bytes} - write 1 or more")
+            raise UserError(f"tokenizer.max_training_bytes is {self.max_training_bytes}; write 1 or more")

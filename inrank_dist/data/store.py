@@ -1,60 +1,74 @@
 """A folder made once, by one process, whole or not at all, however many processes ask for it."""
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
-import socket
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock
-
-from inrank_dist.errors import UserError
+from ..errors import UserError
+from ..runtime.lock import Lock, LockHeld, LockLost
 
 logger = logging.getLogger("inrank_dist")
 
-#: After this many seconds a private folder of another machine, whose processes cannot be looked up, is
-#: litter.
-ABANDONED_AFTER_S = 2 * 24 * 3600
+#: In every folder that is made here: says that it is one, and of what name.
+MARKER = "folder.json"
+
+PRIVATE = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{32}")
 
 
-def make_once(final: Path, build: Callable[[Path], None]) -> None:
+def make_once(final: Path, build: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
     """Make the folder ``final`` by ``build(work)``, unless it exists; one process builds, others wait.
 
-    ``build`` fills a private folder beside ``final``, which is flushed to disk and renamed. The rename is
-    what makes this correct: it is atomic and fails when another process was first, and then that one's folder
-    stands. The lock only saves work, so a file system without locks costs time and nothing else.
+    ``build`` fills a private folder beside ``final``, which is flushed to disk, looked at by ``check`` and renamed. The
+    rename is what makes this correct: it is atomic and fails when another process was first, and then that one's folder
+    stands. The lock saves work, and tells which private folders nobody works in any more: those of a process that has
+    died are removed by whoever builds next.
 
     Raises:
         UserError: ``build`` raised one, or the disk failed. Processes that were waiting meanwhile raise the
             same.
     """
-    if final.is_dir():
-        return
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        failure = final.parent / f".{final.name}.failed"
-        failure_before = _read(failure)
-        with _lock(final.parent / f".{final.name}.lock"):
+    while True:
+        lock = Lock(_lock_path(final))
+        try:
             if final.is_dir():
                 return
-            failure_now = _read(failure)
-            if failure_now is not None and failure_now != failure_before:
-                raise UserError(json.loads(failure_now)["error"])
-            _remove_litter(final.parent)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            failure = final.parent / f".{final.name}.failed"
+            failure_before = _read(failure)
+            lock.acquire(on_wait=lambda held: _tell_waiting(final, held))
             try:
-                _build_and_rename(final, build)
-            except UserError as error:
-                # The identifier tells waiting processes that this failure is newer than their start.
-                write_atomically(failure, json.dumps({"id": uuid.uuid4().hex, "error": str(error)}).encode())
-                raise
-            failure.unlink(missing_ok=True)
-    except OSError as error:
-        raise _disk_trouble(final.parent, error) from error
+                if final.is_dir():
+                    return
+                failure_now = _read(failure)
+                if failure_now is not None and failure_now != failure_before:
+                    raise UserError(str(failure_now["error"]))
+                _remove_abandoned(final)
+                try:
+                    _build_and_rename(final, build, check)
+                except (UserError, OSError) as error:
+                    lock.check()
+                    if isinstance(error, UserError):
+                        # The identifier tells waiting processes that this failure is newer than their start.
+                        reason = json.dumps({"id": uuid.uuid4().hex, "error": str(error)})
+                        with contextlib.suppress(OSError):  # what went wrong is told all the same
+                            write_atomically(failure, reason.encode())
+                    raise
+                with contextlib.suppress(OSError):  # another user's, in a sticky folder
+                    failure.unlink(missing_ok=True)
+                return
+            except LockLost as lost:  # and with it the private folder: another process makes the data set now
+                logger.info("%s", lost)
+            finally:
+                lock.release()
+        except OSError as error:
+            raise _disk_trouble(final.parent, error) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -67,19 +81,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _build_and_rename(final: Path, build: Callable[[Path], None]) -> None:
-    work = final.parent / f".{final.name}.tmp-{os.getpid()}-{uuid.uuid4().hex}-{socket.gethostname()}"
+def _build_and_rename(final: Path, build: Callable[[Path], None], check: Callable[[Path], None]) -> None:
+    work = final.parent / f".{final.name}.tmp-{uuid.uuid4().hex}"
     work.mkdir()
     try:
         try:
+            (work / MARKER).write_text(json.dumps({"made_by": "inrank_dist", "name": final.name}))
             build(work)
             _flush(work)
+            check(work)
         except OSError as error:
             raise _disk_trouble(final.parent, error) from error
         try:
             os.rename(work, final)
         except OSError:
-            # Where locks do not work another process may have been first; its folder holds the same.
+            # One that lost the lock may have been first nevertheless; its folder holds the same.
             if not final.is_dir():
                 raise
     finally:
@@ -89,55 +105,49 @@ def _build_and_rename(final: Path, build: Callable[[Path], None]) -> None:
 def _disk_trouble(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"data.cache_dir is {folder}, and it cannot be used ({error.strerror or error})"
-        " - name a folder that can be written and has room"
+        "; name a folder that can be written and has room"
     )
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except TimeoutError:
-            logger.info("another process prepares %s: waiting", path.name.strip(".").removesuffix(".lock"))
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        logger.warning("no lock on %s (%s): processes may prepare the same data twice", path, error)
-    try:
-        yield
-    finally:
-        lock.release()
+def _lock_path(final: Path) -> Path:
+    return final.parent / f".{final.name}.lock"
 
 
-def _read(path: Path) -> str | None:
+def _tell_waiting(final: Path, held: LockHeld) -> None:
+    logger.info("%s is being prepared by %s: waiting", final.name, held.owner or "another process")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is no such file, or it holds something else."""
     try:
-        return path.read_text()
-    except FileNotFoundError:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
         return None
+    return content if isinstance(content, dict) and "error" in content else None
 
 
-def _remove_litter(parent: Path) -> None:
-    """Remove private folders that killed processes left, of any data set; called with the lock held."""
-    for folder in parent.glob(".*.tmp-*"):
-        pid, _, host = folder.name.rpartition(".tmp-")[2].split("-", 2)
-        try:
-            left = not _alive(int(pid)) if host == socket.gethostname() else False
-            left = left or time.time() - folder.stat().st_mtime > ABANDONED_AFTER_S
-        except FileNotFoundError:  # its owner has just renamed or removed it
+def _remove_abandoned(final: Path) -> None:
+    """Remove private folders that killed processes left; called with the lock of ``final`` held.
+
+    A private folder is worked in only under the lock of its data set, and is known by what is in it.
+    """
+    for folder in list(final.parent.glob(".*.tmp-*")):
+        found = PRIVATE.fullmatch(folder.name)
+        if not found or folder.is_symlink() or not _is_private(folder, found["name"]):
             continue
-        if left:
-            shutil.rmtree(folder, ignore_errors=True)
+        other = final.parent / found["name"]
+        with contextlib.suppress(OSError):
+            # Only after the folder was seen: a holder that comes later works in a new one.
+            if other == final or Lock(_lock_path(other)).holder() is None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_private(folder: Path, name: str) -> bool:
+    """Whether this module made the folder, and for the data set ``name``."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return json.loads((folder / MARKER).read_text()) == {"made_by": "inrank_dist", "name": name}
+    except (OSError, ValueError):
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush(folder: Path) -> None:

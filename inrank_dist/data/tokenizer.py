@@ -1,5 +1,6 @@
 """Text to token ids and back, exactly, by SentencePiece."""
 
+import functools
 import hashlib
 import io
 import re
@@ -7,21 +8,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
-from inrank_dist.data.settings import MIN_VOCABULARY, TokenizerSettings
-from inrank_dist.data.store import write_atomically
-from inrank_dist.errors import UserError
+from ..errors import UserError
+from ..runtime.home import expand_home
+from .parts import META_SPACE, Cutter, neighbours
+from .settings import MIN_VOCABULARY, TokenizerSettings
+from .store import write_atomically
 
 #: The piece between documents. Text that spells it out is ordinary text and never becomes this token.
 SEPARATOR = "<|endoftext|>"
 
-#: SentencePiece writes a space as this character, so the character itself must go through byte pieces.
-META_SPACE = "\u2581"
-
-#: Text is encoded in parts of about this many characters that end in a newline. SentencePiece's BPE slows down with
-#: length, its unigram adds up scores over the whole text in 32 bits; and no piece holds a newline, so nothing is lost.
-PART_CHARACTERS = 1000
+#: Text that is encoded at a time, in characters for each thread. So many tokens at most are in memory as Python lists.
+BATCH_CHARACTERS = 1 << 18
 
 #: Characters that pieces must not hold (SentencePiece uses three of them as marks, line ends keep pieces
 #: within lines); they become byte pieces.
@@ -30,7 +30,11 @@ NOT_IN_PIECES = re.compile("[\x00-\x1f\x7f\u2581\u2585]+")
 #: Longest line to train on, in characters; SentencePiece would drop longer ones whole.
 LINE_CHARACTERS = 2000
 
-PROBE = f"  two spaces\n\ttab, \u00e9, \U0001f600, \x00 {META_SPACE} end "
+#: Characters that a normalization would change, among them compatibility forms and a decomposed one.
+PROBE = (
+    f"  two spaces\n\ttab, \u00e9, e\u0301, \ufb01 \u2460 \uff21 \u212b \u00a0 \u3000 \u00ad A\r\n\U0001f600, \x00"
+    f" {META_SPACE} end "
+)
 
 
 class Tokenizer:
@@ -46,7 +50,6 @@ class Tokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self._meta_space = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.model,)
@@ -61,12 +64,37 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not Unicode at character {error.start} ({error.reason})") from error
-        ids: list[int] = []
-        for index, part in enumerate(text.split(META_SPACE)):
-            if index:
-                ids += self._meta_space
-            ids += chain.from_iterable(self._processor.encode(list(_parts(part))))
-        return ids
+        return [token for ids in self.encode_documents([[text]]) for token in ids.tolist()]
+
+    def encode_documents(
+        self, documents: Iterable[Iterable[str]], *, separate: bool = False, threads: int = 1
+    ) -> "Encoding":
+        """Ids of documents that come in pieces of text, in memory that does not depend on their size.
+
+        Args:
+            separate: whether the separator follows each document.
+            threads: how many encode at a time; the ids do not depend on it.
+        """
+        return Encoding(self, documents, separate=separate, threads=threads)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest type, of those that packed data has, that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
+
+    @functools.cached_property
+    def neighbours(self) -> frozenset[str]:
+        """Pairs of characters that stand beside each other in a piece of the vocabulary."""
+        return neighbours(self._processor.id_to_piece(index) for index in range(self.vocab_size))
+
+    def encode_parts(self, parts: list[str], threads: int) -> list[list[int]]:
+        """Ids of texts without ``META_SPACE``."""
+        return self._processor.encode(parts, num_threads=threads) if parts else []
+
+    @functools.cached_property
+    def meta_space(self) -> list[int]:
+        """Ids of ``META_SPACE``."""
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; separators give nothing, bytes that are no character give U+FFFD."""
@@ -84,19 +112,61 @@ class Tokenizer:
             UserError: there is no such file, it is no SentencePiece model, or it does not keep text exactly.
         """
         try:
-            tokenizer = cls(Path(path).expanduser().read_bytes())
+            tokenizer = cls(expand_home(path, "tokenizer.path").read_bytes())
         except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}) - name a model file") from error
+            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); name a model file") from error
         except RuntimeError as error:
-            raise UserError(f"tokenizer {path} is not a SentencePiece model - name a model file") from error
+            raise UserError(f"tokenizer {path} is not a SentencePiece model; name a model file") from error
         if tokenizer.eos_id < 0:
-            raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents - name another")
+            raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents; name another")
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise UserError(
-                f"tokenizer {path} does not give text back exactly - name one trained with byte_fallback,"
+                f"tokenizer {path} does not give text back exactly; name one trained with byte_fallback,"
                 " identity normalization, add_dummy_prefix=false and remove_extra_whitespaces=false"
             )
         return tokenizer
+
+
+class Encoding(Iterable[np.ndarray]):
+    """The ids of documents, in arrays of some length one after another; can be run through once.
+
+    Attributes:
+        cutter: which says, at the end, how the text was cut.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, documents: Iterable[Iterable[str]], *, separate: bool, threads: int
+    ) -> None:
+        self.cutter = Cutter(tokenizer.neighbours)
+        self._tokenizer, self._documents, self._threads = tokenizer, documents, threads
+        self._end = [tokenizer.eos_id] if separate else []
+        self._parts: list[str] = []
+        # None stands for the ids of the next part.
+        self._ids: list[list[int] | None] = []
+        self._characters = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for document in self._documents:
+            for part in self.cutter.parts(document):
+                if part == META_SPACE:
+                    self._ids.append(self._tokenizer.meta_space)
+                else:
+                    self._parts.append(part)
+                    self._ids.append(None)
+                self._characters += len(part)
+                if self._characters >= BATCH_CHARACTERS * self._threads:
+                    yield self._flush()
+            self._ids.append(self._end)
+            self._characters += 1
+        if self._ids:
+            yield self._flush()
+
+    def _flush(self) -> np.ndarray:
+        encoded = iter(self._tokenizer.encode_parts(self._parts, self._threads))
+        ids = chain.from_iterable(next(encoded) if ids is None else ids for ids in self._ids)
+        result = np.fromiter(ids, dtype=self._tokenizer.dtype)
+        self._parts, self._ids, self._characters = [], [], 0
+        return result
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
@@ -110,7 +180,7 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     if tokenizer.vocab_size != settings.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size is {settings.vocab_size}, but {settings.path} has"
-            f" {tokenizer.vocab_size} tokens - write tokenizer.vocab_size: {tokenizer.vocab_size}"
+            f" {tokenizer.vocab_size} tokens; write tokenizer.vocab_size: {tokenizer.vocab_size}"
         )
     return tokenizer
 
@@ -157,25 +227,17 @@ def _training_error(settings: TokenizerSettings, reason: str) -> UserError:
         smaller = f"write at most {found[1]}, or " if int(found[1]) >= MIN_VOCABULARY else ""
         return UserError(
             f"tokenizer.vocab_size is {settings.vocab_size}, more than the training text can fill"
-            f" - {smaller}give more text"
+            f"; {smaller}give more text"
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
         return UserError(
             f"tokenizer.vocab_size is {settings.vocab_size}, too small for the characters of the training"
-            f" text - write at least {found[1]}"
+            f" text; write at least {found[1]}"
         )
     if "sentences_.empty()" in reason or "all_chars_count" in reason:
-        return UserError("the training text holds nothing but white space - give text to train a tokenizer on")
+        return UserError("the training text holds nothing but white space; give text to train a tokenizer on")
     last = reason.rpartition("] ")[2] or reason
     return UserError(f"SentencePiece cannot train a tokenizer of this text with these tokenizer settings: {last}")
-
-
-def _parts(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PART_CHARACTERS) + 1 or len(text)
-        yield text[start:end]
-        start = end
 
 
 def _training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -1,0 +1,233 @@
+"""Text of a file, in pieces of bounded size. One reader for each kind of file.
+
+One rule for all kinds: text is kept as it is, line ends included. Left out is only a byte-order mark at the start of a
+file (here) or of a document (where documents are stored). Everything must be UTF-8.
+"""
+
+import codecs
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+
+log = logging.getLogger("inrank_dist.preparation")
+
+BLOCK_BYTES = 1 << 20
+
+#: Rows of a parquet file that are in memory at a time.
+PARQUET_ROWS = 64
+
+BYTE_ORDER_MARK = "\ufeff"
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+class Piece(NamedTuple):
+    """A stretch of a document; ``last`` says that the document ends with it."""
+
+    text: str
+    last: bool
+
+
+def read_file(path: Path, *, text_column: str, document_separator: str | None) -> Iterator[Piece]:
+    """The documents of a file: one for each stretch between separators of a ``.txt`` file, one a row of the others.
+
+    Raises:
+        UserError: the file cannot be read, is not what its name says, or has no text in ``text_column``.
+    """
+    try:
+        if path.suffix == ".txt":
+            yield from _read_text(path, document_separator)
+        elif path.suffix == ".jsonl":
+            yield from _read_jsonl(path, text_column)
+        else:
+            yield from _read_parquet(path, text_column)
+    except OSError as error:
+        reason = error.strerror or _one_line(error)
+        raise UserError(f"{path} cannot be read ({reason}); make it readable or leave it out") from error
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def decode_utf8(blocks: Iterable[bytes], path: Path | str) -> Iterator[str]:
+    """Blocks as text; a character may lie across two of them.
+
+    Raises:
+        UserError: they are not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    try:
+        for block in blocks:
+            pending = len(decoder.getstate()[0])
+            yield decoder.decode(block)
+            done += len(block)
+        pending = len(decoder.getstate()[0])
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {done - pending + error.start}); convert it or leave it out"
+        ) from error
+
+
+def _read_text(path: Path, separator: str | None) -> Iterator[Piece]:
+    rest = ""
+    for text in decode_utf8(read_blocks(path), path):
+        if separator is None:
+            yield Piece(text, False)
+            continue
+        *whole, rest = (rest + text).split(separator)
+        for document in whole:
+            yield Piece(document, True)
+        # The separator may lie across two blocks.
+        safe = max(len(rest) - len(separator) + 1, 0)
+        yield Piece(rest[:safe], False)
+        rest = rest[safe:]
+    yield Piece(rest, True)
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
+    missing = Missing(str(path), column, "line")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8 (line {number}, byte {error.start} of it); convert it or leave it out"
+                ) from error
+            if number == 1:
+                text = text.removeprefix(BYTE_ORDER_MARK)
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else _one_line(error)
+                raise UserError(
+                    f"{path} cannot be read: line {number} is not JSON ({reason}); mend it or leave it out"
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{path} cannot be read: line {number} is {_kind(row)} and not an object; "
+                    f'write lines such as {{"{column}": "..."}}'
+                )
+            value = row.get(column)
+            if value is None:
+                missing.add(number, list(row))
+                continue
+            if not isinstance(value, str):
+                raise UserError(
+                    f"data.text_column is {column!r}, which is {_kind(value)} in line {number} of {path}; "
+                    "write a column of strings"
+                )
+            missing.rows += 1
+            yield whole_document(value, f"line {number} of {path}")
+    missing.tell()
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
+    missing = Missing(str(path), column, "row")
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            if column not in schema.names:
+                raise no_such_column(column, str(path), schema.names)
+            kind = schema.field(column).type
+            if pa.types.is_dictionary(kind):
+                kind = kind.value_type
+            if not (is_string(kind) or pa.types.is_null(kind)):
+                raise no_strings(column, str(path), kind)
+            number = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    if value is None:
+                        missing.add(number, schema.names)
+                    else:
+                        missing.rows += 1
+                        yield whole_document(value, f"row {number} of {path}")
+    except UserError:
+        raise
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}; mend it or leave it out") from error
+    missing.tell()
+
+
+class Missing:
+    """Rows that have no text, told once for a file or split."""
+
+    def __init__(self, where: str, column: str, unit: str) -> None:
+        self.where, self.column, self.unit = where, column, unit
+        self.rows = 0
+        self.absent = 0
+        self.first = 0
+        self.columns: list[str] = []
+
+    def add(self, number: int, columns: list[str]) -> None:
+        if not self.absent:
+            self.first, self.columns = number, columns
+        self.absent += 1
+        if self.column in columns:
+            self.columns = columns
+
+    def tell(self) -> None:
+        if self.absent and not self.rows and self.column not in self.columns:
+            raise no_such_column(self.column, self.where, self.columns)
+        if self.absent:
+            log.warning(
+                "warning: %s of %s rows of %s have no text in %r and are skipped (first: %s %s)",
+                *(f"{self.absent:,}", f"{self.absent + self.rows:,}", self.where, self.column, self.unit, self.first),
+            )
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def no_such_column(column: str, where: str, columns: Iterable[str]) -> UserError:
+    """``data.text_column`` names a column that is not there."""
+    return UserError(
+        f"data.text_column is {column!r}, and {where} has the columns {', '.join(columns)}; write one of them"
+    )
+
+
+def no_strings(column: str, where: str, kind: Any) -> UserError:
+    """``data.text_column`` names a column that does not hold text."""
+    return UserError(f"data.text_column is {column!r}, which is {kind} in {where}; write a column of strings")
+
+
+def whole_document(text: str, where: str) -> Piece:
+    """A row that is a document.
+
+    Raises:
+        UserError: it holds a lone surrogate, which is half of a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half of a character ({text[error.start]!a}, a lone surrogate); mend it or leave it out"
+        ) from error
+    return Piece(text, True)
+
+
+def _kind(value: object) -> str:
+    names = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
+    return names.get(type(value), "null")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
