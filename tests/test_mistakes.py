@@ -339,7 +339,7 @@ def not_utf8(corpus: Path) -> None:
         (None, "--data.validation_paths [{0}/none.txt]", "data.validation_paths has"),
         (parquet_without_text, "--data.paths [{0}/corpus/*.parquet]", "data.text_column is 'text'"),
         (jsonl_broken, "--data.paths [{0}/corpus/*.jsonl]", "rows.jsonl"),
-        (jsonl_of_numbers, "--data.paths [{0}/corpus/*.jsonl]", "data.text_column is 'text', which is int64"),
+        (jsonl_of_numbers, "--data.paths [{0}/corpus/*.jsonl]", "data.text_column is 'text', which is a number in line 1 of"),
         (all_empty, "", "data.source files gives no training text"),
         (one_document, "", "too few to hold one out"),
         (hardly_any_text, "", "tokenizer.vocab_size is 300, more than the training text can fill"),
@@ -367,7 +367,7 @@ def test_data(
 def test_tokenizer_of_another_vocabulary(place: Path, fails: Fails, trained: Path) -> None:
     model = trained / "checkpoints" / "step-00000004" / "tokenizer.model"
     words = ["--tokenizer.path", model, "--tokenizer.vocab_size", 400]
-    assert "has 300 tokens - write tokenizer.vocab_size: 300" in fails(
+    assert "has 300 tokens; write tokenizer.vocab_size: 300" in fails(
         "train", "--config", place / "config.yaml", *words
     )
     nothing_half_written(place)
