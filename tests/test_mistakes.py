@@ -339,7 +339,7 @@ def not_utf8(corpus: Path) -> None:
         (None, "--data.validation_paths [{0}/none.txt]", "data.validation_paths has"),
         (parquet_without_text, "--data.paths [{0}/corpus/*.parquet]", "data.text_column is 'text'"),
         (jsonl_broken, "--data.paths [{0}/corpus/*.jsonl]", "rows.jsonl"),
-        (jsonl_of_numbers, "--data.paths [{0}/corpus/*.jsonl]", "data.text_column is 'text', which is a number in line 1 of"),
+        (jsonl_of_numbers, "--data.paths [{0}/corpus/*.jsonl]", "'text', which is a number in line 1 of"),
         (all_empty, "", "data.source files gives no training text"),
         (one_document, "", "too few to hold one out"),
         (hardly_any_text, "", "tokenizer.vocab_size is 300, more than the training text can fill"),
