@@ -2,18 +2,25 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from ..data import prepare, validation_batches
+from ..data import DataSettings, Prepared, find_prepared, prepare, validation_batches
 from ..errors import UserError
 from ..train.loop import perplexity
-from .common import add_run_arguments, device, load_trained, no_overrides
+from .common import TrainedModel, add_run_arguments, device, load_trained, no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--run DIR [--step N]``."""
+    """``--run DIR [--step N] [--data.cache_dir DIR]``."""
     add_run_arguments(parser)
+    parser.add_argument(
+        "--data.cache_dir",
+        metavar="DIR",
+        dest="cache_dir",
+        help="folder of prepared data, to write to where the data is not prepared (default: that of the run, to read)",
+    )
 
 
 @torch.no_grad()
@@ -22,7 +29,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     no_overrides(rest)
     trained = load_trained(arguments)
     config, state = trained.config, trained.checkpoint.state
-    data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
+    data = _data(arguments, trained)
     if data.fingerprint != state.fingerprint:
         raise UserError(
             f"the data has changed since {arguments.run} was trained (fingerprint {data.fingerprint[:12]}, "
@@ -40,3 +47,22 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"validation loss   {loss:.4f} nats per token over {tokens} tokens")
     print(f"perplexity        {perplexity(loss):.2f}")
     print(f"unigram entropy   {data.unigram_entropy:.4f} (perplexity {perplexity(data.unigram_entropy):.2f})")
+
+
+def _data(arguments: argparse.Namespace, trained: TrainedModel) -> Prepared:
+    """The prepared data of a run; made anew only in a folder that the user has named, or the user's default one.
+
+    A run folder may come from anybody, and what it names is read, never written.
+    """
+    config = trained.config
+    settings = config.data if arguments.cache_dir is None else replace(config.data, cache_dir=arguments.cache_dir)
+    what = (settings, config.tokenizer, config.model.max_seq_len)
+    if arguments.cache_dir is not None or settings.cache_dir == DataSettings().cache_dir:
+        return prepare(*what, saved_tokenizer=trained.tokenizer)
+    data = find_prepared(*what, saved_tokenizer=trained.tokenizer)
+    if data is None:
+        raise UserError(
+            f"the data of {arguments.run} is not prepared in data.cache_dir {settings.cache_dir}, which is not written "
+            f"to only because a run names it; write --data.cache_dir {settings.cache_dir}, or another folder"
+        )
+    return data

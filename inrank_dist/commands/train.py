@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import SETTINGS, Config, load_config
-from ..data import Prepared, prepare
+from ..data import Prepared, Tokenizer, prepare
 from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
@@ -150,7 +150,7 @@ def _train(
         log.info("%s is complete at step %d; %s", config.run.folder, checkpoint.state.step, more)
         return False
     watch.beat("preparing the data", math.inf)
-    data = _prepare(config, stop)
+    data = _prepare(config, stop, checkpoint)
     watch.meet("prepared")
     watch.beat("building the model", config.parallel.timeout_seconds)
     asked = any(context.gather(data is None or stop.signal is not None))
@@ -171,11 +171,12 @@ def _train(
     return True
 
 
-def _prepare(config: Config, stop: StopRequest) -> Prepared | None:
+def _prepare(config: Config, stop: StopRequest, checkpoint: Checkpoint | None) -> Prepared | None:
     """The data; None where this process was asked to stop meanwhile, or heard that another one was."""
     try:
         with stop.at_once():
-            return prepare(config.data, config.tokenizer, config.model.max_seq_len)
+            saved = Tokenizer.load(checkpoint.tokenizer_file) if checkpoint else None
+            return prepare(config.data, config.tokenizer, config.model.max_seq_len, saved_tokenizer=saved)
     except Stopped:
         return None
 

@@ -8,7 +8,7 @@ from .settings import DataSettings, TokenizerSettings
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .preparation import Prepared, prepare
+    from .preparation import Prepared, find_prepared, prepare
 
 __all__ = [
     "DataSettings",
@@ -20,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerSettings",
     "check_batch_sizes",
+    "find_prepared",
     "prepare",
     "validation_batches",
 ]
@@ -27,7 +28,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What reads and packs text, when it is first asked for: ``datasets`` takes seconds to import."""
-    if name in ("Prepared", "prepare"):
+    if name in ("Prepared", "find_prepared", "prepare"):
         from . import preparation
 
         return getattr(preparation, name)
