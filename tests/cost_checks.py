@@ -20,13 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
+from inrank_dist.engine.activations import micro_batch_activations
 from inrank_dist.engine.context import Context
-from inrank_dist.engine.cost import held_bytes, sent_bytes
+from inrank_dist.engine.cost import held_bytes, most_bytes, sent_bytes
 from inrank_dist.engine.engine import Engine, chunk
 from inrank_dist.lowrank.convert import convert
 from inrank_dist.lowrank.division import Processes
 from inrank_dist.lowrank.spectrum import Factors, measure_spectra
 from inrank_dist.train.loop import Trainer
+from inrank_dist.train.memory import peak_extra_bytes
 from inrank_dist.train.start import cost_setup
 
 
@@ -433,6 +435,28 @@ def held_before_the_last_micro_batch(config: Config) -> tuple[int, int]:
         return seen[1] - _tensor_bytes(), held_bytes(module, setup).total
     finally:
         context.stop()
+
+
+def peak_of_a_micro_batch(config: Config) -> tuple[int, float]:
+    """Of forward and backward pass in this process: bytes beside weights and moments, and what the plan says."""
+    context = Context()
+    trainer = trainer_of(config, context)
+    trainer.take_step()
+    engine, setup = trainer.engine, cost_setup(config, 1)
+    module = convert(engine.skeleton, engine.layout)
+    activations = micro_batch_activations(
+        module,
+        config.train.micro_batch_size,
+        config.model.max_seq_len,
+        bf16=setup.bf16,
+        checkpointing=config.train.activation_checkpointing,
+        on_gpu=False,
+    )
+    batch = [(each.inputs, each.targets) for each in trainer.loader.next_batch()]
+    measured = peak_extra_bytes(lambda: engine.accumulate(batch, 1), context.device)
+    trainer.loader.close()
+    held = held_bytes(module, setup)
+    return measured, most_bytes(module, setup, activations) - held.parameters - held.moments
 
 
 def collectives_of_a_step(config: Config) -> list[Counted]:

@@ -1,13 +1,20 @@
 """``inrank plan``: its formulas against what is held and sent in real runs, and the published sizes."""
 
+import re
 from pathlib import Path
 
 import pytest
-from cost_checks import fetched_in_a_step
+import torch
+from cost_checks import fetched_in_a_step, peak_of_a_micro_batch
 from pool import Pool
-from runs import Fails, small_config
+from runs import Fails, small_config, train
 
 from inrank_dist.commands.main import main
+from inrank_dist.engine.activations import _peaks, micro_batch_activations
+from inrank_dist.lowrank.convert import LayerLayout, convert
+from inrank_dist.models import ModelSettings
+from inrank_dist.train.checkpoint import list_checkpoints, stored_tensors
+from inrank_dist.train.start import dense_skeleton
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -160,3 +167,97 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
         out = capsys.readouterr().out
         assert all(stage in out for stage in stages)
         assert "dense" in out
+
+
+LONG = WIDE | {"model__max_seq_len": 96, "train__global_batch_size": 4, "train__micro_batch_size": 4}
+"""Activations that outweigh the gradients."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lowrank__mode": "full"},
+        {"lowrank__mode": "full", "model__dropout": 0.1},
+        {"lowrank__mode": "full", "train__activation_checkpointing": "true"},
+        {"lowrank__mode": "full", "train__precision": "bf16"},
+        {},
+        {"model__name": "llama", "train__activation_checkpointing": "true"},
+    ],
+    ids=lambda changes: ", ".join(map(str, changes.values())),
+)
+def test_activations_are_what_a_step_takes(corpus: Path, changes: dict[str, object]) -> None:
+    config = small_config(corpus, **LONG, **changes)
+    measured, planned = peak_of_a_micro_batch(config)
+    # Where gradients are larger than activations, their worst moments are only bounded together.
+    bound = 1.2 if config.train.activation_checkpointing else 1.03
+    assert 0.97 * measured < planned < bound * measured
+
+
+@pytest.mark.parametrize(
+    ("width", "sequences", "measured"),
+    [(1024, 4, 6904.5), (1024, 24, 38054.4), (2048, 4, 12600.5), (2048, 24, 63089.2)],
+)
+def test_activations_are_what_an_h200_took(width: int, sequences: int, measured: float) -> None:
+    """MiB beside weights and moments of 24 dense blocks, bf16, sequences of 1024, as ``bench`` measured them."""
+    settings = ModelSettings(name="gpt2", hidden_size=width, num_layers=24, num_heads=16, max_seq_len=1024)
+    found = micro_batch_activations(dense_skeleton(settings, 50257), sequences, 1024, bf16=True, checkpointing=False)
+    assert found.peak / 2**20 == pytest.approx(measured, rel=0.005)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_block_of_each_kind_tells_of_all(checkpointing: bool) -> None:
+    """Layers of different ranks, against the pass of the whole model."""
+    settings = ModelSettings(name="gpt2", hidden_size=64, num_layers=5, num_heads=4, max_seq_len=64, dropout=0.1)
+    skeleton = dense_skeleton(settings, 301)
+    ranks = {0: 8, 1: 30, 3: 8}
+    model = convert(skeleton, {f"blocks.{i}.mlp.up": LayerLayout(rank, rank, i == 3) for i, rank in ranks.items()})
+    found = micro_batch_activations(model, 4, 64, bf16=True, checkpointing=checkpointing)
+    assert found.peak == max(_peaks(model, 4, 64, True, checkpointing, True, list(model.blocks)))
+
+
+def table_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
+    """First words of a row -> its cells."""
+    assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *words]) == 0
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 1}
+
+
+def test_does_it_fit_and_how_long_does_a_step_take(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "h100", "--train.precision", "bf16", "--rank", "8"]
+    table = table_of(words, capsys)
+    assert all(cell.startswith("yes 0.0") for cell in table["fits, share of the memory"])
+    times = [[float(cell) for cell in table[row]] for row in ("a step, ms at least", "arithmetic", "memory")]
+    assert [max(pair) for pair in zip(*times[1:], strict=True)] == times[0]
+    most = [float(cell) for cell in table["at most in a step, MiB"]]
+    limit = f"{(min(most) + max(most)) / 2:.3f}MiB"
+    narrow = table_of([*words[2:], "--device", limit], capsys)
+    assert {cell.split()[0] for cell in narrow["fits, share of the memory"]} == {"yes", "no"}
+    smaller = table_of(["--train.activation_checkpointing", "true"], capsys)
+    plain = table_of([], capsys)
+    assert "a step, ms at least" not in plain
+    assert float(smaller["activations, MiB"][0]) < 0.7 * float(plain["activations, MiB"][0])
+    assert float(table_of(["--device", "cpu"], capsys)["activations, MiB"][0]) > 0
+
+
+def test_the_ranks_of_a_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
+    """One more column, of the parameters that the run ended with; another model's run is refused by a layer's name."""
+    config = small_config(corpus, run__dir=tmp_path / "mine")
+    _, table = train(config)
+    (tmp_path / "mine" / "config.yaml").write_text(config.to_yaml())
+    words = ["plan", "--config", str(tmp_path / "mine" / "config.yaml"), "--ranks-from", str(tmp_path / "mine")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "ranks of mine, step 30" in out
+    mean = sum(rank for rank, _, _ in table.values()) / len(table)
+    assert f"mean {mean:.1f}" in out
+    stored = stored_tensors(list_checkpoints(tmp_path / "mine")[-1])
+    count = sum(torch.Size(each.shape).numel() for name, each in stored.items() if not name.startswith("optimizer."))
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("parameters")]
+    assert row[-1] == f"{count / 1e6:.1f}M"
+    assert "whose low-rank layers are others" in fails(*words, "--model.num_layers", "3")
+    assert "which holds no checkpoint; write the folder of a training run" in fails(
+        *words[:3], "--ranks-from", tmp_path
+    )
+    assert "has no ranks; leave it out" in fails(*words, "--lowrank.mode", "full")
+    for device in ("h101", "", "-1", "0", "inf", "9e99", "1e"):
+        assert "; write h100, h200, a100, cpu, or bytes of memory" in fails(*words[:3], f"--device={device}")

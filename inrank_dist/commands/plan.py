@@ -2,22 +2,31 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.table import Table
 from torch import nn
 
 from ..bench.common import MIB
 from ..config import Config
-from ..engine.cost import Setup, held_bytes, sent_bytes
+from ..engine.activations import micro_batch_activations
+from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, sent_bytes
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..models import LanguageModel, flops_per_token
+from ..train.checkpoint import peek_checkpoint
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, start_layout
 from .common import add_config_arguments, at_least_one, console, read_config
+from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
+
+NOTES = """held: between backward pass and optimizer step, float32, the process with the most rows
+activations: of one micro-batch at its worst moment, without train.compile, which takes less
+at most in a step: held, activations, and what is gathered or on its way; the allocator's holes and libraries add to it
+sent: in one step, as rings send it; MFLOP: forward and backward of one token"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--config FILE [--world-size N] [--rank R] [--section.key VALUE ...]``."""
+    """``--config FILE [--world-size N] [--rank R] [--ranks-from RUN] [--device D] [--section.key VALUE ...]``."""
     add_config_arguments(parser)
     parser.add_argument("--world-size", metavar="N", type=int, default=1, help="processes (default 1)")
     parser.add_argument(
@@ -25,6 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         type=int,
         help="rank of every layer after the freeze (default: the highest that lowrank.max_rank_fraction allows)",
+    )
+    parser.add_argument(
+        "--ranks-from",
+        metavar="RUN",
+        type=Path,
+        help="a run folder: one more column with the ranks that its newest checkpoint has",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="h100, h200, a100, cpu (this machine), or bytes such as 24GiB: does it fit; time of a step at least",
     )
 
 
@@ -34,11 +54,23 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if config is None:
         return
     at_least_one(arguments, "world_size", "rank")
-    show_plan(config, arguments.world_size, arguments.rank)
+    device = device_named(arguments.device, arguments.world_size) if arguments.device is not None else None
+    show_plan(config, arguments.world_size, arguments.rank, arguments.ranks_from, device)
 
 
-def show_plan(config: Config, world_size: int, rank: int | None) -> None:
+def show_plan(
+    config: Config,
+    world_size: int,
+    rank: int | None = None,
+    ranks_from: Path | None = None,
+    device: Device | None = None,
+) -> None:
     """Print the plan of a run on so many processes.
+
+    Args:
+        rank: of every layer at the end; None: the highest that is allowed.
+        ranks_from: run folder whose ranks make one more column.
+        device: what it is to run on.
 
     Raises:
         UserError: the settings do not fit each other or the number of processes.
@@ -47,6 +79,8 @@ def show_plan(config: Config, world_size: int, rank: int | None) -> None:
     shapes = layer_shapes(skeleton, config.lowrank)
     setup = cost_setup(config, world_size)
     stages = _stages(config, shapes, rank)
+    if ranks_from is not None:
+        stages |= _stage_of_run(config, shapes, ranks_from)
     train = config.train
     tokens = train.global_batch_size * config.model.max_seq_len
     screen = console(width=160)
@@ -66,12 +100,28 @@ def show_plan(config: Config, world_size: int, rank: int | None) -> None:
         f"engine {setup.kind}, {world_size} process(es), {setup.accumulation} micro-batch(es) of "
         f"{train.micro_batch_size} a step; per process:"
     )
-    screen.print(_table(config, skeleton, stages, setup))
-    say(
-        "held: between backward pass and optimizer step, float32, the process with the most rows; activations, what is "
-        "gathered for the block at work and buckets of gradients come on top"
+    screen.print(_table(config, skeleton, stages, setup, device))
+    for line in NOTES.splitlines():
+        say(line)
+    if device is not None:
+        say(_about(device, setup))
+
+
+def _about(device: Device, setup: Setup) -> str:
+    """What the rows about a device assume."""
+    room = f"{device.name}: {device.memory / 1e9:.1f} GB"
+    if device.usable < 1:
+        room += f", of which {device.usable:.0%} are counted on"
+    flops = device.bf16 if setup.bf16 else device.float32
+    if flops is None or device.bandwidth is None:
+        return f"{room}; no figures of its speed, so no time"
+    kind = "bf16" if setup.bf16 else "float32"
+    return (
+        f"{room}; a step takes the longest of arithmetic at {flops / 1e12:.0f} TFLOP/s ({kind}), memory at "
+        f"{device.bandwidth / 1e12:.2f} TB/s and network (450 or 300 GB/s in a node of 8, 50 GB/s between nodes), "
+        "perfectly overlapped: a bound, not a forecast. One H200 took 2.3 to 7.5 times as long at full rank and 3.3 to "
+        "17 times at low rank (bf16, widths 1024 and 2048, 4 and 24 sequences of 1024)"
     )
-    say("sent: in one step, as rings send it; MFLOP: forward and backward of one token")
 
 
 def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None) -> dict[str, Layout]:
@@ -102,23 +152,71 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
     if settings.mode == "inrank":
         final = {name: settings.rule.modes(each, min(shapes[name])) for name, each in final.items()}
     when = "after the freeze" if settings.mode == "efficient" else "grown"
-    highest = "at most " if rank is None else ""
+    # What the rule finds is mostly far below: a bound, said in both lines of the heading.
+    when, highest = (f"{when}, upper bound", "at most ") if rank is None else (when, "")
     heading = f"{when}\n{highest}{max(final.values())} modes{base if stays else ''}"
     return stages | {heading: _with_modes(start, final, base=stays)}
+
+
+def _stage_of_run(config: Config, shapes: dict[str, tuple[int, int]], run_folder: Path) -> dict[str, Layout]:
+    """The column of the ranks that another run has come to, as the settings would hold them."""
+    settings = config.lowrank
+    if not shapes:
+        raise UserError(f"--ranks-from is {run_folder} but lowrank.mode {settings.mode} has no ranks; leave it out")
+    checkpoint = peek_checkpoint(run_folder)
+    if checkpoint is None:
+        raise UserError(f"--ranks-from is {run_folder}, which holds no checkpoint; write the folder of a training run")
+    layout = checkpoint.state.layout
+    differing = sorted(layout.keys() ^ shapes.keys())
+    if differing:
+        raise UserError(
+            f"--ranks-from is {run_folder}, whose low-rank layers are others than those of the settings (such as "
+            f"{differing[0]}); write a run of the same model and lowrank.targets"
+        )
+    for name, layer in layout.items():
+        if layer.rank > min(shapes[name]):
+            raise UserError(
+                f"--ranks-from is {run_folder}, where {name} has rank {layer.rank}, but here it is "
+                f"{shapes[name][0]} x {shapes[name][1]}; write a run of the same model"
+            )
+    ends = settings.mode in ("efficient", "fixed")
+    modes = {
+        name: layer.rank if ends else settings.rule.modes(layer.rank, min(shapes[name]))
+        for name, layer in layout.items()
+    }
+    mean = sum(layer.rank for layer in layout.values()) / len(layout)
+    heading = f"ranks of {run_folder.name}, step {checkpoint.state.step}\nmean {mean:.1f}"
+    return {heading: {n: LayerLayout(layout[n].rank, modes[n], settings.base == "frozen") for n in layout}}
 
 
 def _with_modes(layout: Layout, modes: Mapping[str, int], *, base: bool) -> Layout:
     return {name: LayerLayout(modes[name], modes[name], base) for name in layout}
 
 
-def _table(config: Config, skeleton: LanguageModel, stages: Mapping[str, Layout], setup: Setup) -> Table:
+def _table(
+    config: Config, skeleton: LanguageModel, stages: Mapping[str, Layout], setup: Setup, device: Device | None
+) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("")
     for heading in stages:
         table.add_column(heading, justify="right", no_wrap=True)
+    train, seq_len = config.train, config.model.max_seq_len
     models = [convert(skeleton, layout) for layout in stages.values()]
     held = [held_bytes(model, setup) for model in models]
-    flops = [flops_per_token(model, config.model.max_seq_len) for model in models]
+    flops = [flops_per_token(model, seq_len) for model in models]
+    activations = [
+        micro_batch_activations(
+            model,
+            train.micro_batch_size,
+            seq_len,
+            bf16=setup.bf16,
+            checkpointing=train.activation_checkpointing,
+            on_gpu=device is None or not device.is_cpu,
+        )
+        for model in models
+    ]
+    most = [most_bytes(model, setup, each) for model, each in zip(models, activations, strict=True)]
+    sent = [sent_bytes(model, setup) for model in models]
     rows = {
         "parameters": [f"{_millions(model)}M" for model in models],
         "MFLOP per token": [f"{each / 1e6:.1f}" for each in flops],
@@ -129,12 +227,32 @@ def _table(config: Config, skeleton: LanguageModel, stages: Mapping[str, Layout]
         "  moments": [_mib(each.moments) for each in held],
         "  on the CPU": [_mib(each.host) for each in held] if any(each.host for each in held) else [],
         "kept gathered, at most": [_mib(each.gathered) for each in held] if held[0].gathered else [],
-        "sent, MiB a step": [_mib(sent_bytes(model, setup)) for model in models],
+        "activations, MiB": [_mib(each.peak) for each in activations],
+        "at most in a step, MiB": [_mib(each) for each in most],
+        "sent, MiB a step": [_mib(each) for each in sent],
     }
+    if device is not None:
+        rows["fits, share of the memory"] = [
+            f"{'yes' if each <= device.room else 'no'} {each / device.memory:.2f}" for each in most
+        ]
+        tokens = setup.accumulation * train.micro_batch_size * seq_len
+        again = 4 / 3 if train.activation_checkpointing else 1.0  # the forward pass is a third of forward and backward
+        bounds = []
+        for index, model in enumerate(models):
+            P, T = (FLOAT * sum(p.numel() for p in each) for each in (model.parameters(), _trained(model)))
+            moved = moved_bytes(activations[index].peak, P, T, setup)
+            bounds.append(bound_seconds(Work(again * flops[index] * tokens, moved, sent[index]), device, setup))
+        if bounds[0]:
+            rows["a step, ms at least"] = [f"{1e3 * max(each.values()):.1f}" for each in bounds]
+            rows |= {f"  {name}": [f"{1e3 * each[name]:.1f}" for each in bounds] for name in bounds[0]}
     for name, cells in rows.items():
         if cells:
             table.add_row(name, *cells)
     return table
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _millions(model: nn.Module) -> str:

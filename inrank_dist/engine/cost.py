@@ -43,10 +43,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..models import LanguageModel
+from .activations import Activations
 from .engine import chunk
 from .settings import Kind, zero_stage
 
-FLOAT = 4
+FLOAT, BF16 = 4, 2
+BUCKET = 50_000_000
+"""Elements of DeepSpeed's buckets of gradients, at most (``zero.MOST_IN_A_BUCKET``)."""
 PERSISTENT, REUSED = 100_000, 1_000_000_000
 """DeepSpeed's defaults, in elements: parameters below stay gathered at ZeRO-3; models below are gathered once."""
 
@@ -116,6 +119,28 @@ def held_bytes(module: nn.Module, setup: Setup) -> Held:
     gathered = min(P, FLOAT * REUSED) if stage == 3 else 0
     host = (2 + m) * part if setup.offload else 0
     return Held(parameters + part, T if stage == 1 else part, m * part, host, gathered)
+
+
+def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) -> int:
+    """The most that the process with the most rows holds on its device in a step of an unsharded model (on ``meta``).
+
+    Where gradients are whole and made anew in a single micro-batch, they grow as activations go, so that the two are
+    not at their most at once. FSDP2 has the rest of the model and two blocks gathered, and the gradients of one block
+    twice, whole and on their way.
+    """
+    held = held_bytes(module, setup)
+    on_device = held.total - held.host
+    if setup.kind == "local" and setup.accumulation == 1:
+        return on_device - held.gradients + max(activations.peak, held.gradients + activations.one_block)
+    block = max(_size(each.parameters()) for each in module.blocks)
+    every, trained = _size(module.parameters()), _size(p for p in module.parameters() if p.requires_grad)
+    beside = 0
+    if setup.kind == "fsdp" and (setup.shard_size or setup.processes) > 1:
+        rest = every - sum(_size(each.parameters()) for each in module.blocks)
+        beside = (BF16 if setup.bf16 else FLOAT) * (rest + 2 * block) + 2 * FLOAT * max(block, rest)
+    elif setup.kind.startswith("zero"):
+        beside = held.gathered + FLOAT * min(trained, BUCKET)
+    return on_device + activations.peak + beside
 
 
 def sent_bytes(module: LanguageModel, setup: Setup) -> float:
