@@ -35,8 +35,23 @@ OUTLIVE_CONSOLE = ("train", "prepare")
 """Commands whose product is files: they go on when nobody reads what they print."""
 
 
+class StoreOnce(argparse.Action):
+    """An option with one value, refused the second time: argparse takes the last one and ignores the others."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        given = vars(parser).setdefault("given", set())
+        if self.option_strings and self.dest in given:
+            parser.error(f"{self.option_strings[-1]} is given twice, the second time as {values}; write it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that raises the user's mistakes instead of printing its own two lines."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("action", None, StoreOnce)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

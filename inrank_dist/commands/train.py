@@ -4,20 +4,24 @@ import argparse
 import gc
 import logging
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..config import SETTINGS, Config, load_config
 from ..data import Prepared, Tokenizer, prepare
+from ..data.corpus import open_source
+from ..data.tokenizer import load_tokenizer
 from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
 from ..runtime.signals import NOTHING_LOST
-from ..runtime.yaml_text import shown
-from ..train.checkpoint import Checkpoint, peek_checkpoint, resumable
+from ..train.changes import Change, learning_rate_jump, refuse_changes
+from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
@@ -29,26 +33,6 @@ from .common import add_config_arguments, read_config
 from .plan import show_plan
 
 log = logging.getLogger("inrank_dist")
-
-HARMLESS = (
-    "run.name",
-    "run.dir",
-    "run.deterministic",
-    "parallel",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.cuda_graph",
-    "train.profile",
-    "train.peak_tflops",
-    "lowrank.fuse",
-    "train.activation_checkpointing",
-    "train.max_skipped",
-    "data",  # other text has another fingerprint and is refused for that
-    "checkpoint",
-    "eval",
-    "log",
-)
-"""Sections and settings that change a run by rounding at most; a resumed run takes them as they are now."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="go on with another value of this setting than the run was trained with so far (may be repeated)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="RUN",
+        type=Path,
+        help="start run.dir from a checkpoint of this run folder, which stays as it is (default with --from-step: the "
+        "run folder that FILE names)",
+    )
+    parser.add_argument(
+        "--from-step",
+        metavar="N",
+        type=int,
+        help="start run.dir from this step of that run (default: its newest)",
     )
 
 
@@ -95,14 +93,21 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
     if engine.startswith("zero"):
         zero_config(zero_stage(engine), config, context.world_size)
+    refuse_unwritable(config.run.folder)
+    start = _start_of(config, arguments)
+    seen = peek_checkpoint(config.run.folder) or start.peek()
+    if seen:
+        changes = refuse_changes(config, seen, arguments.allow_change)
+        start.refuse_finished(config, seen)
     if arguments.dry_run:
+        if config.data.source != "hub":
+            open_source(config.data, remember=False)
+        if config.tokenizer.path and not seen:  # else the checkpoint holds it
+            load_tokenizer(config.tokenizer)
         if context.is_main:
             show_plan(config, context.world_size, None)
+            _tell_start(config, seen, changes if seen else [])
         return
-    refuse_unwritable(config.run.folder)
-    seen = peek_checkpoint(config.run.folder)
-    if seen:
-        _refuse_changes(config, seen, arguments.allow_change)
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)
     keep_freed_memory(context.device)
@@ -116,7 +121,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         stop.tell(watch.tell_stop)
         stopped, trained, folder = None, False, RunFolder(config.run.folder)
         try:
-            trained = _train(config, context, stop, watch, folder, arguments.allow_change)
+            trained = _train(config, context, stop, watch, folder, start, arguments.allow_change)
         except Stopped as request:
             stopped = request.with_traceback(None)  # whose frames hold the model
         except BaseException:
@@ -137,14 +142,22 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _train(
-    config: Config, context: Context, stop: StopRequest, watch: Watch, folder: RunFolder, allowed: Sequence[str]
+    config: Config,
+    context: Context,
+    stop: StopRequest,
+    watch: Watch,
+    folder: RunFolder,
+    start: "_Start",
+    allowed: Sequence[str],
 ) -> bool:
     """Train to the end; False if the run was complete already."""
     watch.beat("taking the run folder", config.parallel.timeout_seconds)
     context.main_does(folder.take_if_present)
     watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
     checkpoint = resumable(config.run.folder, context)
-    changed = _refuse_changes(config, checkpoint, allowed) if checkpoint else {}
+    if checkpoint is None and start.source:
+        checkpoint = branch_point(start.source, start.step, context)
+    changes = context.together(lambda: refuse_changes(config, checkpoint, allowed) if checkpoint else [])
     if checkpoint and checkpoint.state.step >= config.train.steps and not checkpoint.state.evaluation_due:
         more = "a larger train.steps with --allow-change train.steps trains on"
         log.info("%s is complete at step %d; %s", config.run.folder, checkpoint.state.step, more)
@@ -162,13 +175,75 @@ def _train(
     trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat, before_save=folder.check)
     # Only now, when nothing is left to complain of, is the run folder touched.
     monitors = context.main_does(folder.open, config, checkpoint) or Monitors()
-    for key, (was, now) in changed.items():
-        log.info("%s was %s up to step %d, now it is %s", key, was, trainer.step, now)
+    _tell_start(config, checkpoint, changes)
     try:
         trainer.run(monitors)
     finally:
         monitors.close()
     return True
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run folder without checkpoints begins: at step 0, or in a checkpoint of another run.
+
+    Attributes:
+        source: the other run folder; None: at step 0.
+        step: of the checkpoint; None: the newest.
+    """
+
+    source: Path | None
+    step: int | None
+
+    def peek(self) -> Checkpoint | None:
+        """The checkpoint to branch off, as ``peek_checkpoint``.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.source is None:
+            return None
+        check_run_folder(self.source)
+        found = peek_checkpoint(self.source, self.step)
+        if found is None:
+            raise UserError(f"{self.source} holds no checkpoint to branch off; write --from with a run that has one")
+        return found
+
+    def refuse_finished(self, config: Config, seen: Checkpoint) -> None:
+        """Refuse to branch off where nothing is left to train."""
+        if not seen.is_in(config.run.folder) and seen.state.step >= config.train.steps:
+            raise UserError(
+                f"train.steps is {config.train.steps}, and {seen.folder} is of step {seen.state.step} already; write a "
+                "larger train.steps with --allow-change train.steps, or an earlier --from-step"
+            )
+
+
+def _start_of(config: Config, arguments: argparse.Namespace) -> _Start:
+    source, step = arguments.source, arguments.from_step
+    if source is None and step is None:
+        return _Start(None, None)
+    if source is None:
+        source = load_config(arguments.config)[0].run.folder
+    if os.path.realpath(source) == os.path.realpath(config.run.folder):
+        raise UserError(
+            f"run.dir is {config.run.folder}, the folder that --from{'' if arguments.source else '-step'} is to branch "
+            "off; write --run.dir with another folder"
+        )
+    return _Start(source, step)
+
+
+def _tell_start(config: Config, checkpoint: Checkpoint | None, changes: Sequence[Change]) -> None:
+    """Say what a run goes on from, and with what it does so differently."""
+    if checkpoint is None:
+        return
+    step, branches = checkpoint.state.step, not checkpoint.is_in(config.run.folder)
+    if branches:
+        log.info("branching off %s", checkpoint.folder)
+    for change in changes:
+        if not (branches and change.key == "run.dir"):
+            log.info("%s was %s up to step %d, now it is %s", change.key, change.was, step, change.now)
+    if jump := learning_rate_jump(config, checkpoint, changes):
+        log.warning("warning: %s", jump)
 
 
 def _prepare(config: Config, stop: StopRequest, checkpoint: Checkpoint | None) -> Prepared | None:
@@ -179,28 +254,6 @@ def _prepare(config: Config, stop: StopRequest, checkpoint: Checkpoint | None) -
             return prepare(config.data, config.tokenizer, config.model.max_seq_len, saved_tokenizer=saved)
     except Stopped:
         return None
-
-
-def _refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Settings that are not what they were when the checkpoint was written: key -> then, now.
-
-    Raises:
-        UserError: one that changes the mathematics and is not allowed to.
-    """
-    before, now = load_config(checkpoint.config_file)[0].to_dict(), config.to_dict()
-    changed = {}
-    for dotted in SETTINGS:
-        section, _, key = dotted.partition(".")
-        was, is_now = shown(before[section][key]), shown(now[section][key])
-        if was == is_now:
-            continue
-        if section not in HARMLESS and dotted not in HARMLESS and dotted not in allowed:
-            raise UserError(
-                f"{config.run.folder} was trained with {dotted} {was}, now it is {is_now}; write {was}, or another "
-                f"run.dir to start anew, or --allow-change {dotted} to go on with it"
-            )
-        changed[dotted] = (was, is_now)
-    return changed
 
 
 def _report(folder: Path) -> None:

@@ -99,7 +99,8 @@ class Trainer:
             self.health.load_state_dict(saved.health)
             self.step, self.tokens, self.seconds = saved.step, saved.tokens, saved.seconds
             self.evaluation_due = saved.evaluation_due
-        self._resumed_at = self.step if saved else None  # there is a checkpoint of it already
+        self.branched_from = checkpoint.run_folder if checkpoint and not checkpoint.is_in(config.run.folder) else None
+        self._resumed_at = self.step if saved and not self.branched_from else None  # a checkpoint is there already
         self.train_loss = saved.train_loss if saved else None
         self.validation: float | None = None
         companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
@@ -128,6 +129,9 @@ class Trainer:
         clock = _Clock(self.seconds, self.tokens)
         patience = float(self.config.parallel.timeout_seconds)
         self._announce()
+        if self.branched_from:  # from here on the run needs the other one no more
+            self.save()
+            self._resumed_at = self.step
         self._between_steps(clock, stop=False)
         longest, settled = 0.0, False
         while self.step < self.config.train.steps:
@@ -360,7 +364,8 @@ class Trainer:
     def _announce(self) -> None:
         config, context = self.config, self.context
         if self.step:
-            self.monitors.write({"kind": "resume", "step": self.step, "world_size": context.world_size})
+            source = {"branched_from": str(self.branched_from)} if self.branched_from else {}
+            self.monitors.write({"kind": "resume", "step": self.step, "world_size": context.world_size, **source})
         self.monitors.write(
             {
                 "kind": "start",

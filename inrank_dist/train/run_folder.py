@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..data.store import write_atomically
 from ..errors import UserError
 from ..runtime.lock import Lock, LockHeld, LockLost
 from .checkpoint import Checkpoint, named_folders
@@ -13,7 +14,7 @@ from .monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
 
 log = logging.getLogger("inrank_dist")
 
-LOCK = ".lock"
+LOCK, METRICS = ".lock", "metrics.jsonl"
 
 WAIT_SECONDS = 10.0
 """How long to wait for a job that is just leaving the folder."""
@@ -60,7 +61,9 @@ class RunFolder:
                         "to go on from its checkpoint, or write another run.dir"
                     )
             (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            metrics = JsonlMonitor(folder / "metrics.jsonl")
+            if checkpoint and not checkpoint.is_in(folder):
+                _copy_history(checkpoint.run_folder / METRICS, folder / METRICS)
+            metrics = JsonlMonitor(folder / METRICS)
             metrics.truncate_after(step, evaluation_due=state is not None and state.evaluation_due)
             curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1)
         except OSError as error:
@@ -118,6 +121,15 @@ def refuse_unwritable(folder: Path) -> None:
         raise UserError(f"run.dir is {folder}, but {present} is not a folder; write a folder that can be written")
     if not os.access(present, os.W_OK | os.X_OK):
         raise UserError(f"run.dir is {folder}, and {present} cannot be written; write a folder that can")
+
+
+def _copy_history(source: Path, target: Path) -> None:
+    """The records of the run that this one branches off, if it has any; those after the branch are cut later."""
+    try:
+        records = source.read_bytes()
+    except FileNotFoundError:
+        return
+    write_atomically(target, records)
 
 
 def _unusable(folder: Path, error: OSError) -> UserError:

@@ -7,9 +7,9 @@
 from .contents import Checkpoint, Finding, examine
 from .folder import list_checkpoints
 from .listing import Damaged, Unreadable, check_run_folder, folder_of, named_folders, step_of
-from .reading import find_checkpoint, open_checkpoint, peek_checkpoint, resumable
+from .reading import branch_point, find_checkpoint, open_checkpoint, peek_checkpoint, resumable
 from .state import TrainState
-from .tensors import load_parameters, load_tensors, stored_tensors
+from .tensors import difference, load_parameters, load_tensors, stored_tensors
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -19,7 +19,9 @@ __all__ = [
     "Finding",
     "TrainState",
     "Unreadable",
+    "branch_point",
     "check_run_folder",
+    "difference",
     "examine",
     "find_checkpoint",
     "folder_of",

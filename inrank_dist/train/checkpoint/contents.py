@@ -27,6 +27,14 @@ class Checkpoint:
     state: TrainState
 
     @property
+    def run_folder(self) -> Path:
+        return self.folder.parent.parent
+
+    def is_in(self, run_folder: Path) -> bool:
+        """Whether it is of this run, and not of one that this run branches off."""
+        return os.path.realpath(self.run_folder) == os.path.realpath(run_folder)
+
+    @property
     def config_file(self) -> Path:
         return self.folder / "config.yaml"
 

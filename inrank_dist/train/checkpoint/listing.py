@@ -92,4 +92,4 @@ def check_run_folder(run_folder: Path) -> None:
             f"{run_folder} cannot be read ({error.strerror or error}); mend that, or write another"
         ) from None
     if not found:
-        raise UserError(f"{run_folder} is not a run folder; write --run with the folder of a training run")
+        raise UserError(f"{run_folder} is not a run folder; write the folder of a training run")

@@ -33,29 +33,38 @@ def find_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint:
         UserError: there is none, or that of the step is damaged.
     """
     check_run_folder(run_folder)
+    folders = _of_step(run_folder, step)
+    if step is not None:
+        return open_checkpoint(folders[0])
+    return newest_sound(run_folder, folders, open_checkpoint, log.warning)
+
+
+def _of_step(run_folder: Path, step: int | None) -> list[Path]:
+    """Folders of checkpoints; that of a step alone, if one is named, which there must be."""
     folders = named_folders(run_folder)
-    if step is None:
-        return newest_sound(run_folder, folders, open_checkpoint, log.warning)
-    for folder in folders:
-        if step_of(folder) == step:
-            return open_checkpoint(folder)
-    present = ", ".join(str(step_of(folder)) for folder in folders) or "none: train it first"
-    raise UserError(f"{run_folder} holds no checkpoint of step {step}; write one of {present}")
+    chosen = [folder for folder in folders if step in (None, step_of(folder))]
+    if step is not None and not chosen:
+        present = ", ".join(str(step_of(folder)) for folder in folders) or "none: train it first"
+        raise UserError(f"{run_folder} holds no checkpoint of step {step}; write one of {present}")
+    return chosen
 
 
-def peek_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest checkpoint as far as all but its tensors tell, which are only looked for; None: there is none at all.
+def peek_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint, or that of a step, as far as all but its tensors tell, which are only looked for; None:
+    there is none at all.
 
     Raises:
         Damaged: there are some, and all are damaged.
         Unreadable: whether there are any, or what is in one, cannot be told.
     """
-    folders = named_folders(run_folder)
+    folders = _of_step(run_folder, step)
 
     def peek(folder: Path) -> Checkpoint:
         verify(folder, tensors=False)
         return Checkpoint(folder, read_state(folder))
 
+    if step is not None:
+        return peek(folders[0])
     return newest_sound(run_folder, folders, peek, lambda line: None) if folders else None
 
 
@@ -68,17 +77,41 @@ def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
     """
     context.main_does(recover, run_folder)
     folders = context.gather(context.main_does(named_folders, run_folder))[0]
-    if not folders:
-        return None
+    return _sound(run_folder, folders, context) if folders else None
 
-    def look(folder: Path) -> Checkpoint:
+
+def branch_point(run_folder: Path, step: int | None, context: Context) -> Checkpoint:
+    """The newest checkpoint of another run, or that of a step, the same in all processes, which hash its files in
+    shares. Nothing is changed in that run's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+
+    def find() -> list[Path]:
+        check_run_folder(run_folder)
+        return _of_step(run_folder, step)
+
+    folders = context.gather(context.main_does(find))[0]
+    return _check_together(folders[0], context) if step is not None else _sound(run_folder, folders, context)
+
+
+def _sound(run_folder: Path, folders: list[Path], context: Context) -> Checkpoint:
+    return newest_sound(run_folder, folders, lambda folder: _check_together(folder, context), log.warning)
+
+
+def _check_together(folder: Path, context: Context) -> Checkpoint:
+    """A checkpoint whose files all processes have hashed in shares.
+
+    Raises:
+        Damaged, Unreadable: in all processes.
+    """
+
+    def look() -> Checkpoint:
         verify(folder, context.rank, context.world_size)
         found = Checkpoint(folder, read_state(folder))
         if context.is_main:
             check_contents(found)
         return found
 
-    def check(folder: Path) -> Checkpoint:
-        return context.together(lambda: look(folder))
-
-    return newest_sound(run_folder, folders, check, log.warning)
+    return context.together(look)

@@ -1,0 +1,151 @@
+"""What may change when a run goes on, and what that does to it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import SETTINGS, Config, load_config
+from ..errors import UserError
+from ..lowrank.convert import convert
+from ..runtime.yaml_text import shown
+from .checkpoint import Checkpoint, difference, named_folders, step_of, stored_tensors
+from .schedule import decay_begins, learning_rate
+from .start import dense_skeleton, layer_shapes
+
+HARMLESS = (
+    "run.name",
+    "run.dir",
+    "run.deterministic",
+    "parallel",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.cuda_graph",
+    "train.profile",
+    "train.peak_tflops",
+    "lowrank.fuse",
+    "train.activation_checkpointing",
+    "train.max_skipped",
+    "data",  # other text has another fingerprint and is refused for that
+    "tokenizer.path",  # and so has another tokenizer
+    "checkpoint",
+    "eval",
+    "log",
+)
+"""Sections and settings that change a run by rounding at most; a resumed run takes them as they are now."""
+
+FIXED = (
+    "run.seed",
+    "model.name",
+    "model.num_layers",
+    "model.num_kv_heads",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.max_seq_len",
+    "model.tie_embeddings",
+    "lowrank.targets",
+    "optimizer.name",
+    "tokenizer",
+)
+"""What weights, moments, tokens and the order of samples depend on: with another value nothing of the checkpoint fits.
+So does ``lowrank.mode`` from or to ``full``."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was when the checkpoint was written; values as YAML writes them."""
+
+    key: str
+    was: str
+    now: str
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.was} and is {self.now}"
+
+
+def refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str]) -> list[Change]:
+    """Compare the settings with those that a checkpoint was written with, and with what is in it.
+
+    Returns:
+        What has changed.
+
+    Raises:
+        UserError: something that changes the mathematics and is not allowed to, or that cannot change at all.
+    """
+    run_folder, changes = checkpoint.run_folder, []
+    before, now = load_config(checkpoint.config_file)[0].to_dict(), config.to_dict()
+    for key in SETTINGS:
+        section, _, name = key.partition(".")
+        change = Change(key, shown(before[section][name]), shown(now[section][name]))
+        if change.was == change.now:
+            continue
+        changes.append(change)
+        harmless = _is_in(key, HARMLESS)
+        differs = f"{run_folder} was trained with {key} {change.was}, now it is {change.now}"
+        if not harmless and (_is_in(key, FIXED) or (key == "lowrank.mode" and "full" in (change.was, change.now))):
+            raise UserError(
+                f"{differs}, which cannot change within a run; write {change.was}, or another run.dir to start anew"
+            )
+        if not harmless and key not in allowed:
+            raise UserError(
+                f"{differs}; write {change.was}, or another run.dir to start anew, or --allow-change {key} to go on "
+                "with it"
+            )
+    _refuse_misfit(config, checkpoint)
+    return changes
+
+
+def _is_in(key: str, keys: Sequence[str]) -> bool:
+    return key in keys or key.partition(".")[0] in keys
+
+
+def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
+    """Whatever the settings are called, the tensors must be those of the model that they make; none is loaded."""
+    state = checkpoint.state
+    skeleton = dense_skeleton(config.model, state.vocab_size)
+    shapes = layer_shapes(skeleton, config.lowrank)
+    advice = "write the settings that it was trained with, or another run.dir to start anew"
+    if state.layout.keys() != shapes.keys():
+        raise UserError(
+            f"{checkpoint.run_folder} has {len(state.layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, "
+            f"targets {config.lowrank.targets} makes {len(shapes)}; {advice}"
+        )
+    parameters = dict(convert(skeleton, state.layout).named_parameters())
+    moments = {
+        f"optimizer.{moment}.{name}": parameter
+        for name, parameter in parameters.items()
+        if state.optimizer_steps > 0 and parameter.requires_grad
+        for moment in config.optimizer.moments
+    }
+    if found := difference(stored_tensors(checkpoint.folder), parameters | moments, "the settings make"):
+        raise UserError(f"{checkpoint.folder} holds {found}; {advice}")
+
+
+def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence[Change]) -> str | None:
+    """What changed settings do to the learning rate at once, and how to avoid it; None where it goes on as planned."""
+    before, step = load_config(checkpoint.config_file)[0], checkpoint.state.step
+    steps_before, steps = before.train.steps, config.train.steps
+    last = learning_rate(before.schedule, before.optimizer.lr, max(step - 1, 0), steps_before)
+    planned = learning_rate(before.schedule, before.optimizer.lr, step, steps_before)
+    now = learning_rate(config.schedule, config.optimizer.lr, step, steps)
+    if step == 0 or step >= steps or math.isclose(now, planned, rel_tol=0.01):
+        return None
+    reasons = [change for change in changes if _is_in(change.key, ("train.steps", "optimizer.lr", "schedule"))]
+    line = (
+        f"the learning rate goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}, since "
+        f"{', '.join(map(str, reasons))}"
+    )
+    if steps == steps_before:
+        return line
+    if before.schedule.name != "wsd":
+        return (
+            f"{line}; with schedule.name wsd it stays at its peak until the decay, and --from RUN --from-step N "
+            "--run.dir NEW goes on from a step before that"
+        )
+    begin = decay_begins(before.schedule, steps_before)
+    stable = [step_of(folder) for folder in named_folders(checkpoint.run_folder) if step_of(folder) <= begin]
+    if not stable:
+        return f"{line}; its decay began at step {begin}, and no checkpoint from before it is kept"
+    return (
+        f"{line}; its decay began at step {begin}: --from {checkpoint.run_folder} --from-step {stable[-1]} "
+        "--run.dir NEW goes on from before it"
+    )
