@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inrank_dist.commands.main import main
-from inrank_dist.commands.train import HARMLESS
 from inrank_dist.config import SECTIONS, SETTINGS, Config, load_config
 from inrank_dist.errors import UserError
+from inrank_dist.train.changes import HARMLESS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PUBLISHED = {
