@@ -5,7 +5,7 @@ and ``G_V = V^T V``. A Gram is a sum over rows.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,38 +47,39 @@ class Factors:
 
 @dataclass(frozen=True)
 class Learned:
-    """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors were not born zero.
+    """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors did not start at zero.
 
-    As ``[U - U0, U0] [V, V - V0]^T`` with differences in float64: ``[U, U0] [V, -V0]^T`` is the same matrix, but a
-    small update would drown in the rounding of its Grams. Each is made when it is asked for and kept by nobody: all
-    layers at once would be four times the bytes of the factors.
+    With ``D_U = U - U0`` and ``D_V = V - V0`` in float64 that is ``[D_U, U0] [V, D_V]^T``; ``[U, U0] [V, -V0]^T`` is
+    the same matrix, but a small update would drown in the rounding of its Grams. Columns that came by growth are zero
+    in ``U0``: they need no partner in ``D_V``. Each matrix is computed on access, never cached: all layers at once
+    would be four times the bytes of the factors.
 
     Attributes:
         now: the factors.
-        born: makes the same rows of them as they were born; columns that it lacks came by growth and were born zero.
+        start: the same rows of them at initialisation, on any device; as many columns as there were then.
     """
 
     now: Factors
-    born: Callable[[], Factors]
+    start: Factors
 
     @property
     def U(self) -> Tensor:
-        now, born = self.now.U.detach().double(), _widen(self.born().U, self.now.U)
-        return torch.cat([now - born, born], dim=1)
+        U, U0 = self.now.U.detach().double(), self._start(self.start.U)
+        joined = torch.cat([U, U0], dim=1)
+        joined[:, : U0.shape[1]] -= U0
+        return joined
 
     @property
     def V(self) -> Tensor:
-        now, born = self.now.V.detach().double(), _widen(self.born().V, self.now.V)
-        return torch.cat([now, now - born], dim=1)
+        V, V0 = self.now.V.detach().double(), self._start(self.start.V)
+        return torch.cat([V, V[:, : V0.shape[1]] - V0], dim=1)
 
     @property
     def modes(self) -> int:
-        return 2 * self.now.modes
+        return self.now.modes + self.start.modes
 
-
-def _widen(born: Tensor, like: Tensor) -> Tensor:
-    """Append columns of zeros; float64, on the device of ``like``."""
-    return torch.nn.functional.pad(born.to(like.device, torch.float64), (0, like.shape[1] - born.shape[1]))
+    def _start(self, rows: Tensor) -> Tensor:
+        return rows.to(self.now.U.device, torch.float64)
 
 
 @dataclass(frozen=True)

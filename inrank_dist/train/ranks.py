@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.policy import Action
 from ..lowrank.settings import LowRankSettings
-from ..lowrank.spectrum import Factors, Learned, Spectra, measure_spectra
+from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
 from .directions import aim_at_gradient
 from .start import StartValues
 
@@ -50,9 +50,13 @@ class RankEvents:
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
         self.multiple = settings.final_multiple(engine.device.type)
         self.processes = engine.context.processes
-        self._born, self._born_rows = self._draw_born, self._draw_born_rows
+        self.measures_update = settings.base == "none" and settings.measure == "update"
+        self._born = self._draw_born
         if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
-            self._born, self._born_rows = cache(self._born), cache(self._born_rows)
+            self._born = cache(self._born)
+        # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
+        # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
+        self._born_rows = cache(self._draw_born_rows)
         born = self._born if settings.base == "none" and settings.measure == "product" else None
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
@@ -92,13 +96,9 @@ class RankEvents:
         found: dict[str, int] = {}
         events: dict[str, RankEvent] = {}
         if action:
-            try:
-                spectra = measure_spectra(self.engine.factors(), self.processes)
-            except FloatingPointError as error:
-                raise UserError(f"at step {step} {error}; write a lower optimizer.lr") from None
-            decisions, found = self._decide(spectra, action)
+            decisions, found, product = self._decide(action, step)
             layout = self._new_layout(layout, decisions, action)
-            events = self._plan(layout, spectra, action, step)
+            events = self._plan(layout, product, action, step)
         if layout != self.engine.layout:
             self.engine.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
             fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
@@ -110,35 +110,55 @@ class RankEvents:
             self._remember(decisions, found, action)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
 
-    def _decide(self, spectra: Spectra, action: Action) -> tuple[dict[str, Decision], dict[str, int]]:
-        """What becomes of every layer, and the rank that the rule by itself found in it."""
-        measured = spectra
-        if self.settings.base == "none" and self.settings.measure == "update":
-            measured = measure_spectra(self._updates(), self.processes)
+    def _decide(self, action: Action, step: int) -> tuple[dict[str, Decision], dict[str, int], Spectra]:
+        """What becomes of every layer, the rank that the rule by itself found in it, and the spectra of the products of
+        the layers whose modes change (of all, where those are what the rule looks at)."""
+        factors = self.engine.factors()
+        measured = self._measure(self._updates() if self.measures_update else factors, step)
         decisions = {
             name: self.rule.decide(sigma, self.engine.layout[name].rank, min(self.shapes[name]))
             for name, sigma in measured.sigma.items()
         }
         found = {name: decision.after for name, decision in decisions.items()}
+        product = measured
+        if self.measures_update:
+            self._agree(measured, decisions)  # the next collective depends on them
+            changing = {
+                name: layer for name, layer in factors.items() if action == "freeze" or self._widens(decisions, name)
+            }
+            product = self._measure(changing, step)
         if action == "freeze":
-            for name, rank in self._final_ranks(spectra, decisions).items():
+            for name, rank in self._final_ranks(product, decisions).items():
                 ratio = explained_ratio(measured.sigma[name], min(self.shapes[name]), self.rule.criterion)
                 reached = float(ratio[min(rank, len(ratio) - 1)])
                 decisions[name] = dataclasses.replace(decisions[name], after=rank, reached=reached)
-        self.engine.context.agree(
-            "the ranks",
-            {
-                name: [spectra.checksums[name], measured.checksums[name], d.before, d.after, d.explained.hex()]
-                for name, d in decisions.items()
-            },
-        )
-        return decisions, found
+        self._agree(product, decisions)
+        return decisions, found, product
 
-    def _final_ranks(self, spectra: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
+    def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
+        try:
+            return measure_spectra(factors, self.processes)
+        except FloatingPointError as error:
+            raise UserError(f"at step {step} {error}; write a lower optimizer.lr") from None
+
+    def _agree(self, spectra: Spectra, decisions: Mapping[str, Decision]) -> None:
+        """Check that all processes saw and decided the same, of the layers that were measured."""
+        answers = {name: (decisions[name], checksum) for name, checksum in spectra.checksums.items()}
+        if answers:
+            self.engine.context.agree(
+                "the ranks",
+                {name: [seen, d.before, d.after, d.explained.hex()] for name, (d, seen) in answers.items()},
+            )
+
+    def _widens(self, decisions: Mapping[str, Decision], name: str) -> bool:
+        """Whether growth gives a layer more modes; near the cap only its rank may rise."""
+        return self.rule.modes(decisions[name].after, min(self.shapes[name])) > self.engine.layout[name].modes
+
+    def _final_ranks(self, product: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
         """Ranks of ``final``; at most each layer's cap. What is discarded is measured on the product, which the freeze
         truncates, whatever the rule measures."""
         caps = {name: self.rule.cap(min(shape)) for name, shape in self.shapes.items()}
-        allowed = {name: sigma[: caps[name]] for name, sigma in spectra.sigma.items()}
+        allowed = {name: sigma[: caps[name]] for name, sigma in product.sigma.items()}
         ranks = {name: decision.after for name, decision in decisions.items()}
         if self.settings.final == "uniform":
             return uniform_ranks(ranks, self.shapes, caps, self.multiple)
@@ -157,13 +177,13 @@ class RankEvents:
         return {**layout, **changed}
 
     def _plan(
-        self, layout: Mapping[str, LayerLayout], spectra: Spectra, action: Action, step: int
+        self, layout: Mapping[str, LayerLayout], product: Spectra, action: Action, step: int
     ) -> dict[str, RankEvent]:
         """The maps of the layers that change, the same in every process."""
         if action == "freeze":
-            events = freeze_all(spectra, {name: layout[name].modes for name in spectra.sigma}, self.processes)
+            events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes)
         else:
-            modes = {name: (self.engine.layout[name].modes, layout[name].modes) for name in spectra.sigma}
+            modes = {name: (self.engine.layout[name].modes, layout[name].modes) for name in product.sigma}
             events = {name: grow(before, after) for name, (before, after) in modes.items() if after > before}
         directions = {}
         for name, event in events.items():
@@ -172,7 +192,7 @@ class RankEvents:
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
                 # A copy of the rows: a view would keep every layer's whole Z alive at once.
                 directions[name] = directions[name].to(self.engine.device, copy=True)
-        return orthogonalise(events, self.engine.factors(), spectra, directions, self.processes)
+        return orthogonalise(events, self.engine.factors(), product, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
         """The whole random ``Z: (in, F)`` of a layer, the same in every process; drawn again rather than kept."""
@@ -189,7 +209,7 @@ class RankEvents:
 
     def _updates(self) -> dict[str, Learned]:
         """What was learned, where the factors were not born zero."""
-        return {name: Learned(now, partial(self._born_rows, name)) for name, now in self.engine.factors().items()}
+        return {name: Learned(now, self._born_rows(name)) for name, now in self.engine.factors().items()}
 
     def _draw_born_rows(self, layer: str) -> Factors:
         """The rows of ``engine.factors()`` as they were born."""
@@ -207,6 +227,8 @@ class RankEvents:
         self.explained = {name: decision.reached for name, decision in decisions.items()}
         self.quiet = 0 if any(d.after > d.before for d in decisions.values()) else self.quiet + 1
         self.frozen = action == "freeze"
+        if self.frozen:
+            self._born_rows.cache_clear()
 
     def _records(
         self,
