@@ -111,8 +111,6 @@ class Config:
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size", "reduce_each_micro_batch")
         if not self.parallel.engine.startswith("zero"):
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "deepspeed")
-        if self.parallel.engine == "local":
-            no_effect("parallel.engine is local", "parallel", "timeout_seconds")
         if self.lowrank.mode == "inrank":
             no_effect("lowrank.mode is inrank, whose shapes are never final", "train", "cuda_graph")
         if all(step > self.train.steps for step in self.train.profile):

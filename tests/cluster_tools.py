@@ -88,6 +88,24 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def sockets_of(process: int, state: str) -> list[tuple[str, str]]:
+    """Own and other address (hexadecimal, as the kernel writes them) of a process's TCP sockets in a state, such as
+    ``0A`` for listening and ``01`` for connected."""
+    held = set()
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            held.add(os.readlink(file))
+    tables = [Path(f"/proc/{process}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables for row in table.splitlines()]
+    return [(row[1], row[2]) for row in rows if row[3] == state and f"socket:[{row[9]}]" in held]
+
+
+def listens_beyond_loopback(process: int) -> list[str]:
+    """Addresses on which a process can be reached from elsewhere."""
+    loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
+    return [address for address, _ in sockets_of(process, "0A") if not address.startswith(loopback)]
+
+
 class Program:
     """A program in a session of its own, what it writes in a file; ``end`` kills it with all that it started."""
 

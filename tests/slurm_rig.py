@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 from cluster_tools import ROOT, Program, free_port, launch_environment, require, wait_until
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel", "salloc")
 NODES = ("n1", "n2")
 
 REAPER = """

@@ -225,3 +225,18 @@ def test_what_would_be_submitted(job: Job) -> None:
     assert not job.run.exists()
     done = job.slurm.run(LAUNCH / "slurm.sbatch", "--config", job.file, "--run", job.run)
     assert the_error(done.returncode, done.stderr).startswith("this is a job for Slurm; write sbatch")
+
+
+def test_a_plain_start_in_an_interactive_shell(slurm: Slurm, job: Job) -> None:
+    """One process, whatever was allocated; several that srun starts, and that know nothing of each other, are refused.
+    ``salloc`` gives its shell the allocation's number of tasks; on many clusters that shell is a step of its own."""
+    plain = ("python", "-m", "inrank_dist", "train", "--config", job.file, "--run.dir", job.run, "--dry-run")
+    # As LaunchParameters=use_interactive_step starts the shell.
+    step = ("srun", "--interactive", "--preserve-env", "--mpi=none")
+    for words in (plain, (*step, *plain)):
+        done = slurm.run("salloc", "--nodes", 2, "--ntasks", 2, *words)
+        assert done.returncode == 0, done.stderr
+        assert "parameters" in done.stdout
+    done = slurm.run("srun", "--nodes", 2, "--ntasks", 2, *plain)
+    assert done.returncode != 0
+    assert "srun started 2 tasks but not WORLD_SIZE; write srun torchrun, one task per node" in done.stderr

@@ -250,7 +250,7 @@ def test_what_is_wrong_in_the_overrides(words: list[str], says: str) -> None:
         ("--lowrank.mode=full", "lowrank.targets=[all] lowrank.threshold=0.8"),
         ("--lowrank.mode=fixed --lowrank.base=frozen", "lowrank.buffer=4 lowrank.warmup_steps=9"),
         ("--lowrank.mode=inrank", "lowrank.freeze_step=300"),
-        ("--parallel.engine=local", "parallel.shard_size=2 parallel.timeout_seconds=9"),
+        ("--parallel.engine=local", "parallel.shard_size=2"),
         ("--parallel.engine=ddp", "parallel.deepspeed={flops_profiler:{}} parallel.shard_size=2"),
         ("--parallel.engine=zero2", "parallel.shard_size=2"),
         ("--schedule.name=linear", "schedule.decay_fraction=0.1"),

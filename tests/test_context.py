@@ -1,14 +1,18 @@
 """How the processes of a job find each other."""
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from cluster_tools import free_port, listens_beyond_loopback
 
 from inrank_dist.engine.context import name_attempt
 from inrank_dist.engine.patient_store import PatientStore, StoreSilent
+from inrank_dist.runtime.store import join_store, serve_store
 
 
 def attempt(port: int, world_size: int, late: int) -> list[str]:
@@ -61,3 +65,29 @@ def test_a_store_that_falls_silent_and_comes_back() -> None:
         time.sleep(0.02)
     time.sleep(0.1)
     assert store.ask(lambda held: held.add("met", 0)) == 2  # the one that was asked; the last never was
+
+
+def test_a_store_listens_where_it_is_used_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own listens on all interfaces, and takes whatever comes. torch's agent shares one that is there."""
+    limit, there = timedelta(seconds=20), set(listens_beyond_loopback(os.getpid()))
+    store = serve_store("127.0.0.1", 0, limit)
+    shared = dist.TCPStore("127.0.0.1", store.port, 1, True, limit, multi_tenant=True)
+    shared.set("who", "agent")
+    assert store.get("who") == b"agent"
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    kept = join_store(0, limit)
+    join_store(1, limit).set("who", "process 1")
+    assert kept.get("who") == b"process 1"
+    assert set(listens_beyond_loopback(os.getpid())) == there
+    with pytest.raises(dist.DistNetworkError, match="Address already in use"):
+        join_store(0, limit)
+
+
+def test_an_agent_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store was there before the process was started; torch would try again for the whole of the time."""
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(dist.DistNetworkError, match="Connection refused"):
+        join_store(1, timedelta(hours=1))

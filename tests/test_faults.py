@@ -311,7 +311,8 @@ def test_a_process_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:
     command = words(tmp_path, corpus, parallel__step_timeout_seconds=3)
     ended = launch(command, tmp_path, world_size=2, fault=fault)
     assert statuses(ended) == [1, 1], ended
-    assert "process 1 hangs in step 9: no progress for 3 s" in ended[1].output
+    assert "process 1 hangs in step 9: no progress for " in ended[1].output
+    assert "a longer parallel.step_timeout_seconds if it was only slow" in ended[1].output
     assert "process 1 hangs" in ended[0].output
     dumps = {path.name: path.read_text() for path in (tmp_path / "run/hang").iterdir()}
     assert set(dumps) == {f"process-{rank}.{kind}" for rank in (0, 1) for kind in ("json", "stacks")}
@@ -375,3 +376,13 @@ def test_fifty_kills_while_saving_lose_no_checkpoint(corpus: Path, tmp_path: Pat
         moments.append(sorted(each.name[:8] for each in (tmp_path / "run/checkpoints").glob("tmp-*")))
     kinds = {name for each in moments for name in each}
     assert kinds >= {"tmp-step"}, "no kill came in the midst of a save"
+
+
+def test_the_limit_that_was_exceeded_is_named(corpus: Path, tmp_path: Path) -> None:
+    """While data, model or checkpoint are made ready it is another one than during steps."""
+    fault = Fault("hang", 0, 40, "evaluation", str(tmp_path / "fired"))
+    settings = {"parallel__engine": "local", "parallel__timeout_seconds": 8, "parallel__step_timeout_seconds": 600}
+    (ended,) = launch(words(tmp_path, corpus, **settings), tmp_path, world_size=1, fault=fault)
+    assert ended.status == 1
+    assert "process 0 hangs in the validation after step 40: no progress for " in ended.output
+    assert "a longer parallel.timeout_seconds if it was only slow" in ended.output

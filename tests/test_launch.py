@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_tools import LAUNCH, free_port, launch_environment, processes_of, wait_until
+from cluster_tools import (
+    LAUNCH,
+    free_port,
+    launch_environment,
+    listens_beyond_loopback,
+    processes_of,
+    sockets_of,
+    wait_until,
+)
 from runs import small_config, tensor_bytes, the_error
 
 from inrank_dist.launcher import deepspeed
@@ -171,6 +179,10 @@ def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: P
         job = start(script, "-n", 2, "train", "--config", tmp_path / "config.yaml", stdout=output, stderr=output)
         try:
             wait_until(lambda: "40/100000" in (tmp_path / "output").read_text().replace(",", ""))
+            # What listens takes connections from whoever reaches it: torch's store has no authentication.
+            started = processes_of(tmp_path)
+            assert sum(bool(sockets_of(process.pid, "0A")) for process in started) >= 2
+            assert not [address for process in started for address in listens_beyond_loopback(process.pid)]
             job.send_signal(signal.SIGTERM)
             status = job.wait(60)
         finally:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster_tools import LAUNCH, ROOT, job_config, launch_environment, processes_of
+from cluster_tools import LAUNCH, ROOT, job_config, launch_environment, processes_of, sockets_of
 from cluster_tools import wait_until as wait_at_most
 
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
@@ -150,7 +150,7 @@ def test_a_launcher_that_is_killed_before_the_processes_have_met(corpus: Path, t
         )
         wait_until(lambda: all((tmp_path / f"pid-{rank}").exists() for rank in (0, 1)))
         waiting, late = (psutil.Process(int((tmp_path / f"pid-{rank}").read_text())) for rank in (0, 1))
-        wait_until(lambda: connected(waiting))  # to the store: it looks for the other one
+        wait_until(lambda: sockets_of(waiting.pid, "01"))  # to the store: it looks for the other one
         launcher.kill()
         launcher.wait()
         wait_until(lambda: not waiting.is_running())
@@ -159,10 +159,3 @@ def test_a_launcher_that_is_killed_before_the_processes_have_met(corpus: Path, t
         wait_until(lambda: not late.is_running())
     said = (tmp_path / "output").read_text()
     assert "process 1 of 2 did not find the others" in said
-
-
-def connected(process: psutil.Process) -> bool:
-    """Whether a process of a job has a connection to anybody."""
-    sockets = [os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir() if file.is_symlink()]
-    rows = Path(f"/proc/{process.pid}/net/tcp").read_text() + Path(f"/proc/{process.pid}/net/tcp6").read_text()
-    return any(f"socket:[{row.split()[9]}]" in sockets for row in rows.splitlines() if " 01 " in row)

@@ -34,6 +34,9 @@ STORE_SECONDS = 5.0
 ALIVE_SECONDS = 30.0
 """After so long without a sign of life a process that others wait for is gone."""
 
+TIMEOUT, STEP_TIMEOUT = "parallel.timeout_seconds", "parallel.step_timeout_seconds"
+"""The settings that say how long something may take: everything, and a step like those before it."""
+
 NO_ANSWER = "does not answer: it was killed or is stopped, or its machine or the network to it is gone"
 
 _current: "Watch | None" = None
@@ -59,6 +62,7 @@ class Watch:
     def __init__(self, context: Context, folder: Path, on_stop: Callable[[], None]) -> None:
         self.context, self.folder, self._on_stop = context, folder, on_stop
         self._doing, self._since, self._patience = "starting", time.monotonic(), float("inf")
+        self._setting = TIMEOUT
         self._off, self._leaving = threading.Event(), threading.Lock()
         self._told_stop, self.spoken = False, False
         self._store: PatientStore | None = None
@@ -84,9 +88,9 @@ class Watch:
         self._off.set()
         self._thread.join()
 
-    def beat(self, doing: str, patience: float) -> None:
-        """The main thread is alive and now does something that takes at most ``patience`` seconds."""
-        self._doing, self._since, self._patience = doing, time.monotonic(), patience
+    def beat(self, doing: str, patience: float, setting: str = TIMEOUT) -> None:
+        """The main thread is alive and now does something that takes at most ``patience`` seconds, says ``setting``."""
+        self._doing, self._since, self._patience, self._setting = doing, time.monotonic(), patience, setting
 
     def meet(self, name: str) -> None:
         """Wait for all processes, however long they take; no collective, which would time out.
@@ -173,13 +177,14 @@ class Watch:
                 stop_heard = True
                 self._on_stop()
             late = time.monotonic() - self._since > self._patience
-            if (late or (news and self._get("hang"))) and not self._off.is_set():
-                self._hang()
+            setting = self._setting if late else self._get("hang") if news else None
+            if setting and not self._off.is_set():
+                self._hang(setting)
 
-    def _hang(self) -> None:
+    def _hang(self, setting: str) -> None:
         """Everyone tells how many collectives it has entered and how long its main thread has been silent; process 0
-        finds who is behind."""
-        self._tell("hang", "1")
+        finds who is behind. ``setting`` is what allows for more time."""
+        self._tell("hang", setting)
         rank, doing, seconds = self.context.rank, self._doing, time.monotonic() - self._since
         place = dump(self.folder / f"process-{rank}"), seconds, doing
         self._set(f"hang/{rank}", json.dumps(place))
@@ -199,7 +204,7 @@ class Watch:
             text += f"; process {behind} hangs in {where}"
         if rank == 0:
             time.sleep(1.0)  # the others must have heard, and who hangs speaks first
-        advice = "a longer parallel.step_timeout_seconds if it was only slow"
+        advice = f"a longer {setting} if it was only slow"
         self.leave(1, f"{text} (stacks and collectives of each process: {self.folder}; {advice})")
 
     def _find_who_hangs(self, mine: tuple[int, float, str]) -> tuple[list[int], int, str]:

@@ -32,6 +32,7 @@ from ..models import LanguageModel
 from .context import Context
 from .engine import BuildOptions, Engine, Values, chunk
 from .fsdp import as_dtensor
+from .kernels import use_own_builds
 from .optimizer import OptimizerSettings, build_optimizer
 from .zero_settings import merge
 
@@ -43,6 +44,7 @@ def load_deepspeed() -> Any:
     """The package ``deepspeed``; imported late, because it takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    use_own_builds()
     import deepspeed
     import deepspeed.ops
 

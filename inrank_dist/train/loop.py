@@ -16,6 +16,7 @@ from ..data import Loader, LoaderState, Prefetcher, Prepared
 from ..engine.context import Context
 from ..engine.cost import held_bytes
 from ..engine.engine import Batches
+from ..engine.watch import STEP_TIMEOUT, TIMEOUT
 from ..errors import UserError
 from ..lowrank.convert import Layout, convert
 from ..lowrank.init import generator_for
@@ -45,7 +46,7 @@ class Trainer:
         data: the prepared data.
         checkpoint: where to continue, or None.
         stop: asks this process to stop.
-        beat: told what is done next and how many seconds that may take.
+        beat: told what is done next, how many seconds that may take, and by which setting (``Watch.beat``).
         before_save: called by process 0 before each checkpoint; what it raises is raised by all.
 
     Raises:
@@ -60,7 +61,7 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         *,
         stop: StopRequest | None = None,
-        beat: Callable[[str, float], None] = lambda doing, patience: None,
+        beat: Callable[..., None] = lambda *doing: None,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
@@ -127,7 +128,7 @@ class Trainer:
 
     def _run(self) -> None:
         clock = _Clock(self.seconds, self.tokens)
-        patience = float(self.config.parallel.timeout_seconds)
+        patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
         self._announce()
         if self.branched_from:  # from here on the run needs the other one no more
             self.save()
@@ -136,8 +137,9 @@ class Trainer:
         longest, settled = 0.0, False
         while self.step < self.config.train.steps:
             is_profiled = self.step + 1 in self.profiler.steps
-            slowest = max(patience, self.config.parallel.timeout_seconds)
-            self.beat(f"step {self.step + 1}", slowest if is_profiled else patience)
+            if is_profiled and patience < self.config.parallel.timeout_seconds:
+                patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
+            self.beat(f"step {self.step + 1}", patience, setting)
             began = time.perf_counter()
             stop, reshaped = self._train_one_step(clock)
             seconds = time.perf_counter() - began
@@ -146,9 +148,9 @@ class Trainer:
             if not is_profiled:
                 longest, settled = max(longest, seconds) if settled else seconds, True
             settled = settled and not reshaped
-            patience = max(float(self.config.parallel.step_timeout_seconds), 5 * longest)
-            if reshaped:
-                patience = max(patience, self.config.parallel.timeout_seconds)
+            patience, setting = max(float(self.config.parallel.step_timeout_seconds), 5 * longest), STEP_TIMEOUT
+            if reshaped and patience < self.config.parallel.timeout_seconds:
+                patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
         self.beat("the end of the run", float(self.config.parallel.timeout_seconds))
         self._refuse_lost()  # no text comes out of such a model, and no summary describes it
         if self.config.eval.sample_tokens:
