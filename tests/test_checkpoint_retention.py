@@ -10,7 +10,7 @@ import pytest
 from runs import small_config, train
 
 from inrank_dist.errors import UserError
-from inrank_dist.train.checkpoint import folder_of, list_checkpoints
+from inrank_dist.train.checkpoint import folder, folder_of, list_checkpoints
 from inrank_dist.train.checkpoint.folder import begin, commit, recover, retain, seal
 from inrank_dist.train.loop import Trainer
 
@@ -153,3 +153,27 @@ def test_a_run_keeps_what_its_settings_say(corpus: Path, tmp_path: Path) -> None
         16: [1, 12, 16],
         18: [1, 12, 18],
     }
+
+
+def test_a_save_reads_no_more_checkpoints_than_it_decides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``keep_every`` thousands may stay for good; each was once read at every save."""
+    read: list[int] = []
+
+    def count(path: Path) -> folder.Manifest:
+        read.append(int(path.name[-8:]))
+        return read_manifest(path)
+
+    read_manifest = folder.read_manifest
+    monkeypatch.setattr(folder, "read_manifest", count)
+    settled: set[str] = set()
+    for step in range(1, 13):
+        make(tmp_path, step, ephemeral=step == 9)
+        read.clear()
+        retain(tmp_path, step, keep=2, keep_every=3, settled=settled)
+        assert len(read) <= 5, read
+    assert kept(tmp_path) == [3, 6, 11, 12]
+    (folder_of(tmp_path, 12) / "complete").unlink()
+    make(tmp_path, 13)
+    read.clear()
+    retain(tmp_path, 13, keep=2, keep_every=3, settled=settled)
+    assert kept(tmp_path) == [3, 6, 11, 12, 13], "what is damaged by now does not count among the newest"

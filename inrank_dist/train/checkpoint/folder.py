@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,19 +68,18 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     Raises:
         Unreadable: they cannot be listed. One that by itself cannot be read is left out, with a warning.
     """
-    return [folder for folder, _ in _complete(run_folder)]
+    return [folder for folder, _ in _complete(named_folders(run_folder))]
 
 
-def _complete(run_folder: Path) -> list[tuple[Path, Manifest]]:
-    found = []
-    for folder in named_folders(run_folder):
+def _complete(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
+    """Those that are complete, in their order; each is read when it is asked for."""
+    for folder in folders:
         try:
-            found.append((folder, read_manifest(folder)))
+            yield folder, read_manifest(folder)
         except Damaged:
             continue
         except Unreadable as error:
             log.warning("warning: %s", error)
-    return found
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -235,19 +234,28 @@ def recover(run_folder: Path) -> None:
             raise unlisted(run_folder, error) from None
 
 
-def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int) -> None:
+def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int, settled: set[str] | None = None) -> None:
     """Remove complete checkpoints that are neither among the ``keep`` newest nor of a step that ``keep_every`` divides
     (0: none), and every ephemeral one but the newest of all. What is incomplete is no checkpoint: it neither counts nor
     goes; nor does one of a later step than ``newest``, which was just saved: the run went on from before it because
     its bytes are damaged, and it must not push out a sound one.
+
+    Args:
+        settled: names of those that stay for good, as the call before found; the same set from call to call. They are
+            not read again once enough newer ones are there, or a save would take time in proportion to the saves
+            before it.
     """
-    complete = [(folder, manifest) for folder, manifest in _complete(run_folder) if step_of(folder) <= newest]
-    folders = [folder for folder, _ in complete]
-    lasting = [folder for folder, manifest in complete if not manifest.ephemeral]
-    wanted = {*folders[-1:], *lasting[-keep:]}
-    wanted |= {folder for folder in lasting if keep_every and step_of(folder) % keep_every == 0}
-    for folder in folders:
-        if folder not in wanted:
+    settled = set() if settled is None else settled
+    folders = [folder for folder in reversed(named_folders(run_folder)) if step_of(folder) <= newest]
+    permanent = 0
+    # From the newest on; one that is settled is passed over only behind those that ``keep`` counts.
+    candidates = (each for each in folders if permanent < keep or each.name not in settled)
+    for newer, (folder, manifest) in enumerate(_complete(candidates)):
+        permanent += not manifest.ephemeral
+        stays = bool(keep_every) and step_of(folder) % keep_every == 0 and not manifest.ephemeral
+        if stays:
+            settled.add(folder.name)
+        elif newer and (manifest.ephemeral or permanent > keep):
             remove(folder)
 
 

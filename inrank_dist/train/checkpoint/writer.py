@@ -46,6 +46,7 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._settled: set[str] = set()
 
     def save(self, engine: Engine, state: TrainState, *, ephemeral: bool = False) -> None:
         """Write a checkpoint, then remove those that ``checkpoint.keep`` and its kin do not want.
@@ -99,7 +100,8 @@ class CheckpointWriter:
         folders.commit(partial, final, files, ephemeral=ephemeral)
 
     def _retain(self, newest: int) -> None:
-        folders.retain(self.run_folder, newest, keep=self.settings.keep, keep_every=self.settings.keep_every)
+        keep, keep_every = self.settings.keep, self.settings.keep_every
+        folders.retain(self.run_folder, newest, keep=keep, keep_every=keep_every, settled=self._settled)
 
     def _on_main(self, final: Path, work: Callable[[], object]) -> None:
         """Process 0 does something; if it fails, all raise the same."""
