@@ -163,3 +163,13 @@ def test_a_cache_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest
         find_prepared(*settings)
     with pytest.raises(UserError, match=r"cannot be used \(Stale file handle\)"):
         prepare(*settings, progress=False)
+
+
+def test_home_in_a_path_of_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave ``--run=~/run`` as it is."""
+    monkeypatch.setenv("HOME", str(run))
+    assert main(["verify", "--run=~/run"]) == 0
+    assert main(["prepare", "--config=~/config.yaml", "--print-config"]) == 0
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert main(["verify", "--run=~/run"]) == 2

@@ -13,6 +13,7 @@ from ..config import Config, load_config
 from ..data import check_batch_sizes
 from ..engine.context import Context
 from ..errors import UserError
+from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
 from . import bench_nodes, bench_speed
 from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
@@ -61,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers to measure the dense route on, or all (default 8); with fewer than all, its time for the whole "
         "model is extrapolated, marked with ~",
     )
-    decision.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured there as well")
+    decision.add_argument(
+        "--json", metavar="FILE", type=path_argument, help="write everything that was measured there as well"
+    )
     checkpoint = subjects.add_parser(
         "checkpoint",
         help="time per step while saving checkpoints against without",

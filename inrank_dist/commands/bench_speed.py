@@ -3,7 +3,6 @@
 import argparse
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..bench.decision import SHAPES
 from ..bench.speed import ABLATION, STANDARD, Form, Outcome, Shape, measure_speed
@@ -12,6 +11,7 @@ from ..data.settings import MIN_VOCABULARY
 from ..engine.context import Context
 from ..engine.settings import Kind, ParallelSettings
 from ..errors import UserError
+from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
 from .common import at_least_one, console, refuse_unwritable, write_record
 
@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ablation", action="store_true", help="other rows: what each step from growing to frozen and compiled buys"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything that was measured there as well")
+    parser.add_argument(
+        "--json", metavar="FILE", type=path_argument, help="write everything that was measured there as well"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..lowrank.convert import convert
 from ..lowrank.linear import set_base_scale
 from ..models import LanguageModel
+from ..runtime.home import path_argument
 from ..train.checkpoint import Checkpoint, find_checkpoint, load_parameters
 from ..train.start import dense_skeleton
 from .settings_help import settings_help
@@ -28,7 +29,9 @@ log = logging.getLogger("inrank_dist")
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """``--config FILE [--section.key VALUE ...]``; the help lists every setting."""
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings")
+    parser.add_argument(
+        "--config", metavar="FILE", type=path_argument, required=True, help="YAML file with the settings"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "every setting can be given as --section.key VALUE:\n\n" + settings_help()
@@ -47,7 +50,7 @@ def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> Conf
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """``--run DIR [--step N]``."""
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", metavar="DIR", type=path_argument, required=True, help="run folder")
     parser.add_argument("--step", metavar="N", type=int, help="checkpoint of this step (default: the newest)")
 
 

@@ -14,6 +14,7 @@ from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, sent_bytes
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..models import LanguageModel, flops_per_token
+from ..runtime.home import path_argument
 from ..train.checkpoint import peek_checkpoint
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, start_layout
 from .common import add_config_arguments, at_least_one, console, read_config
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-from",
         metavar="RUN",
-        type=Path,
+        type=path_argument,
         help="a run folder: one more column with the ranks that its newest checkpoint has",
     )
     parser.add_argument(

@@ -2,15 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..runtime.home import path_argument
 from ..train.report import write_report
 from .common import no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--run DIR``."""
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", metavar="DIR", type=path_argument, required=True, help="run folder")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from ..engine.context import Context
 from ..engine.settings import zero_stage
 from ..engine.watch import Watch, interrupt
 from ..errors import UserError
+from ..runtime.home import path_argument
 from ..runtime.signals import NOTHING_LOST
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         metavar="RUN",
-        type=Path,
+        type=path_argument,
         help="start run.dir from a checkpoint of this run folder, which stays as it is (default with --from-step: the "
         "run folder that FILE names)",
     )

@@ -2,19 +2,19 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import UserError
+from ..runtime.home import path_argument
 from ..train.checkpoint import Finding, check_run_folder, examine
 from .common import console, no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--run DIR``."""
-    parser.add_argument("--run", metavar="DIR", type=Path, required=True, help="run folder")
+    parser.add_argument("--run", metavar="DIR", type=path_argument, required=True, help="run folder")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

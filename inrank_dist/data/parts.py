@@ -51,11 +51,14 @@ class Cutter:
         rest = ""
         for text in texts:
             start, rest = 0, rest + text
-            while (end := self._end(rest, start, final=False)) is not None:
+            while len(rest) - start > PART_CHARACTERS and (end := self._end(rest, start, final=False)) is not None:
                 yield rest[start:end]
                 start = end
             rest = rest[start:]
         start = 0
+        if 0 < len(rest) <= PART_CHARACTERS and META_SPACE not in rest:
+            yield rest  # most of the short documents
+            return
         while start < len(rest):
             end = self._end(rest, start, final=True)
             assert end is not None

@@ -1,5 +1,7 @@
 """Paths below a home folder, as users write them."""
 
+import argparse
+import os
 from pathlib import Path
 
 from ..errors import UserError
@@ -21,3 +23,11 @@ def expand_home(path: str | Path, setting: str) -> Path:
             f"{setting} is {str(path)!r}, and nothing says where that home folder is (no HOME, no entry in passwd); "
             "write a path without ~"
         ) from None
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line; shells leave ``--run=~/folder`` as it is."""
+    try:
+        return Path(text) if os.path.lexists(text) else expand_home(text, "the path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
