@@ -1,0 +1,221 @@
+"""Plants faults in a copy of the project, one at a time, and shows that a test of the CI tier catches each.
+
+python tests/mutation.py            all of them, one line each; exit status 1 if one survives
+python tests/mutation.py NAME ...   those whose name has one of the words
+
+For each fault only the tests run that are named with it. They run first on the copy as it is, where they must pass.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+STEP = "tests/test_reference_step.py::test_every_step_is_the_textbooks"
+ENGINES = "tests/test_engines.py::test_every_engine_gives_the_same_run"
+FLUSHED = "tests/test_flushed.py::test_a_checkpoint_is_on_the_disk_before_it_has_its_name"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In ``file`` below ``inrank_dist/``, ``old`` becomes ``new``; ``tests`` must catch it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+FAULTS = [
+    Fault(
+        "weight decay on embeddings",
+        "engine/optimizer.py",
+        "        and id(parameter) not in embeddings\n",
+        "",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "a moment moved with the wrong map",
+        "engine/optimizer.py",
+        'other = event.M if factor == "U" else event.N',
+        'other = event.N if factor == "U" else event.M',
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "a second moment not mapped",
+        "engine/optimizer.py",
+        'map_second_moment(event, moments["exp_avg"], moment, factor, step=step, betas=betas)',
+        "torch.nn.functional.pad(moment, (0, event.modes))[:, : event.modes].contiguous()",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "a collective without its group",
+        "engine/fsdp.py",
+        "torch.distributed.all_reduce(tensor, group=self.shard_group)",
+        "torch.distributed.all_reduce(tensor)",
+        (f"{ENGINES}[fsdp-4-2-1]",),
+    ),
+    Fault(
+        "a row counted twice",
+        "engine/engine.py",
+        "return chunk(size, self.context.rank, self.context.world_size)",
+        "return self.rows(size)",
+        (f"{ENGINES}[ddp-2-None-2]",),
+    ),
+    Fault(
+        "a shard not flushed", "train/checkpoint/shard.py", "os.fsync(file.fileno())", "pass", (f"{FLUSHED}[False]",)
+    ),
+    Fault(
+        "the manifest not flushed",
+        "train/checkpoint/folder.py",
+        "            os.fsync(file.fileno())\n",
+        "",
+        (f"{FLUSHED}[False]",),
+    ),
+    Fault(
+        "a folder's names not flushed",
+        "data/store.py",
+        "        os.fsync(descriptor)\n",
+        "        pass\n",
+        (f"{FLUSHED}[False]", "tests/test_flushed.py::test_prepared_data_is_on_the_disk_before_it_has_its_name"),
+    ),
+    Fault(
+        "a wrong null",
+        "lowrank/null.py",
+        'generator_for(self.seed, "null", *shape, self.checks)',
+        'generator_for(self.seed, "null", *shape)',
+        ("tests/test_lowrank_null.py",),
+    ),
+    Fault(
+        "a parameter that the optimizer does not have",
+        "engine/optimizer.py",
+        "decays = [parameter for name, parameter in trained.items() if name in decayed]",
+        "decays = [parameter for name, parameter in trained.items() if name in decayed][:-1]",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "stale parameters: the optimizer holds those of before the rank event",
+        "engine/engine.py",
+        "self.optimizer = self._build_optimizer(dict(module.named_parameters()), decayed)",
+        "self.optimizer = getattr(self, 'stale', None) or self._build_optimizer("
+        "dict(module.named_parameters()), decayed); self.stale = self.optimizer",
+        ("tests/test_engines.py::test_every_parameter_moves_after_every_event[fsdp-3]",),
+    ),
+    Fault(
+        "the schedule a step ahead",
+        "train/loop.py",
+        "self.config.optimizer.lr, self.step, self.config.train.steps)",
+        "self.config.optimizer.lr, self.step + 1, self.config.train.steps)",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "the base fades a step early",
+        "lowrank/policy.py",
+        "1.0 - step / self.decay_steps",
+        "1.0 - (step + 1) / self.decay_steps",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "a gradient summed over processes, not averaged",
+        "engine/engine.py",
+        "self._backward(loss * (self.context.world_size / tokens))",
+        "self._backward(loss / tokens)",
+        (f"{STEP}[gpt2-ddp-2]",),
+    ),
+    Fault(
+        "no clipping",
+        "engine/engine.py",
+        "(clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else None",
+        "None",
+        (f"{STEP}[gpt2-local-1]",),
+    ),
+    Fault(
+        "a seal not checked",
+        "train/checkpoint/folder.py",
+        'if marker != f"{hashlib.sha256(content).hexdigest()}\\n".encode():',
+        "if False:",
+        ("tests/test_checkpoint_damage.py::test_no_damage_is_loaded_silently",),
+    ),
+    Fault(
+        "a sample order that depends on the number of processes",
+        "data/loader.py",
+        "self._seed = seed\n",
+        "self._seed = seed + world_size - 1\n",
+        (f"{ENGINES}[ddp-2-None-2]",),
+    ),
+    Fault(
+        "random numbers that do not depend on the step",
+        "train/randomness.py",
+        'seed_for(seed, "step", step, process_rank)',
+        'seed_for(seed, "step", process_rank)',
+        ("tests/test_randomness.py", "tests/test_checkpoint.py::test_resume_is_bit_identical"),
+    ),
+    Fault(
+        "ranks that differ between processes pass",
+        "engine/context.py",
+        "if extremes[0] == -extremes[1]:",
+        "if True:",
+        ("tests/test_engines.py::test_processes_that_see_different_spectra_stop[ddp]",),
+    ),
+    Fault(
+        "retention that removes the newest",
+        "train/checkpoint/folder.py",
+        "wanted = {*folders[-1:], *lasting[-keep:]}",
+        "wanted = {*folders[:1], *lasting[:keep]}",
+        ("tests/test_checkpoint_retention.py",),
+    ),
+]
+
+
+def run(copy: Path, tests: tuple[str, ...]) -> "subprocess.CompletedProcess[str]":
+    """The tests on the copy, in a process of their own."""
+    environment = os.environ | {"PYTHONPATH": f"{copy}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not nightly", *tests]
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def caught_by(output: str) -> str:
+    """The first test that failed."""
+    failed = [line.split()[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR "))]
+    return failed[0].removeprefix("tests/") if failed else "?"
+
+
+def main(words: list[str]) -> int:
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    survived = 0
+    with tempfile.TemporaryDirectory(prefix="inrank-mutation-") as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        clean = run(copy, tuple(dict.fromkeys(test for fault in chosen for test in fault.tests)))
+        if clean.returncode:
+            print(f"the tests fail without a fault:\n{clean.stdout[-3000:]}{clean.stderr[-1000:]}")
+            return 2
+        for fault in chosen:
+            file, began = copy / "inrank_dist" / fault.file, time.monotonic()
+            text = file.read_text()
+            if text.count(fault.old) != 1:
+                print(
+                    f"OUTDATED  {fault.name}: {fault.file} has {text.count(fault.old)} times {fault.old!r}", flush=True
+                )
+                survived += 1
+                continue
+            file.write_text(text.replace(fault.old, fault.new))
+            done = run(copy, fault.tests)
+            file.write_text(text)
+            caught = done.returncode == 1
+            survived += not caught
+            what = f"caught by {caught_by(done.stdout)}" if caught else f"SURVIVED {fault.tests}"
+            print(f"{fault.name}: {what} ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
