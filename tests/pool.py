@@ -22,7 +22,7 @@ class Pool:
     def __init__(self) -> None:
         self.workers: list[tuple[BaseProcess, Connection]] = []
 
-    def run(self, function: str, *arguments: Any, world_size: int, timeout: float = 100) -> list[Any]:
+    def run(self, function: str, *arguments: Any, world_size: int, timeout: float = 200) -> list[Any]:
         """Call ``module:name`` with the arguments in each process; return what each returned, by rank.
 
         A failure or a hang in any process ends all of them and fails the test.

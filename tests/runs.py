@@ -186,10 +186,14 @@ def assert_same_run(result: list[Run], reference: Run, world_size: int) -> None:
 
 def tensor_bytes(run_folder: Path) -> dict[tuple[str, str], bytes]:
     """The bytes of every tensor of the newest checkpoint, by file and name."""
-    newest = list_checkpoints(run_folder)[-1]
+    return bytes_of(list_checkpoints(run_folder)[-1])
+
+
+def bytes_of(checkpoint: Path) -> dict[tuple[str, str], bytes]:
+    """The bytes of every tensor of a checkpoint, by file and name."""
     return {
         (file.name, name): tensor.numpy().tobytes()
-        for file in newest.glob("*.safetensors")
+        for file in checkpoint.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
 

@@ -11,6 +11,7 @@ import torch._dynamo
 from cost_checks import Allocations, Event, measure, random_factors
 from pool import Pool
 from runs import small_config, train
+from sharing import nightly, slow
 from torch.profiler import record_function
 
 from inrank_dist.bench.traffic import Counted
@@ -161,9 +162,9 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
         "decay",
         pytest.param("decay, uneven", marks=pytest.mark.slow),
         pytest.param("product", marks=pytest.mark.slow),
-        pytest.param("product, uneven", marks=pytest.mark.slow),
+        nightly("product, uneven"),
         "update",
-        pytest.param("zero2", marks=pytest.mark.slow),
+        nightly("zero2"),
         pytest.param("zero3", marks=pytest.mark.slow),
     ],
 )
@@ -195,8 +196,7 @@ def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool,
                 assert extra <= event.factors, message
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [slow("zero1"), nightly("zero2"), slow("zero3")])
 def test_no_process_holds_the_model_to_save_it(pool: Pool, corpus: Path, engine: str) -> None:
     """DeepSpeed cuts otherwise than a checkpoint does: a process takes its share of rows, one whole tensor after
     another."""
@@ -334,9 +334,8 @@ COMPILED: dict[str, Any] = SHORT | {
 """Three rank tables: at the start, after step 2, after step 4."""
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("base", ["none", "decay"])
+@pytest.mark.parametrize("base", [nightly("none"), slow("decay")])
 def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path, base: str) -> None:
     """A rank that dynamo took for a changing number, or a base that fades, would compile again and again."""
     watched: list[Compilations] = []
@@ -366,7 +365,7 @@ def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "zero0", "zero1", "zero2", "zero3"))],
+    ["fsdp", slow("ddp"), slow("zero3"), *(nightly(f"zero{stage}") for stage in range(3))],
 )
 def test_twenty_reshapes_leave_no_memory_behind(pool: Pool, corpus: Path, engine: str) -> None:
     """Hooks, buckets and graphs of a model that was let go can keep all of it; a leak of 20 models would be 150 MB."""

@@ -60,14 +60,17 @@ class Flushes(AbstractContextManager["Flushes"]):
 
 
 def assert_flushed(calls: list[tuple[str, Key]], path: Path, others: list[tuple[str, Key]] | None = None) -> None:
-    """Each file, then the folders, then the name in the folder above; ``others`` are the calls of other processes."""
+    """Every file and folder, before the rename; ``others`` are the calls of other processes."""
     renamed = calls.index(("rename", key(path)))
     before = {number for kind, number in calls[:renamed] + (others or []) if kind == "fsync"}
     for each in [path, *path.rglob("*")]:
         assert key(each) in before, f"{each.name} was not flushed before it got its name"
-    after = [number for kind, number in calls[renamed:] if kind == "fsync"]
-    if path.is_dir():
-        assert key(path.parent) in after, f"the name {path.name} itself was not flushed"
+
+
+def assert_name_flushed(calls: list[tuple[str, Key]], path: Path) -> None:
+    """The folder above, after the rename. Data whose name is lost is prepared again; a checkpoint must not be."""
+    after = [number for kind, number in calls[calls.index(("rename", key(path))) :] if kind == "fsync"]
+    assert key(path.parent) in after, f"the name {path.name} itself was not flushed"
 
 
 def calls_of_training(config: Config) -> list[tuple[str, Key]]:
@@ -85,6 +88,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(corpus: Path, tmp_pa
     for folder in list_checkpoints(tmp_path):
         assert len(list(folder.iterdir())) >= 6
         assert_flushed(calls, folder)
+        assert_name_flushed(calls, folder)
 
 
 def test_so_are_the_parts_of_every_process(pool: Pool, corpus: Path, tmp_path: Path) -> None:
@@ -92,6 +96,7 @@ def test_so_are_the_parts_of_every_process(pool: Pool, corpus: Path, tmp_path: P
     first, second = pool.run("test_flushed:calls_of_training", config, world_size=2)
     (folder,) = list_checkpoints(tmp_path)
     assert_flushed(first, folder, second)
+    assert_name_flushed(first, folder)
     assert {number for kind, number in second if kind == "fsync"} & {key(file) for file in folder.iterdir()}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pool import Pool
 from runs import small_config, train
+from sharing import nightly, slow
 
 from inrank_dist.engine.context import Context
 from inrank_dist.errors import UserError
@@ -26,19 +27,14 @@ from inrank_dist.train.settings import TrainSettings
         ("ddp", "loss"),
         ("fsdp", "backward"),
         ("ddp", "backward"),
-        pytest.param("fsdp", "loss", marks=pytest.mark.slow),
-        pytest.param("ddp", "gradient", marks=pytest.mark.slow),
-        *(
-            pytest.param(engine, where, marks=pytest.mark.slow)
-            for engine, where in (
-                ("zero0", "loss"),
-                ("zero1", "gradient"),
-                ("zero2", "gradient"),
-                ("zero2", "backward"),
-                ("zero3", "gradient"),
-                ("zero3", "loss"),
-            )
-        ),
+        nightly("fsdp", "loss"),
+        nightly("ddp", "gradient"),
+        nightly("zero0", "loss"),
+        slow("zero1", "gradient"),
+        nightly("zero2", "gradient"),
+        slow("zero2", "backward"),
+        nightly("zero3", "gradient"),
+        slow("zero3", "loss"),
     ],
 )
 def test_a_bad_gradient_in_one_process_is_skipped_by_all(pool: Pool, corpus: Path, engine: str, where: str) -> None:

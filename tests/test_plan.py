@@ -8,6 +8,7 @@ import torch
 from cost_checks import fetched_in_a_step, peak_of_a_micro_batch
 from pool import Pool
 from runs import Fails, small_config, train
+from sharing import nightly, slow
 
 from inrank_dist.commands.main import main
 from inrank_dist.engine.activations import _peaks, micro_batch_activations
@@ -17,10 +18,6 @@ from inrank_dist.train.checkpoint import list_checkpoints, stored_tensors
 from inrank_dist.train.start import dense_skeleton
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 WIDE = {
@@ -106,11 +103,11 @@ def test_a_step_waits_for_the_device_as_often_however_many_layers_there_are(corp
     ("engine", "changes", "world_size"),
     [
         ("ddp", {}, 2),
-        slow("ddp", {"lowrank__mode": "full"}, 3),
+        nightly("ddp", {"lowrank__mode": "full"}, 3),
         ("fsdp", {"train__precision": "bf16"}, 3),
-        slow("zero0", {}, 2),
+        nightly("zero0", {}, 2),
         slow("zero1", {}, 2),
-        slow("zero2", {}, 2),
+        nightly("zero2", {}, 2),
         slow("zero3", {}, 2),
         slow("zero3", {"lowrank__mode": "full"}, 2),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from runs import SMALL
+from sharing import nightly, slow
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from inrank_dist.config import Config, load_config
@@ -106,14 +107,14 @@ def process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # 5504 rows: 11 each over 512, 4 for process 500 and none from 501 on; 6 each over 1024, 2 for process 917.
-FAST, SLOW = [(500, 512), (1023, 1024)], [(0, 512), (511, 512), (0, 1024), (917, 1024)]
+FAST, SLOW, NIGHTLY = [(500, 512), (1023, 1024)], [(0, 512), (917, 1024)], [(511, 512), (0, 1024)]
 
 
 @pytest.mark.parametrize(
     "process",
-    [*FAST, *(pytest.param(pair, marks=pytest.mark.slow) for pair in SLOW)],
+    [*FAST, *map(slow, SLOW), *map(nightly, NIGHTLY)],
     indirect=True,
-    ids=[f"{rank} of {world_size}" for rank, world_size in FAST + SLOW],
+    ids=[f"{rank} of {world_size}" for rank, world_size in FAST + SLOW + NIGHTLY],
 )
 def test_one_process_of_many_holds_its_share_through_growth_and_freeze(
     process: Context, capsys: pytest.CaptureFixture[str]

@@ -50,7 +50,7 @@ class Job:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout: float = 60) -> list[Ended]:
+    def wait(self, timeout: float = 150) -> list[Ended]:
         """How the processes ended; a hang ends them all and fails."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -61,7 +61,7 @@ class Job:
         assert not hung, f"processes {hung} hung; they wrote: {outputs}"
         return [Ended(int(p.exitcode or 0), output) for p, output in zip(self.processes, outputs, strict=True)]
 
-    def wait_until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 150) -> None:
         """Wait for something that the processes do."""
         deadline = time.monotonic() + timeout
         while not condition():
