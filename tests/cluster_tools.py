@@ -67,7 +67,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], Any], timeout: float = 60, what: Callable[[], object] = lambda: "") -> Any:
+def wait_until(condition: Callable[[], Any], timeout: float = 150, what: Callable[[], object] = lambda: "") -> Any:
     """Wait for something to become true and return it; ``what`` says what is there when it does not come."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):

@@ -2,13 +2,15 @@
 
 import json
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from cluster_tools import Program, job_config, wait_until
+from cluster_tools import Program, job_config, listens_beyond_loopback, wait_until
 from faults import Fault
 from network_rig import TORCHRUN, Host, lab
 from runs import tensor_bytes
@@ -144,6 +146,13 @@ def test_a_signal_on_one_node_stops_all(corpus: Path, tmp_path: Path, pair: list
     words = ("-N", 2, "-n", 1, "-m", pair[0].address, "train", "--config", file)
     programs = together(pair, tmp_path / "job", *words)
     wait_until(lambda: len(steps_of(config.run.folder)) > 20, 90, lambda: programs[0].text)
+    for host, program in zip(pair, programs, strict=True):
+        # torch's store has no authentication: it is not to be reached through the other network.
+        own = f"{int.from_bytes(socket.inet_aton(host.address), 'little'):08X}"
+        started = psutil.Process(program.process.pid).children(recursive=True)
+        seen = {address.partition(":")[0] for process in started for address in listens_beyond_loopback(process.pid)}
+        assert seen <= {own, f"{'0' * 16}FFFF0000{own}"}, (host.name, seen)
+        assert seen or host is pair[1]
     programs[1].process.send_signal(signal.SIGUSR1)
     assert [program.wait(60) for program in programs] == [75, 75], [program.text for program in programs]
     assert "stopped; the same command goes on from there" in programs[0].text

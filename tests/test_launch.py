@@ -167,6 +167,7 @@ def test_deepspeed_on_cpus_does_without_a_compiler(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
 def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: Path, script: str) -> None:
     """The deepspeed launcher itself would end and leave its processes training, and torchrun end with 1."""
@@ -184,7 +185,7 @@ def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: P
             assert sum(bool(sockets_of(process.pid, "0A")) for process in started) >= 2
             assert not [address for process in started for address in listens_beyond_loopback(process.pid)]
             job.send_signal(signal.SIGTERM)
-            status = job.wait(60)
+            status = job.wait(120)
         finally:
             job.kill()
     text = (tmp_path / "output").read_text()
