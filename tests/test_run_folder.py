@@ -175,6 +175,28 @@ def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: s
     assert everything(copied) == before
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's files take root to make")
+def test_the_report_of_a_run_that_cannot_be_written(copied: Path) -> None:
+    for place in (copied, *copied.parents[:2]):
+        place.chmod(0o755)
+    (copied / "run/report.html").unlink()
+    (copied / "run").chmod(0o555)
+    before = everything(copied)
+    status, output = as_nobody(["report", "--run", copied / "run"], copied)
+    error = the_error(status, output)
+    assert f"{copied}/run/report.html cannot be written (Permission denied); write --output FILE" in error
+    assert everything(copied) == before
+    assert as_nobody(["report", "--run", copied / "run", "--output", copied / "a.html"], copied) == (0, "")
+    assert "</html>" in (copied / "a.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_the_report_of_a_run_that_cannot_be_read(copied: Path, fails: Fails, name: str) -> None:
+    (copied / "run" / name).unlink()
+    (copied / "run" / name).symlink_to(name)
+    assert f"{name} cannot be read (Too many levels of symbolic links)" in fails("report", "--run", copied / "run")
+
+
 def as_nobody(argv: list[object], folder: Path) -> tuple[int, str]:
     """Run a command as a user whom the run folder belongs to, but who may not read all of it."""
     for place, folders, files in os.walk(folder):

@@ -9,11 +9,14 @@ from .common import no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--run DIR``."""
+    """``--run DIR [--output FILE]``."""
     parser.add_argument("--run", metavar="DIR", type=path_argument, required=True, help="run folder")
+    parser.add_argument(
+        "--output", metavar="FILE", type=path_argument, help="file (default: report.html in the run folder)"
+    )
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Write ``report.html`` into the run folder and print its path."""
+    """Write the report and print its path."""
     no_overrides(rest)
-    print(write_report(arguments.run))
+    print(write_report(arguments.run, arguments.output))

@@ -65,9 +65,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises UserError if there is no such file or if a line before the end is not a JSON object.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist - give the folder of a run that has started")
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; write the folder of a run that has started") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); make it readable") from None
     if lines and not lines[-1].endswith(b"\n") and _parse(lines[-1]) is None:
         lines.pop()
     return _parse_lines(lines, path)
@@ -76,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also what is not UTF-8
+    except (ValueError, RecursionError):  # also what is not UTF-8
         return None
     return record if isinstance(record, dict) else None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from inrank_dist.errors import UserError
 from inrank_dist.runtime import yaml_text
+from inrank_dist.train.checkpoint import check_run_folder
 from inrank_dist.train.monitors.jsonl import read_metrics
 from inrank_dist.train.monitors.text import amount, number, plural
 from inrank_dist.train.report import sections
@@ -19,33 +20,48 @@ from inrank_dist.train.report.reading import mode_of, reading
 from inrank_dist.train.report.style import STYLE
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` into a run folder from its metrics and config, and return its path.
+def write_report(run_folder: Path, report: Path | None = None) -> Path:
+    """Write the report of a run folder, from its metrics and config, and return its path.
 
     Works on a run that still goes on or was killed, and without a config. The file appears whole or not at
-    all. Raises UserError if the folder does not exist or holds no records.
+    all.
+
+    Args:
+        report: the file; None: ``report.html`` in the run folder.
+
+    Raises:
+        UserError: the folder does not exist, holds no records or cannot be read, or the file cannot be written.
     """
     run_folder = Path(run_folder)
-    if not run_folder.is_dir():
-        raise UserError(f"run folder {run_folder} does not exist - give the folder that train wrote")
+    check_run_folder(run_folder)
     history = History(read_metrics(run_folder / "metrics.jsonl"))
     if not history.count:
         raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
     page = _page(run_folder, history)
-    report = run_folder / "report.html"
-    fresh = run_folder / "report.html.tmp"
-    # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
-    with fresh.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(report)
+    report = report or run_folder / "report.html"
+    fresh = report.with_name(f"{report.name}.tmp")
+    try:
+        # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
+        with fresh.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(report)
+    except OSError as error:
+        raise UserError(
+            f"{report} cannot be written ({error.strerror or error}); write --output FILE with a file that can"
+        ) from None
     return report
 
 
 def _page(run_folder: Path, history: History) -> str:
     config_file = run_folder / "config.yaml"
-    text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
+    try:
+        text = config_file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    except OSError as error:
+        raise UserError(f"{config_file} cannot be read ({error.strerror or error}); make it readable") from None
     settings = _settings(text)
     section = settings.get("run")
     configured = section.get("name") if isinstance(section, dict) else None
