@@ -216,6 +216,7 @@ def advised(copied: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> d
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_is_advised_is_not_refused(copied: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = advised(copied, corpus, capsys)
     assert len(found) > 20 and {"train.steps 40", "lowrank.mode inrank", "lowrank.base frozen"} <= found.keys()
@@ -224,6 +225,7 @@ def test_what_is_advised_is_not_refused(copied: Path, corpus: Path, capsys: pyte
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_what_is_advised_works(copied: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for what, argv in advised(copied, corpus, capsys).items():
         shutil.copytree(copied / "run", copied / "again")
