@@ -125,7 +125,7 @@ def test_global_random_state_is_left_alone() -> None:
     ("global_batch_size", "micro", "world_size", "advice"),
     [
         (30, 4, 4, "write train.global_batch_size 16 or 32$"),
-        (12, 8, 4, "less than train.micro_batch_size 8 x .* - write .* 32, or train.micro_batch_size 3$"),
+        (12, 8, 4, "less than train.micro_batch_size 8 x .*; write .* 32, or train.micro_batch_size 3$"),
         (3, 1, 4, "write train.global_batch_size 4$"),
         (0, 2, 1, "write train.global_batch_size 2$"),
     ],

@@ -425,7 +425,7 @@ def test_settings_that_cannot_be_built_say_what_to_write(changes: dict[str, Any]
     with pytest.raises(UserError) as caught:
         tiny(**changes)
     text = str(caught.value)
-    assert key in text and remedy in text.split(" - ")[1] and "\n" not in text
+    assert key in text and remedy in text.rpartition("; ")[2] and "\n" not in text
 
 
 def test_defaults_depend_on_the_architecture() -> None:

@@ -174,7 +174,7 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
     relation = "less than" if global_batch_size < at_once else "not a multiple of"
     raise UserError(
         f"train.global_batch_size is {global_batch_size}, {relation} train.micro_batch_size {micro_batch_size}"
-        f" x number of processes {world_size} - write train.global_batch_size {works}"
+        f" x number of processes {world_size}; write train.global_batch_size {works}"
     )
 
 
@@ -187,5 +187,5 @@ def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
     if state.seed != seed:
         raise UserError(
             f"run.seed is {seed}, but the checkpoint's order of samples is that of seed {state.seed}"
-            f" - write run.seed: {state.seed}, or start a new run in another run.dir"
+            f"; write run.seed: {state.seed}, or start a new run in another run.dir"
         )

@@ -47,7 +47,7 @@ class ModelSettings:
     def __post_init__(self) -> None:
         """Reject what cannot be built; raises UserError."""
         if self.name not in ("gpt2", "llama"):
-            raise UserError(f"model.name is {self.name!r}; there are two models - write gpt2 or llama")
+            raise UserError(f"model.name is {self.name!r}; there are two models; write gpt2 or llama")
         for key in (
             "num_layers",
             "num_heads",
@@ -60,16 +60,16 @@ class ModelSettings:
         ):
             value = getattr(self, key)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise UserError(f"model.{key} is {value}; it must be positive - write a number above 0")
+                raise UserError(f"model.{key} is {value}; it must be positive; write a number above 0")
             if value is not None and value > LARGEST.get(key, math.inf):
                 raise UserError(f"model.{key} is {value}; write a number of at most {LARGEST[key]}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; it is a probability - write a number from 0 to below 1")
+            raise UserError(f"model.dropout is {self.dropout}; it is a probability; write a number from 0 to below 1")
         if self.hidden_size % self.num_heads:
             fitting = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}, which model.num_heads {self.num_heads} does not"
-                f" divide - write {fitting} or another multiple of {self.num_heads}"
+                f" divide; write {fitting} or another multiple of {self.num_heads}"
             )
         if self.name == "gpt2":
             self._reject_llama_only()
@@ -88,18 +88,18 @@ class ModelSettings:
         if self.num_heads % self.kv_heads:
             raise UserError(
                 f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads"
-                f" {self.num_heads} - write a divisor of {self.num_heads}"
+                f" {self.num_heads}; write a divisor of {self.num_heads}"
             )
         if self.head_dim % 2:
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}, which gives {self.num_heads} heads of odd size"
-                f" {self.head_dim}; rotary positions turn pairs - write {self.hidden_size + self.num_heads}"
+                f" {self.head_dim}; rotary positions turn pairs; write {self.hidden_size + self.num_heads}"
                 f" or another multiple of {2 * self.num_heads}"
             )
         if self.dropout:
             raise UserError(
                 f"model.dropout is {self.dropout}, but the llama model has no dropout"
-                " - write model.dropout: 0.0 or model.name: gpt2"
+                "; write model.dropout: 0.0 or model.name: gpt2"
             )
 
     @property
