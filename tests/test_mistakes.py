@@ -512,7 +512,9 @@ def test_text_that_changed_since(place: Path, fails: Fails) -> None:
     steps = ["--train.steps", "1", "--lowrank.warmup_steps", "1"]
     assert main(["train", "--config", str(place / "config.yaml"), *steps]) == 0
     (place / "corpus" / "a.txt").write_text(TEXT * 60)
-    assert "the data has changed" in fails("eval", "--run", place / "run")
+    assert "or the text has changed since" in fails("eval", "--run", place / "run")
+    named = ["--data.cache_dir", place / "cache"]
+    assert "the data has changed" in fails("eval", "--run", place / "run", *named)
 
 
 def test_report_of_a_run_with_a_broken_line(damaged: Path, fails: Fails) -> None:
