@@ -62,8 +62,8 @@ def _data(arguments: argparse.Namespace, trained: TrainedModel) -> Prepared:
     data = find_prepared(*what, saved_tokenizer=trained.tokenizer)
     if data is None:
         raise UserError(
-            f"the data of {arguments.run} is not prepared in data.cache_dir {settings.cache_dir} (the cache was emptied, "
-            "or the text has changed since), and no folder is written to only because a run names it; write "
+            f"the data of {arguments.run} is not prepared in data.cache_dir {settings.cache_dir} (the cache was "
+            "emptied, or the text has changed since), and no folder is written to only because a run names it; write "
             f"--data.cache_dir {settings.cache_dir}, or another folder"
         )
     return data
