@@ -115,7 +115,15 @@ def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, eng
 
 @pytest.mark.parametrize(
     ("engine", "world_size"),
-    [("local", 1), slow("ddp", 2), ("fsdp", 3), slow("zero0", 2), slow("zero1", 3), slow("zero2", 3), slow("zero3", 3)],
+    [
+        ("local", 1),
+        slow("ddp", 2),
+        ("fsdp", 3),
+        nightly("zero0", 2),
+        nightly("zero1", 3),
+        slow("zero2", 2),
+        slow("zero3", 3),
+    ],
 )
 def test_new_modes_look_along_the_gradient(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """One step of a randomised SVD on rows finds most of what the best directions hold, and changes no logit."""
