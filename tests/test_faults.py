@@ -207,12 +207,10 @@ def test_killed_and_resumed(corpus: Path, straight: Path, tmp_path: Path) -> Non
         ("reshape", 12, {}),
         pytest.param("save-data", None, {"checkpoint__async_": True}, marks=pytest.mark.slow),
         ("prepare", None, {"data__cache_dir": "cache"}),
-        pytest.param("evaluation", STEPS, {}, marks=pytest.mark.slow),
+        nightly("evaluation", STEPS, {}),
         pytest.param("backward", 8, {"parallel__engine": "zero2"}, marks=pytest.mark.slow),
         pytest.param("reshape", 12, {"parallel__engine": "zero3"}, marks=pytest.mark.slow),
-        pytest.param(
-            "prepare", None, {"data__cache_dir": "cache", "parallel__engine": "zero2"}, marks=pytest.mark.slow
-        ),
+        nightly("prepare", None, {"data__cache_dir": "cache", "parallel__engine": "zero2"}),
     ],
 )
 def test_a_signal_to_one_process_stops_all_of_them(
