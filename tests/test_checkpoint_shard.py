@@ -21,7 +21,7 @@ from inrank_dist.engine.context import Context
 from inrank_dist.engine.engine import SavedRows
 from inrank_dist.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
-from inrank_dist.train.checkpoint.shard import shard_name, stage, write_shard
+from inrank_dist.train.checkpoint.shard import _bytes_of, shard_name, stage, write_shard
 from inrank_dist.train.loop import Trainer
 
 
@@ -221,3 +221,25 @@ def test_a_disk_that_fails_one_process_is_told_by_all(
     for line in pool.run("test_checkpoint_shard:fails_in_one", config, world_size=2, timeout=90):
         assert "step-00000001 could not be written (File too large); make the folder writable" in line
     assert list_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(64.0).as_strided((64, 1), (1, 32)),  # a factor of rank 1 that comes from an SVD
+        torch.arange(64.0).as_strided((1, 1), (5, 7)),
+        torch.arange(64.0).view(8, 8)[:, 1:3],
+        torch.arange(64.0).view(8, 8).T,
+        torch.arange(3, dtype=torch.bfloat16),
+        torch.tensor(3.0),
+        torch.zeros(0, 3),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)}-{tensor.stride()}",
+)
+def test_any_layout_in_memory_gives_the_same_bytes(tensor: torch.Tensor) -> None:
+    expected = tensor.clone(memory_format=torch.contiguous_format).flatten().tolist()
+    assert _values(_bytes_of(tensor), tensor.dtype) == expected
+
+
+def _values(content: memoryview, dtype: torch.dtype) -> list[float]:
+    return torch.frombuffer(bytearray(content), dtype=dtype).tolist() if content.nbytes else []

@@ -97,7 +97,9 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's bytes, which share its memory where it is contiguous and on the CPU."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+    flat = tensor.detach().cpu().contiguous()
+    # A dimension of size 1 may have any stride in a contiguous tensor, which then cannot be viewed as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data.cast("B")
 
 
 def _header(held: Sequence[SavedRows]) -> bytes:
