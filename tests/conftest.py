@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests start more processes than a machine has GPUs
 
@@ -18,7 +19,7 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
 
 from pool import Pool  # noqa: E402
 from runs import Fails, the_error, write_corpus  # noqa: E402
-from sharing import Machine, locked, put_into_groups, shared_folder  # noqa: E402
+from sharing import Machine, locked, put_into_groups, scheduler, shared_folder, write_groups  # noqa: E402
 
 from inrank_dist.commands.main import main  # noqa: E402
 
@@ -37,8 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     put_into_groups(items)
 
 
-def pytest_collection_finish() -> None:
-    """As the train command does: else each rank event searches all that was imported for cycles."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest-xdist 3.8 does not see the groups with pytest 9.2, which no longer reads the names that it changes."""
+    folder = shared_folder(config._tmp_path_factory.getbasetemp())  # type: ignore[attr-defined]
+    return scheduler(config, log, folder) if config.getoption("dist") == "loadgroup" else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The second part is as the train command does: else each rank event searches all that was imported for cycles."""
+    write_groups(session.items, shared_folder(session.config._tmp_path_factory.getbasetemp()))  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()
 

@@ -1,6 +1,8 @@
 """What the processes of one test run share: things that are made once, and the machine when a test measures it."""
 
 import fcntl
+import functools
+import json
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -83,3 +85,33 @@ def put_into_groups(items: list[pytest.Item]) -> None:
         else:
             continue
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def group_of(item: pytest.Item) -> str:
+    """The group of a test; one without a group is one by itself."""
+    mark = item.get_closest_marker("xdist_group")
+    return str(mark.args[0]) if mark else item.nodeid
+
+
+def write_groups(items: list[pytest.Item], folder: Path) -> None:
+    """Leave the groups where ``scheduler`` finds them; each worker collects the same."""
+    temporary = folder / f"groups-{os.getpid()}"
+    temporary.write_text(json.dumps({item.nodeid: group_of(item) for item in items}))
+    temporary.rename(folder / "groups.json")
+
+
+def scheduler(config: pytest.Config, log: Any, folder: Path) -> Any:
+    """What divides tests among the workers of pytest-xdist: a group stays together, the largest begins."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            nodeid = nodeid.partition("@")[0] if nodeid not in self._known else nodeid
+            return self._known.get(nodeid, nodeid)
+
+        @functools.cached_property
+        def _known(self) -> dict[str, str]:
+            """Read when the workers have collected."""
+            return dict(json.loads((folder / "groups.json").read_text()))
+
+    return Groups(config, log)

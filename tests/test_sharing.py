@@ -5,7 +5,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from sharing import Machine, made_once, put_into_groups
+from sharing import Machine, group_of, made_once, put_into_groups, scheduler, write_groups
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -67,11 +67,20 @@ def test_a_serial_test_waits_for_the_others_and_they_for_it(tmp_path: Path) -> N
         assert process.exitcode == 0
 
 
-def test_tests_that_share_something_share_a_worker(request: pytest.FixtureRequest) -> None:
-    """As collected here: those of the pool together, those of a module's fixture together, this one anywhere."""
+def test_tests_that_share_something_share_a_worker(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """As collected here: those of the pool together, those of a module's fixture together, this one anywhere; and so
+    does the scheduler see it."""
     put_into_groups(request.session.items)
+    write_groups(request.session.items, tmp_path)
+    seen = scheduler(_Workers(), None, tmp_path)._split_scope
     for item in request.session.items:
-        mark = item.get_closest_marker("xdist_group")
-        if "pool" in getattr(item, "fixturenames", ()):
-            assert mark is not None
-    assert request.node.get_closest_marker("xdist_group") is None
+        if "pool" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("cluster"):
+            assert seen(item.nodeid) == group_of(item) != item.nodeid
+    assert seen(request.node.nodeid) == request.node.nodeid
+
+
+class _Workers:
+    """What the scheduler asks of the settings when it begins."""
+
+    def getvalue(self, name: str) -> list[str]:
+        return ["2*popen"]
