@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="inrank-extensions-")
         os.environ["TORCH_EXTENSIONS_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run below nohup, their processes would ignore it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -88,7 +88,7 @@ def test_a_profiled_step_may_take_long(corpus: Path, tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
 
     def hook(trainer: Any) -> None:
-        trainer.beat = lambda doing, patience: told.append((doing, patience))
+        trainer.beat = lambda doing, patience, *_: told.append((doing, patience))
 
     config = small_config(corpus, train__profile="[10]", run__dir=tmp_path, parallel__step_timeout_seconds=7)
     train(config, hook=hook)

@@ -163,8 +163,7 @@ def test_a_folder_that_is_not_there_holds_no_checkpoint(copied: Path, corpus: Pa
 def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: str) -> None:
     """The newest checkpoint is sound, so neither is the one before it taken, nor does the run start anew."""
     argv = words(copied, corpus, data__cache_dir=copied / "cache", train__steps=14)
-    for place in (copied, *copied.parents[:2]):
-        place.chmod(0o755)
+    open_to_others(copied)
     shutil.copytree(corpus / "corpus", copied / "corpus")
     hidden = copied / f"run/checkpoints{what}"
     hidden.chmod(0)
@@ -177,8 +176,7 @@ def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: s
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's files take root to make")
 def test_the_report_of_a_run_that_cannot_be_written(copied: Path) -> None:
-    for place in (copied, *copied.parents[:2]):
-        place.chmod(0o755)
+    open_to_others(copied)
     (copied / "run/report.html").unlink()
     (copied / "run").chmod(0o555)
     before = everything(copied)
@@ -195,6 +193,14 @@ def test_the_report_of_a_run_that_cannot_be_read(copied: Path, fails: Fails, nam
     (copied / "run" / name).unlink()
     (copied / "run" / name).symlink_to(name)
     assert f"{name} cannot be read (Too many levels of symbolic links)" in fails("report", "--run", copied / "run")
+
+
+def open_to_others(folder: Path) -> None:
+    """Let other users in: pytest's folders above are its user's own, one more of them below pytest-xdist."""
+    for place in (folder, *folder.parents):
+        mode = place.stat().st_mode
+        if mode & 0o005 != 0o005:
+            place.chmod(mode | 0o055)
 
 
 def as_nobody(argv: list[object], folder: Path) -> tuple[int, str]:
