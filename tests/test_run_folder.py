@@ -158,6 +158,7 @@ def test_a_folder_that_is_not_there_holds_no_checkpoint(copied: Path, corpus: Pa
     assert ended.status == 0 and steps_in_metrics(copied) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.nightly  # as another user, who may not be able to import what is not loaded yet
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's files take root to make")
 @pytest.mark.parametrize("what", ["", "/step-00000012", "/step-00000012/state.json"])
 def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: str) -> None:
@@ -174,6 +175,7 @@ def test_what_may_not_be_read_is_not_damaged(copied: Path, corpus: Path, what: s
     assert everything(copied) == before
 
 
+@pytest.mark.nightly  # as another user, who may not be able to import what is not loaded yet
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user's files take root to make")
 def test_the_report_of_a_run_that_cannot_be_written(copied: Path) -> None:
     open_to_others(copied)
