@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from ..config import SETTINGS, Config, load_config
 from ..errors import UserError
-from ..lowrank.convert import convert
 from ..runtime.yaml_text import shown
-from .checkpoint import Checkpoint, difference, named_folders, step_of, stored_tensors
+from .checkpoint import Checkpoint, misfit, named_folders, step_of
 from .schedule import decay_begins, learning_rate
 from .start import dense_skeleton, layer_shapes
 
@@ -109,14 +108,7 @@ def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
             f"{checkpoint.run_folder} has {len(state.layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, "
             f"targets {config.lowrank.targets} makes {len(shapes)}; {advice}"
         )
-    parameters = dict(convert(skeleton, state.layout).named_parameters())
-    moments = {
-        f"optimizer.{moment}.{name}": parameter
-        for name, parameter in parameters.items()
-        if state.optimizer_steps > 0 and parameter.requires_grad
-        for moment in config.optimizer.moments
-    }
-    if found := difference(stored_tensors(checkpoint.folder), parameters | moments, "the settings make"):
+    if found := misfit(checkpoint, config, skeleton, "the settings make"):
         raise UserError(f"{checkpoint.folder} holds {found}; {advice}")
 
 

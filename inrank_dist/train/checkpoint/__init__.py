@@ -4,12 +4,12 @@
 ``contents`` whether that fits together, ``writer`` how it is written, ``reading`` which one a reader gets.
 """
 
-from .contents import Checkpoint, Finding, examine
+from .contents import Checkpoint, Finding, examine, misfit
 from .folder import list_checkpoints
 from .listing import Damaged, Unreadable, check_run_folder, folder_of, named_folders, step_of
 from .reading import branch_point, find_checkpoint, open_checkpoint, peek_checkpoint, resumable
 from .state import TrainState
-from .tensors import difference, load_parameters, load_tensors, stored_tensors
+from .tensors import load_parameters, load_tensors, stored_tensors
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -21,13 +21,13 @@ __all__ = [
     "Unreadable",
     "branch_point",
     "check_run_folder",
-    "difference",
     "examine",
     "find_checkpoint",
     "folder_of",
     "list_checkpoints",
     "load_parameters",
     "load_tensors",
+    "misfit",
     "named_folders",
     "open_checkpoint",
     "peek_checkpoint",

@@ -7,10 +7,11 @@ from typing import Literal
 
 from torch import nn
 
-from ...config import load_config
+from ...config import Config, load_config
 from ...data import Tokenizer
 from ...errors import UserError
 from ...lowrank.convert import convert
+from ...models import LanguageModel
 from ...runtime.paths import is_plain_file, status
 from ..start import dense_skeleton
 from .folder import MANIFEST, MARKER, read_manifest, verify
@@ -66,6 +67,18 @@ def check_contents(checkpoint: Checkpoint) -> None:
         limit = min(linears[name].in_features, linears[name].out_features)
         if not layer.rank <= layer.modes <= limit:
             raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")
+    if found := misfit(checkpoint, config, skeleton, "its settings and rank table make"):
+        raise Damaged(f"{folder} holds {found}")
+
+
+def misfit(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, make: str) -> str | None:
+    """The first stored tensor that is not what settings and the checkpoint's rank table make, in words; None: all are.
+
+    Args:
+        skeleton: the dense model of ``config`` on ``meta``.
+        make: what is said to make the tensors.
+    """
+    state = checkpoint.state
     parameters = dict(convert(skeleton, state.layout).named_parameters())
     moments = {
         f"optimizer.{moment}.{name}": parameter
@@ -73,9 +86,7 @@ def check_contents(checkpoint: Checkpoint) -> None:
         if state.optimizer_steps > 0 and parameter.requires_grad
         for moment in config.optimizer.moments
     }
-    found = difference(stored_tensors(folder), parameters | moments, "its settings and rank table make")
-    if found:
-        raise Damaged(f"{folder} holds {found}")
+    return difference(stored_tensors(checkpoint.folder), parameters | moments, make)
 
 
 State = Literal["complete", "damaged", "incomplete", "unreadable"]
