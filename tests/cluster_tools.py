@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,44 @@ def processes_of(folder: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """Afterwards every process whose command line names the folder is gone."""
+    try:
+        yield
+    finally:
+        for process in processes_of(folder):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@contextmanager
+def ssh_server(folder: Path, *addresses: str) -> Iterator[int]:
+    """The port of an ssh server on addresses of this machine, which lets in whoever has the key ``folder/user``."""
+    require("sshd", "ssh", packages="openssh-server openssh-client")
+    folder.mkdir(0o700)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    port = free_port()
+    (folder / "server").write_text(
+        "".join(f"ListenAddress {address}:{port}\n" for address in addresses)
+        + f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
+        + "PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+    )
+    empty = Path("/run/sshd")  # which root's server insists on, and Debian makes when it boots
+    made = os.geteuid() == 0 and not empty.exists()
+    if made:
+        empty.mkdir()
+    server = Program([shutil.which("sshd"), "-D", "-e", "-f", folder / "server"], folder / "log")
+    try:
+        wait_until(lambda: server.text.count("Server listening") == len(addresses), what=lambda: server.text)
+        yield port
+    finally:
+        server.end()
+        if made:
+            empty.rmdir()
 
 
 def sockets_of(process: int, state: str) -> list[tuple[str, str]]:

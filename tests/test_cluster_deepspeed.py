@@ -1,9 +1,7 @@
 """The deepspeed launcher with a hostfile: on one host, started by hand on two, and over a real ssh."""
 
-import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +10,17 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from cluster_tools import LAUNCH, Program, free_port, job_config, launch_environment, processes_of, require, wait_until
+from cluster_tools import (
+    LAUNCH,
+    Program,
+    free_port,
+    job_config,
+    launch_environment,
+    processes_of,
+    require,
+    ssh_server,
+    wait_until,
+)
 from runs import tensor_bytes
 
 from inrank_dist.train.checkpoint import list_checkpoints
@@ -161,32 +169,14 @@ def test_a_signal_before_the_training_is_there(corpus: Path, tmp_path: Path, sta
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An ssh server on two addresses of this machine; the variables with which pdsh finds it."""
-    require("pdsh", "sshd", "ssh", packages="pdsh openssh-server openssh-client")
+    require("pdsh", packages="pdsh")
     folder = tmp_path / "ssh"
-    folder.mkdir(0o700)
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    port = free_port()
-    (folder / "server").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nListenAddress 127.0.0.2:{port}\nHostKey {folder}/host\nPidFile none\n"
-        f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nPermitRootLogin yes\nUsePAM no\n"
-    )
-    (folder / "client").write_text(
-        f"Port {port}\nIdentityFile {folder}/user\nUserKnownHostsFile {folder}/known\nStrictHostKeyChecking no\n"
-        "LogLevel ERROR\n"
-    )
-    empty = Path("/run/sshd")  # which root's server insists on, and Debian makes when it boots
-    made = os.geteuid() == 0 and not empty.exists()
-    if made:
-        empty.mkdir()
-    server = Program([shutil.which("sshd"), "-D", "-e", "-f", folder / "server"], folder / "log")
-    try:
-        wait_until(lambda: server.text.count("Server listening") == 2, 20, lambda: server.text)
+    with ssh_server(folder, "127.0.0.1", "127.0.0.2") as port:
+        (folder / "client").write_text(
+            f"Port {port}\nIdentityFile {folder}/user\nUserKnownHostsFile {folder}/known\nStrictHostKeyChecking no\n"
+            "LogLevel ERROR\n"
+        )
         yield {"PDSH_SSH_ARGS_APPEND": f"-F {folder}/client"}
-    finally:
-        server.end()
-        if made:
-            empty.rmdir()
 
 
 def test_over_ssh(corpus: Path, tmp_path: Path, start: Start, whole: dict[Any, bytes], ssh: dict[str, str]) -> None:

@@ -1,11 +1,9 @@
 """A training as the first process of a container, and in an ssh session that drops."""
 
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +12,12 @@ import pytest
 from cluster_tools import (
     LAUNCH,
     ROOT,
-    Program,
-    free_port,
     job_config,
     launch_environment,
+    nothing_left,
     processes_of,
-    require,
     require_privilege,
+    ssh_server,
 )
 from cluster_tools import wait_until as wait_at_most
 
@@ -39,16 +36,6 @@ def endless(corpus: Path, folder: Path) -> Path:
 def steps_of(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return metrics.read_bytes().count(b'"kind": "step"') if metrics.exists() else 0
-
-
-@contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes_of(folder):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @pytest.mark.parametrize("launcher", [False, True])
@@ -74,27 +61,11 @@ def test_the_first_process_of_a_container(corpus: Path, tmp_path: Path, launcher
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[list[str]]:
     """The words of an ssh to this machine."""
-    require("sshd", "ssh", packages="openssh-server openssh-client")
     folder = tmp_path / "ssh"
-    folder.mkdir(0o700)
-    for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    port = free_port()
-    (folder / "server").write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host\nPidFile none\nStrictModes no\nUsePAM no\n"
-        f"AuthorizedKeysFile {folder}/user.pub\nPermitRootLogin yes\n"
-    )
-    empty = Path("/run/sshd")  # which root's server insists on, and Debian makes when it boots
-    if os.geteuid() == 0:
-        empty.mkdir(exist_ok=True)
-    server = Program(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "server"], folder / "log")
-    try:
-        wait_until(lambda: "Server listening" in server.text, what=lambda: server.text)
+    with ssh_server(folder, "127.0.0.1") as port:
         options = [f"UserKnownHostsFile={folder}/known", "StrictHostKeyChecking=no", "LogLevel=ERROR"]
         given = [word for option in options for word in ("-o", option)]
         yield ["ssh", "-p", str(port), "-i", f"{folder}/user", *given, "127.0.0.1"]
-    finally:
-        server.end()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

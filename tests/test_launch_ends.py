@@ -5,15 +5,13 @@ import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from cluster_tools import LAUNCH, ROOT, job_config, launch_environment, processes_of, sockets_of
+from cluster_tools import LAUNCH, ROOT, job_config, launch_environment, nothing_left, processes_of, sockets_of
 from cluster_tools import wait_until as wait_at_most
 
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
@@ -57,16 +55,6 @@ class OnTerminal:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self.status = os.waitstatus_to_exitcode(status) if pid else None
         return self.status is not None
-
-
-@contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes_of(folder):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
 
 
 @pytest.mark.slow
