@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Full rank against low rank on one GPU, in about two minutes: GPT-2 medium and a 1.3B shape, 16 sequences of 1024, bf16, eager
-# and compiled; step time, MFU and peak memory with their ratios. Words after the script's name are passed to
-# `inrank bench speed` after those that are said here: launch/bench-gpu.sh --batch 4 --json gpu.json
+# and compiled; step time, MFU and peak memory with their ratios. Options after the script's name are passed to
+# `inrank bench speed` in place of those here: launch/bench-gpu.sh --batch 4 --json gpu.json
 # It runs with the python3 on PATH where that has what it needs (such as a cluster's own); else it makes the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -15,5 +15,20 @@ if ! python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/de
 fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 echo "== Measuring; a table is shown when all its forms are compiled and timed"
-exec python3 -m inrank_dist bench speed --models gpt2-medium,1.3b --targets all --seq 1024 --batch 16 --precision bf16 \
-    --forms 1,2,4,6,7,11 --rounds 5 "$@"
+# What is not said otherwise; an option that is given twice is refused.
+options=()
+while read -r option value; do
+    case " ${*%%=*} " in
+    *" $option "*) ;;
+    *) options+=("$option" "$value") ;;
+    esac
+done <<END
+--models gpt2-medium,1.3b
+--targets all
+--seq 1024
+--batch 16
+--precision bf16
+--forms 1,2,4,6,7,11
+--rounds 5
+END
+exec python3 -m inrank_dist bench speed "${options[@]}" "$@"
