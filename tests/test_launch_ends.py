@@ -147,3 +147,31 @@ def test_a_launcher_that_is_killed_before_the_processes_have_met(corpus: Path, t
         wait_until(lambda: not late.is_running())
     said = (tmp_path / "output").read_text()
     assert "process 1 of 2 did not find the others" in said
+
+
+ASKING = """
+import runpy, sys, threading
+import torch.distributed as dist
+
+store = dist.HashStore()
+store.set("news", "none")
+
+def ask():
+    while True:
+        store.check(["news"])
+
+for _ in range(2):
+    threading.Thread(target=ask, daemon=True).start()
+runpy.run_module("inrank_dist.launcher.torchrun", run_name="__main__")
+"""
+
+
+def test_a_thread_that_asks_the_store_does_not_abort_the_launcher() -> None:
+    """Python ends such a thread, while it is taken down, in a way that torch's C++ answers with ``std::terminate``: two
+    nodes had measured themselves well, and the job started again as one of them ended with status 134."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING, "-n", "two", "train"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: argument -n")
+    assert len(done.stderr.splitlines()) == 1

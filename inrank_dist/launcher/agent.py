@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from ..engine.patient_store import PatientStore
 from ..errors import Lost
-from ..runtime.console import flush, say
+from ..runtime import console
 from .common import EXIT_MISTAKE, Outcome
 from .torchrun_job import Job
 
@@ -161,6 +161,5 @@ def _end_children() -> None:
 
 def _leave(status: int, line: str) -> None:
     if line:
-        say(f"error: {line}")
-    flush()
-    os._exit(status)
+        console.say(f"error: {line}")
+    console.leave(status)

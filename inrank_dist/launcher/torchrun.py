@@ -199,4 +199,4 @@ def main(words: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     console.guard(outlive=True)
     listen()
-    sys.exit(main())
+    console.leave(main())  # the guard and torch's rendezvous have threads that ask the store

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ..errors import UserError
 
@@ -58,6 +58,15 @@ def flush(seconds: float = 1.0) -> None:
     thread = threading.Thread(target=work, name="flush", daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def leave(status: int) -> NoReturn:
+    """Write out what is buffered and end the process, without waiting for daemon threads or taking Python down.
+
+    A daemon thread that comes back from torch's C++ while Python is taken down aborts the process.
+    """
+    flush()
+    os._exit(status)
 
 
 class GuardedFile(io.RawIOBase):
