@@ -18,7 +18,7 @@ from cluster_tools import LAUNCH, ROOT, Program, job_config, require, require_pr
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200), pytest.mark.xdist_group("image")]
 
 SHORT = [
     "--train.steps=8", "--lowrank.interval=2", "--lowrank.warmup_steps=6", "--schedule.warmup_steps=2",
@@ -259,6 +259,7 @@ def test_what_is_inside(image: Image) -> None:
     print(f"image {images[0]['size']}, of it libraries {size / 2**20:.0f} MiB")
 
 
+@pytest.mark.nightly
 def test_a_change_of_source_leaves_the_libraries_in_the_cache(image: Image, tmp_path: Path) -> None:
     """The big layer is the very same; what follows it is new, and so is what runs."""
     source = shutil.copytree(image.builder.folder / "source", tmp_path / "source")
@@ -283,6 +284,7 @@ def podman(image: Image) -> dict[str, str]:
     return image.builder.environment
 
 
+@pytest.mark.nightly
 def test_docker_stop_makes_the_first_command_save(podman: dict[str, str], image: Image, tmp_path: Path) -> None:
     """As process 1, in an image that cannot be written and without a network. SIGTERM is what `docker stop` sends."""
     runs = owned_folder(tmp_path / "runs", 1000)
@@ -300,6 +302,7 @@ def test_docker_stop_makes_the_first_command_save(podman: dict[str, str], image:
     assert len(list_checkpoints(runs / "quickstart")) == 1
 
 
+@pytest.mark.nightly
 def test_container_sh_trains_here_and_passes_signals_on(
     podman: dict[str, str], image: Image, corpus: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def whole(undisturbed: tuple[Path, list[Any], str]) -> dict[Any, bytes]:
     return tensor_bytes(undisturbed[0] / "run")
 
 
+@pytest.mark.nightly
 def test_a_hostfile_of_one_host(undisturbed: tuple[Path, list[Any], str], whole: dict[Any, bytes]) -> None:
     """Trains, and takes the run up again where its checkpoint of the middle left it."""
     folder, words, text = undisturbed
@@ -111,6 +112,7 @@ def test_a_hostfile_of_one_host(undisturbed: tuple[Path, list[Any], str], whole:
     assert tensor_bytes(folder / "run") == whole
 
 
+@pytest.mark.nightly
 def test_one_host_without_ssh(corpus: Path, tmp_path: Path, start: Start, whole: dict[Any, bytes]) -> None:
     """Resumes to the same weights, here after its launcher was killed, of which the launcher itself says 0."""
     place = f"127.0.0.1:{free_port()}"

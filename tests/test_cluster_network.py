@@ -14,6 +14,7 @@ from cluster_tools import Program, job_config, listens_beyond_loopback, wait_unt
 from faults import Fault
 from network_rig import TORCHRUN, Host, lab
 from runs import tensor_bytes
+from sharing import nightly
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
@@ -55,7 +56,7 @@ def steps_of(run: Path) -> list[int]:
     return [step for step, _ in losses_of(run)]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero2"])
+@pytest.mark.parametrize("engine", ["fsdp", nightly("zero2")])
 def test_a_cable_is_pulled_in_the_middle_of_a_rank_event(
     corpus: Path, tmp_path: Path, pair: list[Host], engine: str
 ) -> None:

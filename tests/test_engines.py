@@ -122,7 +122,7 @@ def test_processes_that_see_different_spectra_stop(pool: Pool, corpus: Path, eng
         nightly("zero0", 2),
         nightly("zero1", 3),
         slow("zero2", 2),
-        slow("zero3", 3),
+        nightly("zero3", 3),
     ],
 )
 def test_new_modes_look_along_the_gradient(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
@@ -246,7 +246,7 @@ def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
 
 @pytest.mark.timeout(620)
 @pytest.mark.parametrize(
-    "engine", [nightly("ddp"), slow("fsdp"), nightly("zero0"), nightly("zero1"), nightly("zero2"), slow("zero3")]
+    "engine", [nightly("ddp"), slow("fsdp"), nightly("zero0"), nightly("zero1"), nightly("zero2"), nightly("zero3")]
 )
 def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
     config = short_config(corpus, parallel__engine=engine)

@@ -165,7 +165,7 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
         nightly("product, uneven"),
         "update",
         nightly("zero2"),
-        pytest.param("zero3", marks=pytest.mark.slow),
+        nightly("zero3"),
     ],
 )
 def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool, corpus: Path, variant: str) -> None:
@@ -365,7 +365,7 @@ def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp", slow("ddp"), slow("zero3"), *(nightly(f"zero{stage}") for stage in range(3))],
+    ["fsdp", slow("ddp"), *(nightly(f"zero{stage}") for stage in range(4))],
 )
 def test_twenty_reshapes_leave_no_memory_behind(pool: Pool, corpus: Path, engine: str) -> None:
     """Hooks, buckets and graphs of a model that was let go can keep all of it; a leak of 20 models would be 150 MB."""

@@ -158,7 +158,7 @@ def chained_fault(step: int, folder: Path) -> Fault:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("engine", "steps"),
-    [slow("fsdp", range(1, STEPS)), slow("zero2", (5, 12, 21, 30)), slow("zero3", (6, 15, 20, 24))],
+    [slow("fsdp", range(1, STEPS)), slow("zero2", (5, 12, 21, 30)), nightly("zero3", (6, 15, 20, 24))],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_one_run_killed_again_and_again(corpus: Path, tmp_path: Path, engine: str, steps: Sequence[int]) -> None:

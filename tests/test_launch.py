@@ -22,6 +22,7 @@ from cluster_tools import (
     wait_until,
 )
 from runs import small_config, tensor_bytes, the_error
+from sharing import nightly, slow
 
 from inrank_dist.launcher import deepspeed
 from inrank_dist.launcher.network import reachable
@@ -54,8 +55,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("script", "engine"), [("torchrun.sh", "zero2"), ("deepspeed.sh", "zero3")])
+@pytest.mark.parametrize(("script", "engine"), [nightly("torchrun.sh", "zero2"), slow("deepspeed.sh", "zero3")])
 def test_trains_and_resumes(corpus: Path, tmp_path: Path, script: str, engine: str) -> None:
     """The second start takes up the run where the first one's checkpoint of step 16 left it."""
     config = small_config(

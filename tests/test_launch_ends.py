@@ -13,6 +13,7 @@ import psutil
 import pytest
 from cluster_tools import LAUNCH, ROOT, job_config, launch_environment, nothing_left, processes_of, sockets_of
 from cluster_tools import wait_until as wait_at_most
+from sharing import nightly, slow
 
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 
@@ -57,9 +58,8 @@ class OnTerminal:
         return self.status is not None
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [slow("train"), slow("torchrun.sh"), nightly("deepspeed.sh")])
 def test_a_closed_terminal_saves_and_stops_unless_hangups_are_ignored(corpus: Path, tmp_path: Path, start: str) -> None:
     """First as below ``nohup``, but that it stays with its dead terminal: it goes on, a signal stops it. Then plain."""
     words = [*STARTS[start], "--config", config_of(corpus, tmp_path)]

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from sharing import nightly, slow
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_quickstart_learns_grows_and_freezes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [slow(200), nightly(600)])
+def test_quickstart_learns_grows_and_freezes(tmp_path: Path, steps: int) -> None:
     """Validation ends well below the unigram entropy; there is growth, a freeze, a report and a sample."""
-    words = ["--config", "configs/quickstart.yaml", "--run.dir", str(tmp_path / "run")]
+    words = ["--config", "configs/quickstart.yaml", "--run.dir", str(tmp_path / "run"), f"--train.steps={steps}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     done = subprocess.run(
         [*torchrun, "inrank_dist", "train", *words, "--data.cache_dir", str(tmp_path / "cache")],

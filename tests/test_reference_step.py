@@ -12,7 +12,7 @@ import torch
 from checks import whole
 from pool import Pool
 from runs import short_config, train
-from sharing import slow
+from sharing import nightly, slow
 from torch import Tensor
 
 from inrank_dist.config import Config
@@ -169,9 +169,8 @@ MODELS: dict[str, dict[str, Any]] = {
     [
         ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
         ("gpt2", "ddp", 2), ("gpt2", "fsdp", 3), slow("llama", "fsdp", 2), slow("sgd", "ddp", 2),
-        slow("gpt2", "zero0", 2), slow("gpt2", "zero1", 2), slow("gpt2", "zero2", 3), slow("llama", "zero2", 2),
-        slow("gpt2", "zero3", 2), slow("llama", "zero3", 3), slow("sgd", "zero3", 2),
-        slow("sgd", "fsdp", 2),
+        nightly("gpt2", "zero0", 2), slow("gpt2", "zero1", 2), slow("gpt2", "zero2", 3), nightly("llama", "zero2", 2),
+        nightly("gpt2", "zero3", 2), slow("llama", "zero3", 3), nightly("sgd", "zero3", 2), slow("sgd", "fsdp", 2),
     ],
 )  # fmt: skip
 def test_every_step_is_the_textbooks(pool: Pool, corpus: Path, model: str, engine: str, world_size: int) -> None:
