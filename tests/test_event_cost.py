@@ -379,8 +379,9 @@ def test_twenty_reshapes_leave_no_memory_behind(pool: Pool, corpus: Path, engine
         train__steps=26,
         train__micro_batch_size=2,
     )
-    for (tensors, resident), (tensors_after, resident_after) in pool.run(
-        "cost_checks:reshaped_many_times", config, 4, 20, world_size=2
-    ):
-        assert tensors_after <= 1.001 * tensors
-        assert resident_after <= 1.02 * resident
+    for sizes in pool.run("cost_checks:reshaped_at_every_step", config, 4, world_size=2):
+        assert len(sizes) == 11
+        # A leak grows at every reshape. One small tensor more or less that Python happens to know of does not.
+        tensors, resident = zip(*sizes, strict=True)
+        assert min(tensors[-3:]) <= 1.001 * max(tensors[:3])
+        assert min(resident[-3:]) <= 1.02 * max(resident[:3])
