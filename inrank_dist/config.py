@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .data.settings import DataSettings, TokenizerSettings
-from .engine.optimizer import OptimizerSettings
 from .engine.settings import ParallelSettings
 from .errors import UserError
 from .lowrank.settings import LowRankSettings
 from .models import ModelSettings
+from .optim.settings import OptimizerSettings
 from .runtime import yaml_text
 from .runtime.home import expand_home
 from .runtime.yaml_text import shown
@@ -83,6 +83,23 @@ class Config:
                 f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "
                 f"write at most {steps}, or lowrank.base: frozen"
             )
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        name, engine = self.optimizer.name, self.parallel.engine
+        if not self.optimizer.orthogonalises:
+            return
+        if engine.startswith("zero"):
+            raise UserError(
+                f"optimizer.name is {name} and parallel.engine is {engine}, which cuts matrices into flat pieces; "
+                "write parallel.engine: fsdp, or optimizer.name: adamw"
+            )
+        if (name == "muon") != (self.lowrank.mode == "full"):
+            advice = "muon" if self.lowrank.mode == "full" else "spectron or lora_muon"
+            kind = "has no factors" if self.lowrank.mode == "full" else "trains factors"
+            raise UserError(
+                f"optimizer.name is {name} but lowrank.mode {self.lowrank.mode} {kind}; write optimizer.name: {advice}"
+            )
 
     def to_yaml(self) -> str:
         """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
@@ -115,6 +132,8 @@ class Config:
             no_effect("lowrank.mode is inrank, whose shapes are never final", "train", "cuda_graph")
         if all(step > self.train.steps for step in self.train.profile):
             no_effect(f"train.steps is {self.train.steps}", "train", "profile")
+        if not self.optimizer.orthogonalises:
+            no_effect(f"optimizer.name is {self.optimizer.name}", "optimizer", "matrix_lr", "momentum")
         if self.schedule.name != "wsd":
             no_effect(f"schedule.name is {self.schedule.name}", "schedule", "decay_fraction")
         if self.schedule.name == "constant":

@@ -35,21 +35,21 @@ class Fault:
 FAULTS = [
     Fault(
         "weight decay on embeddings",
-        "engine/optimizer.py",
+        "optim/groups.py",
         "        and id(parameter) not in embeddings\n",
         "",
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
         "a moment moved with the wrong map",
-        "engine/optimizer.py",
+        "optim/moments.py",
         'other = event.M if factor == "U" else event.N',
         'other = event.N if factor == "U" else event.M',
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
         "a second moment not mapped",
-        "engine/optimizer.py",
+        "optim/moments.py",
         'map_second_moment(event, moments["exp_avg"], moment, factor, step=step, betas=betas)',
         "torch.nn.functional.pad(moment, (0, event.modes))[:, : event.modes].contiguous()",
         (f"{STEP}[gpt2-local-1]",),
@@ -94,9 +94,9 @@ FAULTS = [
     ),
     Fault(
         "a parameter that the optimizer does not have",
-        "engine/optimizer.py",
-        "decays = [parameter for name, parameter in trained.items() if name in decayed]",
-        "decays = [parameter for name, parameter in trained.items() if name in decayed][:-1]",
+        "optim/groups.py",
+        "decays = [parameters[name] for name in names if name in decayed]",
+        "decays = [parameters[name] for name in names if name in decayed][:-1]",
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
@@ -106,6 +106,27 @@ FAULTS = [
         "self.optimizer = getattr(self, 'stale', None) or self._build_optimizer("
         "dict(module.named_parameters()), decayed); self.stale = self.optimizer",
         ("tests/test_engines.py::test_every_parameter_moves_after_every_event[fsdp-3]",),
+    ),
+    Fault(
+        "Grams of sharded factors not summed",
+        "optim/matrices.py",
+        "        self.rows.sum(packed)\n",
+        "",
+        (f"{STEP}[lora_muon-fsdp-3]",),
+    ),
+    Fault(
+        "a matrix made orthogonal from the rows of one process",
+        "optim/matrices.py",
+        "        if group is None:\n            return",
+        "        if True:\n            return",
+        (f"{STEP}[muon-fsdp-3]",),
+    ),
+    Fault(
+        "the product of two factors decays twice",
+        "optim/matrices.py",
+        'shrink = math.sqrt(1 - lr * group["weight_decay"])',
+        'shrink = 1 - lr * group["weight_decay"]',
+        (f"{STEP}[spectron-local-1]",),
     ),
     Fault(
         "the schedule a step ahead",

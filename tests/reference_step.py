@@ -121,3 +121,46 @@ def adamw(
     """A parameter after step ``step`` (the first is 1) by moments that have seen its gradient (arXiv 1711.05101)."""
     p, m, v = p.double(), m.double() / (1 - betas[0] ** step), v.double() / (1 - betas[1] ** step)
     return p - lr * decay * p - lr * m / (v.sqrt() + eps)
+
+
+def newton_schulz(X: Tensor) -> Tensor:
+    """Five quintic steps of Muon (Jordan et al. 2024) from ``X`` over its Frobenius norm, on the shorter side."""
+    if X.shape[0] > X.shape[1]:
+        return newton_schulz(X.T).T
+    X = X.double() / max(float(X.double().norm()), 1e-7)
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
+def stretch(out_features: int, in_features: int) -> float:
+    """By which an orthogonalised update is multiplied."""
+    return math.sqrt(max(1.0, out_features / in_features))
+
+
+def muon(p: Tensor, mix: Tensor, *, lr: float, decay: float) -> Tensor:
+    """A matrix after a step along the mix of momentum and gradient."""
+    return (1 - lr * decay) * p.double() - lr * stretch(*p.shape) * newton_schulz(mix)
+
+
+def factors_after(
+    rule: str, U: Tensor, V: Tensor, mix_U: Tensor, mix_V: Tensor, *, lr: float, decay: float
+) -> tuple[Tensor, Tensor]:
+    """A pair of factors after a step of ``spectron`` (arXiv 2602.12429) or ``lora_muon`` (arXiv 2606.12921)."""
+    U, V, mix_U, mix_V = (each.double() for each in (U, V, mix_U, mix_V))
+    if rule == "spectron":
+        scale = float(torch.linalg.matrix_norm(U, 2) + torch.linalg.matrix_norm(V, 2) + 1)
+        step_U, step_V = newton_schulz(mix_U) / scale, newton_schulz(mix_V) / scale
+    else:
+        S_U, S_V, eye = U.T @ U, V.T @ V, torch.eye(U.shape[1], dtype=U.dtype)
+        floor_U, floor_V = (0.1 * float(S.trace()) / len(S) * eye for S in (S_V, S_U))  # new modes have U = 0
+        root_U, root_V = _inverse_root(S_U + floor_U), _inverse_root(S_V + floor_V)
+        step_U, step_V = newton_schulz(mix_U @ root_V) @ root_V / 2, newton_schulz(mix_V @ root_U) @ root_U / 2
+    shrink, step = math.sqrt(1 - lr * decay), lr * stretch(U.shape[0], V.shape[0])
+    return shrink * U - step / shrink * step_U, shrink * V - step / shrink * step_V
+
+
+def _inverse_root(S: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(S)
+    return vectors / values.sqrt() @ vectors.T

@@ -109,6 +109,24 @@ def test_resume_on_other_processes_and_engines(
     assert all(result[2] == table for result in results)
 
 
+@pytest.mark.parametrize("name", [slow("muon"), "lora_muon"])
+def test_the_momentum_of_matrices_goes_on(pool: Pool, corpus: Path, tmp_path: Path, name: str) -> None:
+    """Saved by two processes at a growth, taken up by three and by one: same losses to 1e-6, same ranks."""
+    mode = "full" if name == "muon" else "efficient"
+    settings: dict[str, Any] = {
+        "optimizer__name": name, "lowrank__mode": mode, "checkpoint__interval": 8, "parallel__engine": "fsdp",
+        "train__global_batch_size": 12, "train__micro_batch_size": 1, "checkpoint__keep": STEPS,
+    }  # fmt: skip
+    whole = pool.run("runs:train_in_worker", small_config(corpus, run__dir=tmp_path / "2", **settings), world_size=2)
+    losses = [r["loss"] for r in whole[0][0] if r["kind"] == "step"]
+    for world_size in (1, 3):
+        cut(tmp_path / "2", tmp_path / str(world_size), 16)
+        config = small_config(corpus, run__dir=tmp_path / str(world_size), **settings)
+        rest = pool.run("runs:train_in_worker", config, True, world_size=world_size)
+        assert [r["loss"] for r in rest[0][0] if r["kind"] == "step"] == pytest.approx(losses[16:], rel=1e-6)
+        assert rest[0][2] == whole[0][2]
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [

@@ -152,6 +152,9 @@ VARIANTS = {
         "lowrank__buffer": 4,
     },
     "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
+    "muon": {"optimizer__name": "muon", "lowrank__mode": "full"},
+    "spectron": {"optimizer__name": "spectron"},
+    "lora_muon": {"optimizer__name": "lora_muon", "lowrank__targets": "[mlp]"},
     "sliced moments": {"optimizer__moments_on_event": "slice"},
     "reset moments": {"optimizer__moments_on_event": "reset"},
     "freeze by itself": {"lowrank__freeze_step": "auto", "lowrank__freeze_patience": 1, "lowrank__interval": 4},
@@ -178,6 +181,9 @@ VARIANTS = {
 }
 
 
+MATRICES = ("muon", "spectron", "lora_muon")
+"""Which ZeRO, that cuts parameters anywhere, is refused with."""
+
 OF_THE_DECISION = (
     "freeze by itself", "uniform", "budget", "inrank", "inrank, decay", "fixed, decay", "multiple of 2, patterns",
     "no base, product", "no clipping, wsd", "reset moments", "fixed, spectral ones", "factored head",
@@ -189,7 +195,11 @@ OF_THE_DECISION = (
     ("engine", "variant"),
     [
         *(slow("fsdp", variant) if variant in OF_THE_DECISION else ("fsdp", variant) for variant in VARIANTS),
-        *((nightly if variant in OF_THE_DECISION else slow)("zero3", variant) for variant in VARIANTS),
+        *(
+            (nightly if variant in OF_THE_DECISION else slow)("zero3", variant)
+            for variant in VARIANTS
+            if variant not in MATRICES
+        ),
     ],
 )
 def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, variant: str) -> None:
@@ -282,3 +292,13 @@ def test_divergence_is_told(corpus: Path, lr: float, says: str) -> None:
     """Spectra of factors that are not finite would stop one process in its eigensolver and leave the others waiting."""
     with pytest.raises(UserError, match=says):
         train(small_config(corpus, optimizer__lr=lr, log__interval=100))
+
+
+@pytest.mark.parametrize("variant", [slow("muon"), "lora_muon"])
+def test_replicas_of_shards_move_matrices_alike(pool: Pool, corpus: Path, variant: str) -> None:
+    """Two replicas of two shards: Grams are summed and matrices divided within a replica."""
+    config = short_config(corpus, **VARIANTS[variant])
+    reference = trained_once(config)
+    config.parallel.engine, config.parallel.shard_size = "fsdp", 2
+    result = pool.run("runs:train_in_worker", config, world_size=4)
+    assert_same_run(result, reference, 4)

@@ -6,10 +6,10 @@ import torch
 
 from inrank_dist.engine.context import Context
 from inrank_dist.engine.engine import BuildOptions, Engine
-from inrank_dist.engine.optimizer import OptimizerSettings
 from inrank_dist.lowrank.convert import LayerLayout
 from inrank_dist.lowrank.spectrum import Factors, gram_matrices
 from inrank_dist.models import ModelSettings, build_model
+from inrank_dist.optim import OptimizerSettings
 
 
 def half_square(W: torch.Tensor) -> torch.Tensor:

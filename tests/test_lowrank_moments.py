@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inrank_dist.engine.optimizer import map_moments
 from inrank_dist.lowrank.division import ALONE
 from inrank_dist.lowrank.event import (
     RankEvent,
@@ -22,6 +21,7 @@ from inrank_dist.lowrank.event import (
     orthogonalise,
 )
 from inrank_dist.lowrank.spectrum import Factors, gram_matrices, measure_spectra
+from inrank_dist.optim import map_moments
 
 BETAS = (0.9, 0.95)
 

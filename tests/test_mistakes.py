@@ -136,6 +136,11 @@ def damaged(trained: Path, tmp_path: Path) -> Path:
         # the training
         ("--optimizer.lr -1e-3", "optimizer.lr is -0.001"),
         ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),
+        ("--optimizer.momentum 1", "optimizer.momentum is 1.0; write a number from 0 to below 1"),
+        ("--optimizer.matrix_lr 0", "optimizer.matrix_lr is 0.0; write a positive number"),
+        ("--optimizer.name muon", "mode efficient trains factors; write optimizer.name: spectron or lora_muon"),
+        ("--optimizer.name spectron --lowrank.mode full", "has no factors; write optimizer.name: muon"),
+        ("--optimizer.name lora_muon --parallel.engine zero2", "write parallel.engine: fsdp, or optimizer.name: adamw"),
         ("--schedule.warmup_steps 30", "schedule.warmup_steps is 30 of train.steps 30; write fewer than 30"),
         ("--schedule.min_lr_ratio 2", "schedule.min_lr_ratio is 2.0"),
         ("--train.global_batch_size 9", "train.global_batch_size is 9"),

@@ -36,6 +36,8 @@ STAGES = {
     "frozen": ({}, 5),
     "frozen base": ({"lowrank__base": "frozen"}, 5),
     "sgd": ({"optimizer__name": "sgd", "optimizer__lr": 0.1}, 5),
+    "muon": ({"optimizer__name": "muon", "lowrank__mode": "full"}, 1),
+    "lora_muon": ({"optimizer__name": "lora_muon"}, 5),
 }
 
 

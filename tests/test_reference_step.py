@@ -18,8 +18,6 @@ from torch import Tensor
 from inrank_dist.config import Config
 from inrank_dist.train.loop import Trainer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def near(got: Tensor, expected: Tensor, relative: float, what: str) -> None:
     """Equal to a share of the largest entry: sums of float32 are that exact, whatever their terms."""
@@ -35,7 +33,6 @@ def followed(config: Config) -> list[str]:
         What was held to it, in order: ``step``, ``grow``, ``freeze``.
     """
     done: list[str] = []
-    adamw = config.optimizer.name == "adamw"
 
     def hook(trainer: Trainer) -> None:
         engine, context = trainer.engine, trainer.context
@@ -58,7 +55,7 @@ def followed(config: Config) -> list[str]:
         def observed_event(step: int, *batch: Any) -> Any:
             action, before = trainer.ranks.due(step), state()
             records = after_step(step, *batch)
-            if action and adamw:
+            if action and config.optimizer.name != "sgd":
                 check_event(config, before, state(), list(engine.layout), step, action)
                 done.append(action)
             return records
@@ -93,14 +90,14 @@ def check_step(
     schedule = config.schedule
     lr = reference.learning_rate(settings.lr, step, config.train.steps, schedule.warmup_steps, schedule.min_lr_ratio)
     assert rate == pytest.approx(lr, rel=1e-12)
+    matrix_scale = settings.matrix_lr / settings.lr
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    factors: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         decay = settings.weight_decay if reference.is_decayed(name) else 0.0
-        gradient = gradient + (0 if settings.name == "adamw" else decay) * before[name].double()
-        weights = (1 - settings.beta1, 1 - settings.beta2) if settings.name == "adamw" else (1.0,)
-        names = MOMENTS if settings.name == "adamw" else ("momentum_buffer",)
+        gradient = gradient + (decay if settings.name == "sgd" else 0) * before[name].double()
         moved = []
-        for moment, beta, weight in zip(names, (settings.beta1, settings.beta2), weights, strict=False):
+        for moment, (beta, weight) in rules(config, name).items():
             key = f"optimizer.{moment}.{name}"
             old = before[key].double() if key in before else torch.zeros_like(gradient)
             power = gradient.square() if moment == "exp_avg_sq" else gradient
@@ -110,17 +107,49 @@ def check_step(
             error = float((after[key].double() - expected).abs().max())
             assert error <= 1e-4 * float(expected.abs().max()) + noise, f"step {step + 1}, {moment} of {name}: {error}"
             moved.append(after[key])
-        if settings.name == "adamw":
+        what = f"step {step + 1}, {name}"
+        if is_matrix(config, name):
+            mix = (1 - settings.momentum) * gradient + settings.momentum * moved[0].double()
+            if name.endswith(".weight"):
+                expected = reference.muon(before[name], mix, lr=lr * matrix_scale, decay=decay)
+                near(after[name], expected, 1e-4, what)
+            else:
+                factors[name] = mix
+        elif settings.name == "sgd":
+            near(after[name], before[name].double() - lr * moved[0].double(), 1e-6, what)
+        else:
             expected = reference.adamw(
                 before[name], *moved, step=step + 1, lr=lr, decay=decay, betas=(settings.beta1, settings.beta2),
                 eps=settings.eps,
             )  # fmt: skip
-        else:
-            expected = before[name].double() - lr * moved[0].double()
-        # Weight decay moves a parameter by 3e-4 of itself, and so is a hundred times this.
-        near(after[name], expected, 1e-6, f"step {step + 1}, {name}")
+            # Weight decay moves a parameter by 3e-4 of itself, and so is a hundred times this.
+            near(after[name], expected, 1e-6, what)
+    for name in factors:
+        if name.endswith(".U"):
+            both = name, f"{name.removesuffix('.U')}.V"
+            rates = {"lr": lr * matrix_scale, "decay": settings.weight_decay}
+            pair = reference.factors_after(
+                settings.name, *(before[each] for each in both), *(factors[each] for each in both), **rates
+            )
+            for each, expected in zip(both, pair, strict=True):
+                near(after[each], expected, 1e-4, f"step {step + 1}, {each}")
     for name in parameters.keys() - gradients.keys():
         assert torch.equal(after[name], before[name]), f"{name} has no gradient, but moved"
+
+
+def is_matrix(config: Config, name: str) -> bool:
+    """Whether a parameter is trained by orthogonalised updates: what is decayed, but for the head."""
+    return config.optimizer.orthogonalises and reference.is_decayed(name) and name != "head.weight"
+
+
+def rules(config: Config, name: str) -> dict[str, tuple[float, float]]:
+    """What is remembered of a parameter: the moment -> how much of it is kept, and how much of what is new comes in."""
+    settings = config.optimizer
+    if is_matrix(config, name):
+        return {"momentum_buffer": (settings.momentum, 1 - settings.momentum)}
+    if settings.name == "sgd":
+        return {"momentum_buffer": (settings.beta1, 1.0)}
+    return {"exp_avg": (settings.beta1, 1 - settings.beta1), "exp_avg_sq": (settings.beta2, 1 - settings.beta2)}
 
 
 def check_event(
@@ -133,19 +162,24 @@ def check_event(
         new = {factor: after[f"{layer}.{factor}"].double() for factor in "UV"}
         modes = old["U"].shape[1]
         for factor, other in (("U", "V"), ("V", "U")):
-            m, v = (before[f"optimizer.{moment}.{layer}.{factor}"].double() for moment in MOMENTS)
-            m_after, v_after = (after[f"optimizer.{moment}.{layer}.{factor}"].double() for moment in MOMENTS)
+            name = f"{layer}.{factor}"
+            moments = {moment: before[f"optimizer.{moment}.{name}"].double() for moment in rules(config, name)}
+            moved = {moment: after[f"optimizer.{moment}.{name}"].double() for moment in moments}
             if action == "grow":  # the columns so far are untouched
-                near(new[factor][:, :modes], old[factor], 1e-6, f"{layer}.{factor}")
-                near(m_after[:, :modes], m, 1e-5, f"exp_avg of {layer}.{factor}")
-                near(v_after[:, :modes], v, 1e-5, f"exp_avg_sq of {layer}.{factor}")
+                near(new[factor][:, :modes], old[factor], 1e-6, name)
+                for moment, was in moments.items():
+                    near(moved[moment][:, :modes], was, 1e-5, f"{moment} of {name}")
                 continue
             Q = torch.linalg.lstsq(old[other], new[other]).solution
             near(old[other] @ Q, new[other], 1e-4, f"{layer}.{other} is no map of what it was")
-            near(m_after, m @ Q, 1e-3, f"exp_avg of {layer}.{factor}")
+            if "momentum_buffer" in moments:
+                near(moved["momentum_buffer"], moments["momentum_buffer"] @ Q, 1e-3, f"momentum of {name}")
+                continue
+            m, v = moments["exp_avg"], moments["exp_avg_sq"]
+            near(moved["exp_avg"], m @ Q, 1e-3, f"exp_avg of {name}")
             m, v = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
             mapped = ((v - m.square()) @ Q.square() + (m @ Q).square()).abs() * (1 - betas[1] ** step)
-            near(v_after, mapped, 1e-3, f"exp_avg_sq of {layer}.{factor}")
+            near(moved["exp_avg_sq"], mapped, 1e-3, f"exp_avg_sq of {name}")
     factors = {f"{layer}.{factor}" for layer in layers for factor in "UV"}
     for name in after:
         if not any(name.endswith(factor) for factor in factors):
@@ -161,6 +195,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
     "no base": {"lowrank__base": "none", "lowrank__init": "spectral"},
     "full": {"lowrank__mode": "full"},
+    "muon": {"lowrank__mode": "full", "optimizer__name": "muon", "model__tie_embeddings": "false"},
+    "spectron": {"optimizer__name": "spectron", "lowrank__targets": "[mlp]"},
+    "lora_muon": {"optimizer__name": "lora_muon"},
 }  # fmt: skip
 
 
@@ -168,6 +205,9 @@ MODELS: dict[str, dict[str, Any]] = {
     ("model", "engine", "world_size"),
     [
         ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
+        ("muon", "local", 1), ("spectron", "local", 1), ("lora_muon", "local", 1),
+        ("muon", "fsdp", 3), slow("spectron", "fsdp", 3), ("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
+        slow("lora_muon", "ddp", 2),
         ("gpt2", "ddp", 2), ("gpt2", "fsdp", 3), slow("llama", "fsdp", 2), slow("sgd", "ddp", 2),
         nightly("gpt2", "zero0", 2), slow("gpt2", "zero1", 2), slow("gpt2", "zero2", 3), nightly("llama", "zero2", 2),
         nightly("gpt2", "zero3", 2), slow("llama", "zero3", 3), nightly("sgd", "zero3", 2), slow("sgd", "fsdp", 2),
@@ -177,7 +217,7 @@ def test_every_step_is_the_textbooks(pool: Pool, corpus: Path, model: str, engin
     config = short_config(
         corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1, **MODELS[model]
     )
-    events = [] if model in ("sgd", "full") else ["grow", "grow", "freeze"]
+    events = [] if model in ("sgd", "full", "muon") else ["grow", "grow", "freeze"]
     for done in pool.run("test_reference_step:followed", config, world_size=world_size):
         assert done.count("step") == 12
         assert [each for each in done if each != "step"] == events

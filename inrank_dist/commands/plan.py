@@ -10,7 +10,7 @@ from torch import nn
 from ..bench.common import MIB
 from ..config import Config
 from ..engine.activations import micro_batch_activations
-from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, sent_bytes
+from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..models import LanguageModel, flops_per_token
@@ -240,8 +240,9 @@ def _table(
         again = 4 / 3 if train.activation_checkpointing else 1.0  # the forward pass is a third of forward and backward
         bounds = []
         for index, model in enumerate(models):
-            P, T = (FLOAT * sum(p.numel() for p in each) for each in (model.parameters(), _trained(model)))
-            moved = moved_bytes(activations[index].peak, P, T, setup)
+            tensors = model.parameters(), _trained(model), remembered_parameters(model, setup.optimizer)
+            P, T, M = (FLOAT * sum(p.numel() for p in each) for each in tensors)
+            moved = moved_bytes(activations[index].peak, P, T, M, setup)
             bounds.append(bound_seconds(Work(again * flops[index] * tokens, moved, sent[index]), device, setup))
         if bounds[0]:
             rows["a step, ms at least"] = [f"{1e3 * max(each.values()):.1f}" for each in bounds]

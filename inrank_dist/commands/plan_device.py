@@ -90,18 +90,19 @@ class Work:
     sent: float
 
 
-def moved_bytes(activations: int, parameters: int, trained: int, setup: Setup) -> float:
+def moved_bytes(activations: int, parameters: int, trained: int, moments: int, setup: Setup) -> float:
     """Bytes that a step moves at least: each activation is written and read once; in each micro-batch weights are read
     by the forward and the backward pass and gradients added to; the optimizer reads a weight, its gradient and its
     moments and writes all but the gradient.
 
     Args:
         activations: of one micro-batch.
-        parameters, trained: float32 bytes of the model, as one process computes with it.
+        parameters, trained, moments: float32 bytes of the model, as one process computes with it, and of what the
+            optimizer remembers of all of it.
     """
     passes = setup.accumulation * (2 * activations + 2 * parameters + 2 * trained)
     parts = setup.processes if setup.kind not in ("local", "ddp", "zero0") else 1
-    return passes + (3 + 2 * setup.moments) * trained / parts
+    return passes + (3 * trained + 2 * moments) / parts
 
 
 def bound_seconds(work: Work, device: Device, setup: Setup) -> dict[str, float]:

@@ -1,9 +1,9 @@
 """What an engine holds and sends, from the shapes alone: the formulas behind ``inrank plan``.
 
 ``P`` parameters, ``T`` of them trained; ``N`` processes, ``S`` of them share one copy (``N`` unless sharding is
-hybrid); ``m`` moments (2 for AdamW); ``A`` micro-batches in a step. Weights, gradients and moments are float32, rows
-are cut as ``torch.chunk`` cuts them, and the largest part counts. Bytes that one process holds between backward pass
-and step:
+hybrid); ``m`` moments (2 for AdamW, 1 for matrices with orthogonalised updates); ``A`` micro-batches in a step.
+Weights, gradients and moments are float32, rows are cut as ``torch.chunk`` cuts them, and the largest part counts.
+Bytes that one process holds between backward pass and step:
 
 | engine       | parameters      | gradients                | moments   |
 |--------------|-----------------|--------------------------|-----------|
@@ -21,7 +21,7 @@ is gathered for the block at work, and buckets of gradients on their way come on
 
 Bytes that one process sends in a step, with an all-gather or reduce-scatter of ``x`` bytes sending ``x (N - 1) / N``
 and an all-reduce twice that (rings: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes a weight on its way, 4, or 2 with bf16 under fsdp:
+workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes an element on its way, 4, or 2 with bf16 under fsdp:
 
 | engine       | sent                                                                                          |
 |--------------|-----------------------------------------------------------------------------------------------|
@@ -35,14 +35,19 @@ workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes a weight on 
 
 Those of ZeRO are what DeepSpeed does by default (``stage3_max_reuse_distance``,
 ``stage3_param_persistence_threshold``).
+
+With orthogonalised updates and fsdp a step also sends, in each group of ``S`` processes, an all-reduce of
+``16 R (R + 1)`` bytes for each pair of factors with ``R`` columns, and ``2 w n (S - 1) / S^2`` bytes for each dense
+matrix of ``n`` elements (``optim.matrices``).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..models import LanguageModel
+from ..optim import OptimizerSettings, moment_names, parameter_kinds
 from .activations import Activations
 from .engine import chunk
 from .settings import Kind, zero_stage
@@ -83,7 +88,7 @@ class Setup:
         kind: engine.
         processes: ``N``.
         shard_size: ``S``, of fsdp; None: all.
-        moments: ``m``.
+        optimizer: which decides ``m``.
         accumulation: ``A``.
         bf16: computes in bfloat16.
         offload: ZeRO keeps masters, gradients and moments in the memory of the CPU.
@@ -93,32 +98,41 @@ class Setup:
     kind: Kind
     processes: int = 1
     shard_size: int | None = None
-    moments: int = 2
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     accumulation: int = 1
     bf16: bool = False
     offload: bool = False
     reduce_each_micro_batch: bool = True
 
 
-def held_bytes(module: nn.Module, setup: Setup) -> Held:
+def held_bytes(module: LanguageModel, setup: Setup) -> Held:
     """What the process with the most rows holds of an unsharded model (on ``meta``)."""
-    N, m = setup.processes, setup.moments
+    N = setup.processes
     every = list(module.parameters())
     trained = [parameter for parameter in every if parameter.requires_grad]
-    P, T = FLOAT * _size(every), FLOAT * _size(trained)
+    remembered = remembered_parameters(module, setup.optimizer)
+    P, T, M = (FLOAT * _size(each) for each in (every, trained, remembered))
     if setup.kind in ("local", "ddp", "zero0"):
-        return Held(P, T, m * T)
+        return Held(P, T, M)
     if setup.kind == "fsdp":
         S = setup.shard_size or N
         mine = FLOAT * _cut(trained, S)
         whole = setup.accumulation > 1 and not setup.reduce_each_micro_batch
-        return Held(FLOAT * _cut(every, S), T if whole else mine, m * mine)
+        return Held(FLOAT * _cut(every, S), T if whole else mine, FLOAT * _cut(remembered, S))
     stage = zero_stage(setup.kind)
     part = -(-T // N)
+    moments = M // T * part if T else 0  # the same for all: ZeRO trains element by element
     parameters = -(-P // N) if stage == 3 else P
     gathered = min(P, FLOAT * REUSED) if stage == 3 else 0
-    host = (2 + m) * part if setup.offload else 0
-    return Held(parameters + part, T if stage == 1 else part, m * part, host, gathered)
+    host = 2 * part + moments if setup.offload else 0
+    return Held(parameters + part, T if stage == 1 else part, moments, host, gathered)
+
+
+def remembered_parameters(module: LanguageModel, optimizer: OptimizerSettings) -> list[nn.Parameter]:
+    """Each trained parameter of an unsharded model as often as the optimizer has moments of it."""
+    parameters = dict(module.named_parameters())
+    kinds = parameter_kinds(module, module.blocks, optimizer)
+    return [parameters[name] for name, kind in kinds.items() for _ in moment_names(optimizer, kind)]
 
 
 def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) -> int:
@@ -161,12 +175,22 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
         gathered = (2 if setup.bf16 else FLOAT) * (S * _cut(every, S) + blocks)
         reduced = FLOAT * S * _cut(trained, S)
         times = A if setup.reduce_each_micro_batch else 1
-        return A * shards * gathered + times * shards * reduced + 2 * replicas * reduced / S
+        reduce = times * shards * reduced + 2 * replicas * reduced / S
+        return A * shards * gathered + reduce + _orthogonalising_bytes(module, setup, S)
     if setup.kind == "zero3":
         lasting = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
         times = 1 if P < FLOAT * REUSED else 2
         return ring * (lasting + A * times * (P - lasting) + A * T)
     return ring * T * (3 if setup.kind == "zero1" else 2 * A + 1)
+
+
+def _orthogonalising_bytes(module: LanguageModel, setup: Setup, S: int) -> float:
+    parameters = dict(module.named_parameters())
+    kinds = parameter_kinds(module, module.blocks, setup.optimizer)
+    pairs = [parameters[name].shape[1] for name, kind in kinds.items() if kind == "factor" and name.endswith(".U")]
+    dense = _size(parameters[name] for name, kind in kinds.items() if kind == "dense")
+    grams = sum(16 * R * (R + 1) for R in pairs)
+    return 2 * (S - 1) / S * grams + 2 * (BF16 if setup.bf16 else FLOAT) * dense * (S - 1) / S**2
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

@@ -12,9 +12,9 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ..lowrank.convert import Layout
 from ..models import LanguageModel
+from ..optim import HeldRows, OptimizerSettings
 from .context import Context
 from .engine import BuildOptions, Engine, Values, chunk
-from .optimizer import OptimizerSettings
 
 
 class FSDPEngine(Engine):
@@ -83,6 +83,13 @@ class FSDPEngine(Engine):
     def _local(self, tensor: Tensor) -> Tensor:
         detached = tensor.detach()
         return detached.to_local() if isinstance(detached, DTensor) else detached
+
+    def _held_rows(self) -> HeldRows:
+        def split(size: int) -> list[int]:
+            parts = (chunk(size, index, self.shard_size) for index in range(self.shard_size))
+            return [end - start for start, end in parts]
+
+        return HeldRows(self._local, self._sum_over_shards, split, self.shard_index, self.shard_group)
 
     def _sum_over_shards(self, tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor, group=self.shard_group)

@@ -29,11 +29,11 @@ from ..errors import UserError
 from ..lowrank.convert import Layout
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
+from ..optim import OptimizerSettings, build_optimizer, moment_names
 from .context import Context
 from .engine import BuildOptions, Engine, Values, chunk
 from .fsdp import as_dtensor
 from .kernels import use_own_builds
-from .optimizer import OptimizerSettings, build_optimizer
 from .zero_settings import merge
 
 MOST_IN_A_BUCKET = 50_000_000
@@ -145,6 +145,10 @@ class ZeroEngine(Engine):
         self._optimizer_kind = self._find_optimizer(context, optimizer, self.offload)
         super().__init__(skeleton, layout, values, context=context, optimizer=optimizer, options=options)
 
+    @property
+    def _plain_moments(self) -> tuple[str, ...]:
+        return moment_names(self.optimizer_settings, "plain")
+
     # Building.
 
     def rows(self, size: int) -> tuple[int, int]:
@@ -171,7 +175,9 @@ class ZeroEngine(Engine):
     def _build_optimizer(self, parameters: Mapping[str, nn.Parameter], decayed: Set[str]) -> torch.optim.Optimizer:
         kind = self._optimizer_kind
         make = partial(kind, fused=True) if issubclass(kind, torch.optim.AdamW) else kind
-        return build_optimizer(make, parameters, decayed, self.optimizer_settings)
+        return build_optimizer(
+            parameters, self._kinds, decayed, self.optimizer_settings, rows=self._held_rows(), kind=make
+        )
 
     @staticmethod
     def _find_optimizer(context: Context, settings: OptimizerSettings, offload: bool) -> type["_Gate"]:
@@ -216,7 +222,7 @@ class ZeroEngine(Engine):
         else:
             flat = zero.single_partition_of_fp32_groups
         for each in flat:
-            state: dict[str, Any] = {name: torch.zeros_like(each) for name in self.optimizer_settings.moments}
+            state: dict[str, Any] = {name: torch.zeros_like(each) for name in self._plain_moments}
             if self.optimizer_settings.name == "adamw":
                 of_torch, steps = isinstance(self.optimizer, torch.optim.AdamW), self.optimizer_steps
                 state["step"] = torch.tensor(float(steps), device=each.device) if of_torch else steps
@@ -284,7 +290,7 @@ class ZeroEngine(Engine):
             self.utils.safe_set_full_fp32_param(parameter, whole)
 
     def _moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        return self.optimizer_settings.moments if self.optimizer_steps and parameter.requires_grad else ()
+        return self._plain_moments if self.optimizer_steps and parameter.requires_grad else ()
 
     def _moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         """This process's rows, copied; all processes ask together."""
@@ -307,7 +313,7 @@ class ZeroEngine(Engine):
 
     def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
         self.optimizer_steps = steps
-        names = self.optimizer_settings.moments if steps else ()
+        names = self._plain_moments if steps else ()
         rows: dict[str, Tensor] = {}
         wrapped: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
@@ -327,7 +333,7 @@ class ZeroEngine(Engine):
                 self._set_moments(parameter, {moment: rows[f"optimizer.{moment}.{name}"] for moment in names})
 
     def _held(self) -> Iterable[Tensor]:
-        names = self.optimizer_settings.moments
+        names = self._plain_moments
         for parameter in self.parameters().values():
             yield self._filled(parameter, cast(Any, parameter).ds_tensor) if self.stage == 3 else parameter.detach()
             if self.stage == 3 and parameter.requires_grad:

@@ -116,16 +116,22 @@ def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence
     """What changed settings do to the learning rate at once, and how to avoid it; None where it goes on as planned."""
     before, step = load_config(checkpoint.config_file)[0], checkpoint.state.step
     steps_before, steps = before.train.steps, config.train.steps
-    last = learning_rate(before.schedule, before.optimizer.lr, max(step - 1, 0), steps_before)
-    planned = learning_rate(before.schedule, before.optimizer.lr, step, steps_before)
-    now = learning_rate(config.schedule, config.optimizer.lr, step, steps)
-    if step == 0 or step >= steps or math.isclose(now, planned, rel_tol=0.01):
+    if step == 0 or step >= steps:
         return None
-    reasons = [change for change in changes if _is_in(change.key, ("train.steps", "optimizer.lr", "schedule"))]
-    line = (
-        f"the learning rate goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}, since "
-        f"{', '.join(map(str, reasons))}"
-    )
+    jumps = []
+    for name in ("lr", "matrix_lr") if config.optimizer.orthogonalises else ("lr",):
+        peak_before, peak = getattr(before.optimizer, name), getattr(config.optimizer, name)
+        last = learning_rate(before.schedule, peak_before, step - 1, steps_before)
+        planned = learning_rate(before.schedule, peak_before, step, steps_before)
+        now = learning_rate(config.schedule, peak, step, steps)
+        if not math.isclose(now, planned, rel_tol=0.01):
+            what = "the learning rate" if name == "lr" else "that of the matrices"
+            jumps.append(f"{what} goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}")
+    if not jumps:
+        return None
+    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr", "schedule")
+    reasons = [change for change in changes if _is_in(change.key, rates)]
+    line = f"{' and '.join(jumps)}, since {', '.join(map(str, reasons))}"
     if steps == steps_before:
         return line
     if before.schedule.name != "wsd":

@@ -158,7 +158,7 @@ def cost_setup(config: Config, world_size: int) -> Setup:
         config.parallel.resolve(world_size),
         world_size,
         config.parallel.shard_size,
-        len(config.optimizer.moments),
+        config.optimizer,
         train.global_batch_size // world_size // train.micro_batch_size,
         train.precision == "bf16",
         config.parallel.offload_optimizer,

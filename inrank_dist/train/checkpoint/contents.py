@@ -12,6 +12,7 @@ from ...data import Tokenizer
 from ...errors import UserError
 from ...lowrank.convert import convert
 from ...models import LanguageModel
+from ...optim import moment_names, parameter_kinds
 from ...runtime.paths import is_plain_file, status
 from ..start import dense_skeleton
 from .folder import MANIFEST, MARKER, read_manifest, verify
@@ -79,12 +80,13 @@ def misfit(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, make
         make: what is said to make the tensors.
     """
     state = checkpoint.state
-    parameters = dict(convert(skeleton, state.layout).named_parameters())
+    model = convert(skeleton, state.layout)
+    parameters = dict(model.named_parameters())
     moments = {
-        f"optimizer.{moment}.{name}": parameter
-        for name, parameter in parameters.items()
-        if state.optimizer_steps > 0 and parameter.requires_grad
-        for moment in config.optimizer.moments
+        f"optimizer.{moment}.{name}": parameters[name]
+        for name, kind in parameter_kinds(model, model.blocks, config.optimizer).items()
+        if state.optimizer_steps > 0
+        for moment in moment_names(config.optimizer, kind)
     }
     return difference(stored_tensors(checkpoint.folder), parameters | moments, make)
 

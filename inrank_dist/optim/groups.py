@@ -1,0 +1,107 @@
+"""Which parameter is trained by what, and the optimizer that results."""
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..lowrank.linear import LowRankLinear
+from .matrices import FactorMaps, HeldRows, MatrixOptimizer, Pair
+from .orthogonal import lora_muon_maps, spectron_maps
+from .settings import OptimizerSettings
+
+Kind = Literal["plain", "dense", "factor"]
+"""Of a parameter: trained by AdamW or SGD element by element; as a matrix; as one of two factors."""
+
+FACTOR_RULES: dict[str, FactorMaps] = {"spectron": spectron_maps, "lora_muon": lora_muon_maps}
+"""``optimizer.name`` -> how factors are trained."""
+
+
+def parameter_kinds(model: nn.Module, blocks: Iterable[nn.Module], settings: OptimizerSettings) -> dict[str, Kind]:
+    """Kind of each parameter that takes gradients.
+
+    Args:
+        blocks: modules of the model whose linear weights are matrices; what lies outside (embeddings, the head) is not.
+    """
+    kinds: dict[int, Kind] = {}
+    if settings.orthogonalises:
+        inside = {id(module) for block in blocks for module in block.modules()}
+        for module in model.modules():
+            if isinstance(module, LowRankLinear):
+                kinds |= {id(module.U): "factor", id(module.V): "factor"}
+            elif isinstance(module, nn.Linear) and id(module) in inside:
+                kinds[id(module.weight)] = "dense"
+    return {name: kinds.get(id(p), "plain") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
+    """Names of the parameters that take weight decay.
+
+    Args:
+        factors: False where the factors have a decay of their own (``lowrank.frobenius_decay``).
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2
+        and id(parameter) not in embeddings
+        and (factors or name.rpartition(".")[2] not in ("U", "V"))
+    }
+
+
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    kinds: Mapping[str, Kind],
+    decayed: Set[str],
+    settings: OptimizerSettings,
+    *,
+    rows: HeldRows,
+    kind: Callable[..., torch.optim.Optimizer] | None = None,
+    matrix_dtype: torch.dtype = torch.bfloat16,
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters of ``kinds``, in groups with and without weight decay.
+
+    Args:
+        parameters: all of the model's, by name.
+        kinds: from ``parameter_kinds``.
+        decayed: names of those that take weight decay.
+        rows: how parameters are held, for orthogonalised updates.
+        kind: makes the optimizer of plain parameters where it is not torch's.
+        matrix_dtype: in which dense matrices are orthogonalised.
+    """
+
+    def groups(wanted: Kind) -> list[dict[str, Any]]:
+        names = [name for name in parameters if kinds.get(name) == wanted]
+        decays = [parameters[name] for name in names if name in decayed]
+        plain = [parameters[name] for name in names if name not in decayed]
+        both = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return [group for group in both if group["params"]]
+
+    betas = (settings.beta1, settings.beta2)
+    if settings.orthogonalises:
+        layers = [name.rpartition(".")[0] for name in parameters if kinds.get(name) == "factor" and name.endswith(".U")]
+        pairs: dict[float, list[Pair]] = {}
+        for layer in layers:
+            decay = settings.weight_decay if f"{layer}.U" in decayed else 0.0
+            pairs.setdefault(decay, []).append(Pair(parameters[f"{layer}.U"], parameters[f"{layer}.V"]))
+        return MatrixOptimizer(
+            groups("plain"),
+            groups("dense"),
+            [(layers, decay) for decay, layers in pairs.items()],
+            rows,
+            maps=FACTOR_RULES.get(settings.name),
+            lr=settings.lr,
+            matrix_lr=settings.matrix_lr,
+            momentum=settings.momentum,
+            betas=betas,
+            eps=settings.eps,
+            dtype=matrix_dtype,
+        )
+    if settings.name == "sgd":
+        return (kind or torch.optim.SGD)(groups("plain"), lr=settings.lr, momentum=settings.beta1)
+    # The fused one takes 4 % off a step of GPT-2 small on CPU. Of SGD DTensor knows no fused one.
+    kind = kind or partial(torch.optim.AdamW, fused=True)
+    return kind(groups("plain"), lr=settings.lr, betas=betas, eps=settings.eps)
