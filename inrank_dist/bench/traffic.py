@@ -40,8 +40,9 @@ class Collectives(TorchDispatchMode):
             if name.strip("_").startswith(("allreduce", "all_reduce")):
                 self.sent += 2 * given * (N - 1) / N
             elif name.startswith("alltoall_base"):
-                _, given_away, _, _, parts = args[:5]
-                self.sent += given_away.nbytes * (1 - parts[dist.get_rank()] / max(sum(parts), 1))
+                _, parted, _, _, sizes = args[:5]
+                sizes = sizes or [1] * N  # none given: equal parts
+                self.sent += parted.nbytes * (1 - sizes[dist.get_rank()] / max(sum(sizes), 1))
             else:  # a gather or scatter: a whole and a part are given
                 self.sent += given * N / (N + 1) * (N - 1) / N
         return func(*args, **(kwargs or {}))
