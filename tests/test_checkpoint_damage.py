@@ -455,7 +455,8 @@ def wrong(value: Any, path: tuple[Any, ...]) -> list[Any]:
     if isinstance(value, bool):
         return [other for other in others if not isinstance(other, bool)]
     if isinstance(value, int):
-        return [other for other in others if type(other) is not int or other < 0]
+        known = [other for other in others if other is not None or path != ("flops",)]  # null: they were not counted
+        return [other for other in known if type(other) is not int or other < 0]
     if isinstance(value, float):
         allowed: tuple[type, ...] = (int, float, type(None)) if path == ("train_loss",) else (int, float)
         return [other for other in others if type(other) not in allowed]
@@ -468,7 +469,8 @@ def forgeries(state: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, 
         value, name = at(state, path), ".".join(map(str, path))
         for other in wrong(value, path):
             yield f"{name} {other!r}", lambda s, p=path, o=other: at(s, p[:-1]).__setitem__(p[-1], o)
-        if path[:-1] not in OPEN and path != ("ranks", "found"):  # which checkpoints of earlier versions lack
+        # What checkpoints of earlier versions lack may be missing.
+        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",)):
             yield f"{name} missing", lambda s, p=path: at(s, p[:-1]).pop(p[-1])
         if isinstance(value, dict) and path not in OPEN:
             yield f"{name} with more", lambda s, p=path: at(s, p).update(more=1)

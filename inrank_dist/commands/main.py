@@ -27,11 +27,12 @@ COMMANDS = {
     "plan": "parameters, arithmetic, memory and communication of a config, without the hardware",
     "verify": "whether the checkpoints of a run are whole and can be resumed from",
     "report": "one self-contained HTML file with plots",
+    "study": "many runs of one config, variants against their controls, into one table",
     "bench": "measurements: full rank against low rank; a rank decision; what checkpoints cost",
 }
 
 
-OUTLIVE_CONSOLE = ("train", "prepare")
+OUTLIVE_CONSOLE = ("train", "prepare", "study")
 """Commands whose product is files: they go on when nobody reads what they print."""
 
 

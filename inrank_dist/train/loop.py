@@ -24,6 +24,7 @@ from ..models import LanguageModel, flops_per_token
 from .checkpoint import Checkpoint, CheckpointWriter, TrainState, load_tensors
 from .evaluation import validation_loss
 from .health import Health, Verdict
+from .memory import peak_resident_bytes
 from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
@@ -108,6 +109,8 @@ class Trainer:
         self.profiler = StepProfiler(config.train.profile, config.run.folder / "profile", context)
         self.peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
         self.flops = 0  # forward and backward, of all steps since the start of this process
+        self._flops_before = saved.flops if saved else 0
+        self._peak_memory = 0  # bytes of the GPU, as far as logged
         self._counted: tuple[Layout, int] = ({}, 0)
         self.flops_dense = flops_per_token(skeleton, data.block_length)
         self.writer = CheckpointWriter(config.run.folder, context, config.checkpoint, companions)
@@ -230,6 +233,12 @@ class Trainer:
         return verdict, rate
 
     @property
+    def flops_of_run(self) -> int | None:
+        """Floating-point operations of all steps so far, over all processes; None: the run began with a version that
+        did not count them."""
+        return None if self._flops_before is None else self._flops_before + self.flops
+
+    @property
     def _tokens_per_step(self) -> int:
         return self.config.train.global_batch_size * self.data.block_length
 
@@ -246,6 +255,7 @@ class Trainer:
             record |= {"mfu": flops / peak, "mfu_dense": speed * self.flops_dense / peak}
         if self.engine.device.type == "cuda":
             record["peak_memory"] = torch.cuda.max_memory_allocated(self.engine.device)
+            self._peak_memory = max(self._peak_memory, record["peak_memory"])
             torch.cuda.reset_peak_memory_stats(self.engine.device)
         self.monitors.write(
             {
@@ -320,6 +330,7 @@ class Trainer:
             optimizer_steps=self.engine.optimizer_steps,
             tokens=self.tokens,
             seconds=self.seconds,
+            flops=self.flops_of_run,
             train_loss=self.train_loss,
             evaluation_due=self.evaluation_due,
             layout=self.engine.layout,
@@ -403,6 +414,8 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self.seconds,
+                "flops": self.flops_of_run,
+                "peak_memory": self._peak_memory or peak_resident_bytes(),
                 "train_loss": self.train_loss,
                 "validation_loss": self.validation,
                 "perplexity": None if self.validation is None else perplexity(self.validation),

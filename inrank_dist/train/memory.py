@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ def keep_freed_memory(device: torch.device) -> None:
         return
     for parameter, value in MALLOPT.items():
         mallopt(parameter, value)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory of the machine that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -23,6 +23,7 @@ class TrainState:
         optimizer_steps: those in which the optimizer moved; Adam's ``step``.
         tokens: tokens trained on.
         seconds: training time so far.
+        flops: floating-point operations so far, forward and backward; None: not known.
         train_loss: last one logged.
         evaluation_due: whether the validation of this step is still to be done.
         layout: the rank table; the model is built from it before a tensor is read.
@@ -36,6 +37,7 @@ class TrainState:
     optimizer_steps: int
     tokens: int
     seconds: float
+    flops: int | None
     train_loss: float | None
     evaluation_due: bool
     layout: Layout
@@ -86,6 +88,7 @@ def read_state(folder: Path) -> TrainState:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
             values["ranks"].setdefault("found", {})  # not yet there before ranks were rounded at the freeze
+            values.setdefault("flops", None)  # not yet there before studies
         _check(values, KINDS, "it")
     except OSError as error:
         raise trouble(folder / STATE, error) from None
@@ -124,8 +127,8 @@ def _check(value: Any, kind: Any, place: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return type(value) is int and value >= 0
-    if kind == float | None:
-        return value is None or _fits(value, float)
+    if kind in (float | None, int | None):
+        return value is None or _fits(value, float if kind == float | None else int)
     if kind is float:
         return type(value) in (int, float)
     if kind in (bool, str):

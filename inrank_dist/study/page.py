@@ -1,0 +1,165 @@
+"""The table of a study, for a terminal and as one HTML file."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from rich.table import Table
+
+from ..data.store import write_atomically
+from ..errors import UserError
+from ..train.monitors.text import amount, fixed, plural, size
+from ..train.report.style import STYLE
+from .results import Comparison, Row
+from .settings import Study, Unit
+
+TITLES: dict[Unit, str] = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
+
+HEADINGS = (
+    "variant", "validation loss", "range", "less its control", "", "steps", "tokens", "PFLOP", "seconds", "parameters",
+    "of dense", "peak memory", "rank (null)", "chosen",
+)  # fmt: skip
+TEXT_COLUMNS = (0, 4, 13)
+"""Columns that hold words."""
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """One for each unit of the budget."""
+    found = []
+    for unit, rows in comparison.tables.items():
+        table = Table(box=None, header_style="bold", pad_edge=False, title=TITLES[unit], title_justify="left")
+        for index, heading in enumerate(HEADINGS):
+            table.add_column(heading, justify="left" if index in TEXT_COLUMNS else "right", no_wrap=index < 13)
+        for row in rows:
+            table.add_row(*cells(row))
+        found.append(table)
+    return found
+
+
+def cells(row: Row) -> list[str]:
+    """A row's cells, in the order of ``HEADINGS``."""
+    change = row.difference
+    interval = "-"
+    if change is not None:
+        half = "" if math.isnan(change.half) else f" ± {change.half:.4f}"
+        interval = f"{change.mean:+.4f}{half}"
+    chosen = ", ".join(f"{key} {value}{' (edge)' if key in row.edges else ''}" for key, value in row.point)
+    return [
+        row.variant.name,
+        fixed(row.mean, 4),
+        f"{min(row.losses):.4f} - {max(row.losses):.4f}" if len(row.losses) > 1 else "-",
+        interval,
+        "" if change is None else f"{change.verdict} ({row.variant.control})",
+        f"{row.steps:,}{' (same runs)' if row.same else ''}",
+        amount(row.used["tokens"]),
+        fixed(row.used["flops"] / 1e15, 3),
+        fixed(row.used["seconds"], 1),
+        amount(row.parameters),
+        fixed(row.parameters / row.parameters_dense, 2),
+        size(row.peak_memory),
+        "-" if row.rank is None else f"{row.rank:.1f} ({fixed(row.null_rank, 1)})",
+        chosen,
+    ]
+
+
+def notes(study: Study, comparison: Comparison) -> list[str]:
+    """What a reader must know beside the numbers."""
+    seeds, tuning = (", ".join(map(str, each)) for each in (study.seeds, study.tuning_seeds))
+    mean = f"Mean over {plural(len(study.seeds), 'seed')} ({seeds})."
+    chosen = f"What was tuned was chosen by the mean validation loss over other seeds ({tuning})."
+    interval = "Differences are paired by seed, ± half of their 95 % interval (Student's t)."
+    said = [f"{mean} {chosen} {interval}"]
+    if len(comparison.tables) > 1:
+        said.append(
+            "Equal FLOPs and equal time: as many steps as use up the budget, by what the runs with equal tokens used a "
+            "step. Time is the training time of a run; it depends on the machine and on what else runs there."
+        )
+    edges = sorted(
+        {f"{row.variant.name}: {key}" for rows in comparison.tables.values() for row in rows for key in row.edges}
+    )
+    if edges:
+        said.append(f"Chosen at an edge of its grid, so that better may lie beyond: {'; '.join(edges)}.")
+    grids = {variant.name: len(variant.points) for variant in study.variants.values()}
+    if len({*grids.values()}) > 1:
+        counts = ", ".join(f"{name} {count}" for name, count in grids.items())
+        said.append(f"Not all were tuned as hard; points of the grids: {counts}.")
+    return said
+
+
+def write_results(study: Study, comparison: Comparison) -> tuple[Path, Path]:
+    """Write ``study.html`` and ``study.json`` into the study's folder.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    page, record = study.folder / "study.html", study.folder / "study.json"
+    try:
+        write_atomically(page, _html(study, comparison).encode())
+        write_atomically(record, (json.dumps(_record(comparison), indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{page} cannot be written ({error.strerror or error}); make its folder writable") from None
+    return page, record
+
+
+def _record(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
+    return {
+        unit: [
+            {
+                "variant": row.variant.name,
+                "control": row.variant.control,
+                "chosen": dict(row.point),
+                "losses": _finite(row.losses),
+                "differences": None if row.difference is None else _finite(row.difference.values),
+                "half_interval": None if row.difference is None else _finite([row.difference.half])[0],
+                "verdict": None if row.difference is None else row.difference.verdict,
+                "steps": row.steps,
+                **{key: _finite([value])[0] for key, value in row.used.items()},
+                "parameters": row.parameters,
+                "peak_memory": _finite([row.peak_memory])[0],
+                "rank": row.rank,
+                "null_rank": row.null_rank,
+            }
+            for row in rows
+        ]
+        for unit, rows in comparison.tables.items()
+    }
+
+
+def _finite(values: Iterable[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _html(study: Study, comparison: Comparison) -> str:
+    name = escape(study.file.stem)
+    where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
+    body = [f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
+    for unit, rows in comparison.tables.items():
+        body.append(f"<h2>{TITLES[unit].capitalize()}</h2>")
+        body.append(_table([HEADINGS, *(cells(row) for row in rows)]))
+    statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
+    body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
+    body.append(f"<h2>Study file</h2><pre>{escape(study.file.read_text(encoding='utf-8'))}</pre>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = ["" if index in TEXT_COLUMNS else ' class="n"' for index in range(len(cells))]
+        joined = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{joined}</tr>"
+
+    head, *rest = lines
+    rows = "".join(line(each, "td") for each in rest)
+    return f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{rows}</tbody></table></div>'

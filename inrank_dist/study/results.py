@@ -1,0 +1,151 @@
+"""What a study found: each variant against its control, seed by seed."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .settings import Point, Unit, Variant
+from .work import Outcome, Run, Worker
+
+T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""Student's t, 97.5 %, for 1 to 30 degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Validation loss of a variant less that of its control, by pairs of one seed; nats.
+
+    Attributes:
+        values: one a seed.
+        half: half the width of the interval that holds the mean with 95 %; nan for a single seed.
+    """
+
+    values: tuple[float, ...]
+    half: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if not all(map(math.isfinite, self.values)):
+            return "a run diverged"
+        if math.isnan(self.half):
+            return "one seed: no interval"
+        if abs(self.mean) <= self.half:
+            return "within the noise"
+        return "below its control" if self.mean < 0 else "above its control"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant with an equal budget of something.
+
+    Attributes:
+        point: what was chosen from its grid.
+        edges: keys of ``point`` at an edge of the grid.
+        losses: validation loss of each seed, nats.
+        difference: from its control; None for one without.
+        used: unit -> median over the seeds.
+        parameters, parameters_dense, peak_memory: medians, the last in bytes of process 0.
+        rank, null_rank: means over layers and seeds; None for a dense model.
+        same: whether these are the runs with equal tokens.
+    """
+
+    variant: Variant
+    unit: Unit
+    point: Point
+    edges: tuple[str, ...]
+    losses: tuple[float, ...]
+    difference: Difference | None
+    steps: int
+    used: dict[Unit, float]
+    parameters: float
+    parameters_dense: float
+    peak_memory: float
+    rank: float | None
+    null_rank: float | None
+    same: bool
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Unit of the budget -> its rows, in the order of the file."""
+
+    tables: dict[Unit, list[Row]]
+
+
+def compare(worker: Worker) -> Comparison:
+    """The results of a study; all its runs are done."""
+    study = worker.study
+    tables: dict[Unit, list[Row]] = {}
+    for unit in study.budget:
+        losses: dict[str, tuple[float, ...]] = {}
+        rows = []
+        for variant in study.variants.values():
+            losses[variant.name] = tuple(outcome.loss for _, outcome in _done(worker, variant, unit))
+        for variant in study.variants.values():
+            control = losses[variant.control] if variant.control else None
+            rows.append(_row(worker, variant, unit, losses[variant.name], control))
+        tables[unit] = rows
+    return Comparison(tables)
+
+
+def difference(losses: Sequence[float], control: Sequence[float]) -> Difference:
+    """Paired by seed, with Student's 95 % interval of the mean."""
+    values = tuple(ours - theirs for ours, theirs in zip(losses, control, strict=True))
+    count = len(values)
+    if count < 2 or not all(map(math.isfinite, values)):
+        return Difference(values, math.nan)
+    t = T_95[count - 2] if count - 2 < len(T_95) else 1.96
+    return Difference(values, t * statistics.stdev(values) / math.sqrt(count))
+
+
+def _done(worker: Worker, variant: Variant, unit: Unit) -> list[tuple[Run, Outcome]]:
+    done = []
+    for run in worker.compared(variant, unit) or []:
+        outcome = worker.outcome(run)
+        assert outcome is not None, f"{run.title()} is not done"
+        done.append((run, outcome))
+    return done
+
+
+def _row(
+    worker: Worker, variant: Variant, unit: Unit, losses: tuple[float, ...], control: tuple[float, ...] | None
+) -> Row:
+    done = _done(worker, variant, unit)
+    run = done[0][0]
+    summaries = [outcome.summary for _, outcome in done if outcome.summary]
+    layers = [layer for summary in summaries for layer in summary["ranks"].values()]
+    nulls = [layer["null_rank"] for layer in layers if layer["null_rank"] is not None]
+
+    def median(key: str) -> float:
+        values = [float(summary[key]) for summary in summaries if summary.get(key) is not None]
+        return statistics.median(values) if values else math.nan
+
+    return Row(
+        variant=variant,
+        unit=unit,
+        point=run.point,
+        edges=tuple(variant.at_an_edge(run.point)),
+        losses=losses,
+        difference=None if control is None else difference(losses, control),
+        steps=run.steps,
+        used={each: median(each) for each in ("tokens", "flops", "seconds")},
+        parameters=median("parameters"),
+        parameters_dense=median("parameters_dense"),
+        peak_memory=median("peak_memory"),
+        rank=statistics.fmean(layer["rank"] for layer in layers) if layers else None,
+        null_rank=statistics.fmean(nulls) if nulls else None,
+        same=unit != "tokens" and run in (worker.compared(variant, "tokens") or []),
+    )

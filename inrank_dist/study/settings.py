@@ -1,0 +1,252 @@
+"""The file of a study."""
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import SETTINGS, Config, load_config
+from ..errors import UserError
+from ..runtime import yaml_text
+from ..runtime.yaml_text import shown
+
+Unit = Literal["tokens", "flops", "seconds"]
+UNITS: tuple[Unit, ...] = ("tokens", "flops", "seconds")
+
+KEYS = ("base", "dir", "processes", "seeds", "tuning_seeds", "budget", "settings", "variants")
+VARIANT_KEYS = ("control", "settings", "tune")
+OF_THE_STUDY = ("run.dir", "run.name", "run.seed", "train.steps")
+"""Settings that the study gives to each run."""
+
+Settings = Mapping[str, str]
+"""Dotted key -> value as YAML writes it."""
+
+Point = tuple[tuple[str, str], ...]
+"""Of a grid: dotted keys and the value of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One way to train.
+
+    Attributes:
+        control: the variant that it is compared with; None: it is only compared with.
+        settings: what it changes in the base config.
+        grid: dotted key -> values of which the best is taken; every combination is tried.
+    """
+
+    name: str
+    control: str | None
+    settings: Settings
+    grid: Mapping[str, tuple[str, ...]]
+
+    @property
+    def points(self) -> list[Point]:
+        """Every combination of the grid; a single empty one where nothing is tuned."""
+        return [tuple(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    def at_an_edge(self, point: Point) -> list[str]:
+        """Keys whose value is the first or the last of three or more that were tried: better ones may lie beyond."""
+        return [
+            key for key, value in point if len(self.grid[key]) > 2 and value in (self.grid[key][0], self.grid[key][-1])
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What a study file says.
+
+    Attributes:
+        file: it.
+        base: config that every run starts from.
+        folder: where runs, logs and results are.
+        processes: of each run; several are started by torchrun.
+        seeds, tuning_seeds: of what is compared, and of the grids. They have none in common: nothing is chosen on what
+            it is judged by.
+        budget: unit -> how much of it a run may use; None: as much as its control uses. There is always one of tokens.
+        settings: what all runs change in the base config.
+    """
+
+    file: Path
+    base: Path
+    folder: Path
+    processes: int
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    budget: Mapping[Unit, float | None]
+    variants: Mapping[str, Variant]
+    settings: Settings = field(default_factory=dict)
+
+    def config(self, variant: Variant, point: Point, seed: int, steps: int, run: Path | None = None) -> Config:
+        """The settings of one run.
+
+        Raises:
+            UserError: they are not those of a run.
+        """
+        given = {**self.settings, **variant.settings, **dict(point), "run.seed": str(seed), "train.steps": str(steps)}
+        if run is not None:
+            given["run.dir"] = str(run)
+        try:
+            return load_config(self.base, [f"--{key}={value}" for key, value in given.items()])[0]
+        except UserError as error:
+            raise UserError(f"variant {variant.name!r} of {self.file}: {error}") from None
+
+    def steps_for_tokens(self, variant: Variant, point: Point) -> int:
+        """Optimizer steps of a run with the budget of tokens."""
+        config = self.config(variant, point, 0, self._steps_of_base)
+        tokens = self.budget["tokens"]
+        assert tokens is not None
+        return max(1, round(tokens / (config.train.global_batch_size * config.model.max_seq_len)))
+
+    @property
+    def _steps_of_base(self) -> int:
+        return load_config(self.base, [])[0].train.steps
+
+
+def read_study(file: Path) -> Study:
+    """Read a study file and check it, every run's settings too.
+
+    Raises:
+        UserError: with what to write instead.
+    """
+    tree = yaml_text.read(file)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} holds no study; write base: CONFIG and variants: below which each has a name")
+    _known(tree, KEYS, f"{file}: ")
+    for key in ("base", "variants"):
+        if key not in tree:
+            raise UserError(f"{file} lacks {key}; write " + ("base: CONFIG.yaml" if key == "base" else "variants:"))
+    base = (file.parent / str(tree["base"])).resolve()
+    config = load_config(base, [])[0]
+    tokens = config.train.steps * config.train.global_batch_size * config.model.max_seq_len
+    variants = _variants(file, tree["variants"])
+    study = Study(
+        file=file,
+        base=base,
+        folder=Path(str(tree.get("dir") or f"runs/{file.stem}")),
+        processes=_whole(tree.get("processes", 1), f"{file}: processes"),
+        seeds=_seeds(tree.get("seeds", [0, 1, 2]), f"{file}: seeds"),
+        tuning_seeds=_seeds(tree.get("tuning_seeds", [100]), f"{file}: tuning_seeds"),
+        budget={"tokens": float(tokens), **_budget(file, tree.get("budget", {}))},
+        variants=variants,
+        settings=_settings(tree.get("settings", {}), f"{file}: settings"),
+    )
+    if both := sorted({*study.seeds} & {*study.tuning_seeds}):
+        raise UserError(
+            f"{file}: seed {both[0]} is in seeds and in tuning_seeds, so what is tuned would be chosen on what it is "
+            "judged by; write other tuning_seeds"
+        )
+    for variant in variants.values():
+        for point in variant.points:
+            study.config(variant, point, 0, study.steps_for_tokens(variant, point))
+    return study
+
+
+def _variants(file: Path, tree: Any) -> dict[str, Variant]:
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"{file}: variants is {shown(tree)}; write names with settings below each")
+    variants = {}
+    for name, content in tree.items():
+        place = f"{file}: variant {name!r}"
+        content = content or {}
+        if not isinstance(name, str) or not isinstance(content, dict):
+            raise UserError(f"{place} holds {shown(content)}; write control, settings and tune below its name")
+        _known(content, VARIANT_KEYS, f"{place}: ")
+        settings = _settings(content.get("settings", {}), f"{place}: settings")
+        grid = _grid(content.get("tune", {}), f"{place}: tune")
+        if twice := sorted(settings.keys() & grid.keys()):
+            raise UserError(f"{place}: {twice[0]} is in settings and in tune; write it in one of them")
+        variants[name] = Variant(name, content.get("control"), settings, grid)
+    controls = {variant.control for variant in variants.values()}
+    for variant in variants.values():
+        if variant.control is None and variant.name not in controls:
+            raise UserError(
+                f"{file}: variant {variant.name!r} has no control; write control: with the name of the variant that it "
+                "is to be compared with"
+            )
+        if variant.control is not None and (variant.control not in variants or variant.control == variant.name):
+            others = [name for name in variants if name != variant.name]
+            raise UserError(
+                f"{file}: the control of {variant.name!r} is {variant.control!r}; write one of {', '.join(others)}"
+            )
+    return variants
+
+
+def _settings(tree: Any, place: str) -> dict[str, str]:
+    """Settings by dotted key, from dotted keys or from sections with keys below them."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{place} is {shown(tree)}; write settings such as optimizer.lr: 1e-3, one a line")
+    settings: dict[str, str] = {}
+    for key, value in tree.items():
+        inner = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+        whole = {str(key): value} if str(key) in SETTINGS else inner
+        settings |= {_setting(str(name), place): _text(each) for name, each in whole.items()}
+    return settings
+
+
+def _grid(tree: Any, place: str) -> dict[str, tuple[str, ...]]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{place} is {shown(tree)}; write lists such as optimizer.lr: [1e-3, 2e-3]")
+    grid = {}
+    for key, values in tree.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{place}: {key} is {shown(values)}; write a list of values, such as [1e-3, 2e-3]")
+        grid[_setting(str(key), place)] = tuple(dict.fromkeys(_text(value) for value in values))
+    return grid
+
+
+def _text(value: Any) -> str:
+    """A value as a word of the command line."""
+    return value if isinstance(value, str) else shown(value)
+
+
+def _setting(key: str, place: str) -> str:
+    if key in OF_THE_STUDY:
+        of = {"run.seed": "seeds", "train.steps": "budget"}.get(key, "dir")
+        raise UserError(f"{place}: {key} is given by the study; write {of} at the top of the file")
+    _known([key], SETTINGS, f"{place}: ")
+    return key
+
+
+def _budget(file: Path, tree: Any) -> dict[Unit, float | None]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: budget is {shown(tree)}; write tokens: 1e9, flops: control or seconds: control")
+    _known(tree, UNITS, f"{file}: budget: ")
+    budget: dict[Unit, float | None] = {}
+    for unit in UNITS:
+        if unit not in tree:
+            continue
+        value = tree[unit]
+        if value == "control" and unit != "tokens":
+            budget[unit] = None
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+            budget[unit] = float(value)
+        else:
+            also = "" if unit == "tokens" else ", or control"
+            raise UserError(f"{file}: budget.{unit} is {shown(value)}; write a positive number{also}")
+    return budget
+
+
+def _seeds(values: Any, place: str) -> tuple[int, ...]:
+    if not isinstance(values, list) or not values or any(type(seed) is not int or seed < 0 for seed in values):
+        raise UserError(f"{place} is {shown(values)}; write a list of whole numbers from 0 on, such as [0, 1, 2]")
+    if len({*values}) < len(values):
+        raise UserError(f"{place} is {shown(values)}; write each seed once")
+    return tuple(values)
+
+
+def _whole(value: Any, place: str) -> int:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{place} is {shown(value)}; write a whole number of at least 1")
+    return value
+
+
+def _known(names: Iterable[Any], known: Iterable[str], place: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known[:20])}"
+            raise UserError(f"{place}unknown {name!r}; {advice}")

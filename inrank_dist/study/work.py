@@ -1,0 +1,285 @@
+"""The runs of a study: which there are, which are done, and what does the next one.
+
+Several workers, on one machine or on many, may work on one study: each takes a run that nobody has taken.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import UserError
+from ..runtime.lock import Lock, LockHeld
+from ..runtime.signals import EXIT_STOPPED, stop_signals
+from ..train.monitors.jsonl import read_metrics
+from ..train.stop import Stopped
+from .settings import Point, Study, Unit, Variant
+
+log = logging.getLogger("inrank_dist")
+
+EXIT_MISTAKE = 2
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: its ``summary`` record; None where it failed, and then why."""
+
+    summary: dict[str, Any] | None
+    failure: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Validation loss in nats; infinite where the run failed."""
+        value = (self.summary or {}).get("validation_loss")
+        return float("inf") if value is None else float(value)
+
+    def used(self, unit: Unit) -> float:
+        """How much of something the run has used; nan where it is not known."""
+        value = (self.summary or {}).get(unit)
+        return float("nan") if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study, in a folder that its settings alone name: runs with equal settings are one run."""
+
+    study: Study
+    variant: Variant
+    point: Point
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of the variant and the seed, and a digest of all settings."""
+        settings = self.study.config(self.variant, self.point, self.seed, self.steps).to_dict()
+        del settings["run"]["dir"], settings["run"]["name"]
+        digest = hashlib.sha256(json.dumps([settings, self.study.processes], sort_keys=True).encode()).hexdigest()[:10]
+        return f"seed-{self.seed}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        return self.study.folder / "runs" / self.name
+
+    def outcome(self) -> Outcome | None:
+        """What came of it; None while it is not done."""
+        failed = self.folder / "failed"
+        if failed.exists():
+            return Outcome(None, failed.read_text().strip())
+        if not (self.folder / "metrics.jsonl").exists():
+            return None
+        summaries = [record for record in read_metrics(self.folder / "metrics.jsonl") if record["kind"] == "summary"]
+        return Outcome(summaries[-1]) if summaries else None
+
+    def title(self) -> str:
+        """For people."""
+        point = "".join(f", {key} {value}" for key, value in self.point)
+        return f"{self.variant.name}, seed {self.seed}{point}, {self.steps} steps"
+
+
+class Worker:
+    """Does the runs of a study until all are done, beside other workers if there are any.
+
+    Args:
+        threads: of each process of a run; None: what torch or the launcher takes.
+    """
+
+    def __init__(self, study: Study, threads: int | None = None) -> None:
+        self.study, self._threads = study, threads
+        self._outcomes: dict[Run, Outcome] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked = 0
+
+    def work(self) -> None:
+        """Do all runs that nobody else does, and wait for those of others.
+
+        Raises:
+            UserError: a run refuses its settings, in the words of the run.
+            Stopped: a signal came; the run at work has saved.
+        """
+        with self._passing_signals_on():
+            while runs := self.pending():
+                self._refuse_to_go_on()
+                if not any(self._take(run) for run in runs):
+                    time.sleep(POLL_SECONDS)
+
+    def pending(self) -> list[Run]:
+        """Runs that can be done now, or that others do; none where all is done."""
+        while True:
+            runs = self.runs()
+            left = [run for run in runs if self.outcome(run) is None]
+            # Another worker may have ended the last run of a grid meanwhile, which names more.
+            if left or self.runs() == runs:
+                return left
+
+    def outcome(self, run: Run) -> Outcome | None:
+        """What came of a run; looked up once."""
+        if run not in self._outcomes and (found := run.outcome()):
+            self._outcomes[run] = found
+        return self._outcomes.get(run)
+
+    def runs(self) -> list[Run]:
+        """All that can be named by now: of a grid first its own, then, by the best of them, the rest."""
+        found: list[Run] = []
+        for variant in self.study.variants.values():
+            found += self.tuning(variant) if len(variant.points) > 1 else []
+            for unit in self.study.budget:
+                found += self.compared(variant, unit) or []
+        return list(dict.fromkeys(found))
+
+    def tuning(self, variant: Variant) -> list[Run]:
+        """The runs of a grid."""
+        return [
+            Run(self.study, variant, point, seed, self.study.steps_for_tokens(variant, point))
+            for point in variant.points
+            for seed in self.study.tuning_seeds
+        ]
+
+    def best(self, variant: Variant) -> Point | None:
+        """The point of the grid with the lowest mean validation loss over the tuning seeds; None until all are done."""
+        if len(variant.points) == 1:
+            return variant.points[0]
+        losses: dict[Point, list[float]] = {}
+        for run in self.tuning(variant):
+            outcome = self.outcome(run)
+            if outcome is None:
+                return None
+            losses.setdefault(run.point, []).append(outcome.loss)
+        best = min(losses, key=lambda point: statistics.fmean(losses[point]))
+        if statistics.fmean(losses[best]) == float("inf"):
+            raise UserError(f"every run of the grid of {variant.name!r} diverged; write lower values in tune")
+        return best
+
+    def compared(self, variant: Variant, unit: Unit) -> list[Run] | None:
+        """A variant's runs with an equal budget of something, one a seed; None while their length is not known."""
+        point = self.best(variant)
+        steps = None if point is None else self._steps(variant, point, unit)
+        if point is None or steps is None:
+            return None
+        return [Run(self.study, variant, point, seed, steps) for seed in self.study.seeds]
+
+    def _steps(self, variant: Variant, point: Point, unit: Unit) -> int | None:
+        """As many as use up the budget, by what the runs with equal tokens used a step."""
+        steps = self.study.steps_for_tokens(variant, point)
+        budget = self.study.budget[unit]
+        if unit == "tokens" or (budget is None and variant.control is None):
+            return steps
+        used = self._typical_use(variant, unit)
+        allowed = budget
+        if budget is None:
+            allowed = self._typical_use(self.study.variants[cast(str, variant.control)], unit)
+        if used is None or allowed is None:
+            return None
+        # Within a hundredth it is the same run.
+        return steps if abs(allowed / used - 1) < 0.01 else max(1, round(steps * allowed / used))
+
+    def _typical_use(self, variant: Variant, unit: Unit) -> float | None:
+        """How much the runs with equal tokens used; None until all are done."""
+        outcomes = [self.outcome(run) for run in self.compared(variant, "tokens") or []]
+        if not outcomes or None in outcomes:
+            return None
+        uses = [use for outcome in outcomes if (use := cast(Outcome, outcome).used(unit)) > 0]
+        if not uses:
+            raise UserError(f"no run of {variant.name!r} says how many {unit} it used; leave budget.{unit} out")
+        return statistics.median(uses)
+
+    def _take(self, run: Run) -> bool:
+        """Do a run, unless somebody else does; whether it was done."""
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(run.folder.parent / f".{run.name}.lock")
+        try:
+            lock.acquire(0)
+        except LockHeld:
+            return False
+        try:
+            if run.outcome() is None:
+                self._do(run)
+            return True
+        finally:
+            lock.release()
+
+    def _do(self, run: Run) -> None:
+        config = run.study.config(run.variant, run.point, run.seed, run.steps, run.folder)
+        logs = run.study.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        file = logs / f"{run.name}.yaml"
+        file.write_text(config.to_yaml())
+        log.info("%s ...", run.title())
+        began = time.monotonic()
+        with (logs / f"{run.name}.txt").open("ab") as output:
+            self._process = subprocess.Popen(
+                [*self._command(), "train", "--config", str(file)],
+                stdout=output,
+                stderr=output,
+                env=self._environment(),
+                start_new_session=True,  # a terminal's signals come here alone, and are passed on
+            )
+            try:
+                self._signal(self._asked)
+                status = self._process.wait()
+            finally:
+                self._process = None
+        if status == EXIT_STOPPED:
+            self._asked = self._asked or signal.SIGTERM  # somebody stopped the run itself
+        self._refuse_to_go_on()
+        if status:
+            self._note_failure(run, status, (logs / f"{run.name}.txt"))
+        elif outcome := self.outcome(run):
+            log.info("%s: validation loss %.4f in %.0f s", run.title(), outcome.loss, time.monotonic() - began)
+
+    def _refuse_to_go_on(self) -> None:
+        if self._asked:
+            raise Stopped("stopped; the same command goes on from there")
+
+    def _note_failure(self, run: Run, status: int, output: Path) -> None:
+        """A run that diverges is a result; one whose settings are refused, or that is lost, is none."""
+        lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+        last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+        diverged = status == EXIT_MISTAKE and "optimizer.lr" in last
+        if not diverged:
+            raise UserError(f"{run.title()} ended with status {status} ({last.removeprefix('error: ')}); see {output}")
+        run.folder.mkdir(exist_ok=True)
+        (run.folder / "failed").write_text(last.removeprefix("error: ") + "\n")
+        log.warning("%s: it diverged", run.title())
+
+    def _command(self) -> Sequence[str]:
+        if self.study.processes == 1:
+            return [sys.executable, "-m", "inrank_dist"]
+        return [sys.executable, "-m", "inrank_dist.launcher.torchrun", "-n", str(self.study.processes)]
+
+    def _environment(self) -> dict[str, str]:
+        threads = (
+            {"OMP_NUM_THREADS": str(self._threads)} if self._threads and "OMP_NUM_THREADS" not in os.environ else {}
+        )
+        return {**os.environ, **threads}
+
+    @contextmanager
+    def _passing_signals_on(self) -> Iterator[None]:
+        """What asks a process to stop makes the run at work save and end."""
+
+        def handle(number: int, frame: object) -> None:
+            self._asked = number
+            self._signal(number)
+
+        before = {number: signal.signal(number, handle) for number in stop_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _signal(self, number: int) -> None:
+        process = self._process
+        if number and process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)

@@ -1,0 +1,242 @@
+"""A study: real runs, each once, compared by seed; what is refused; several workers; a stop in the middle."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster_tools import wait_until
+from runs import SHORT, Fails, small_config
+
+from inrank_dist.commands.main import main
+from inrank_dist.study import Worker, read_study
+from inrank_dist.study.results import T_95, difference
+from inrank_dist.study.work import Outcome, Run
+
+VARIANTS: dict[str, Any] = {
+    "dense": {"settings": {"lowrank.mode": "full"}},
+    "inrank": {"control": "dense", "tune": {"optimizer.lr": ["1e-3", "3e-3"]}},
+}
+BUDGET = {"tokens": 1536, "flops": "control"}
+"""Twelve steps of eight rows of 16 tokens."""
+
+
+def study_file(folder: Path, corpus: Path, **changes: Any) -> Path:
+    """A study of ``SHORT`` runs below ``folder``."""
+    config = small_config(corpus, base=SHORT, eval__interval=6, eval__batches=2, run__dir=folder / "unused")
+    (folder / "base.yaml").write_text(config.to_yaml())
+    study: dict[str, Any] = {
+        "base": "base.yaml", "dir": str(folder / "study"), "seeds": [0, 1], "tuning_seeds": [7], "budget": BUDGET,
+        "variants": VARIANTS,
+    }  # fmt: skip
+    file = folder / "my.yaml"
+    file.write_text(yaml.safe_dump(study | changes, sort_keys=False))
+    return file
+
+
+def command(file: Path) -> list[str]:
+    return [sys.executable, "-m", "inrank_dist", "study", str(file)]
+
+
+@pytest.fixture(scope="module")
+def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A study that two workers have done together, and what both said."""
+    folder = tmp_path_factory.mktemp("study")
+    file = study_file(folder, corpus)
+    workers = [
+        subprocess.Popen(command(file), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    return file, "".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> None:
+    file, said = done
+    folder = file.parent / "study"
+    runs = sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("."))
+    # Two seeds of the control; two rates; two seeds with equal tokens and two with equal FLOPs.
+    assert len(runs) == 8
+    started = re.findall(r"^(.*) \.\.\.$", said, re.MULTILINE)
+    assert len([line for line in started if ", seed " in line]) == 8 == len({*started})
+    tables = json.loads((folder / "study.json").read_text())
+    assert list(tables) == ["tokens", "flops"]
+    (dense, inrank), (dense_again, longer) = tables["tokens"], tables["flops"]
+    assert dense == dense_again
+    assert dense["control"] is None and dense["rank"] is None and inrank["control"] == "dense"
+    assert dense["steps"] == inrank["steps"] == 12
+    assert inrank["rank"] > 0 and inrank["null_rank"] > 0
+    for losses, control, row in (
+        (inrank["losses"], dense["losses"], inrank),
+        (longer["losses"], dense["losses"], longer),
+    ):
+        assert row["differences"] == pytest.approx([a - b for a, b in zip(losses, control, strict=True)])
+    assert longer["steps"] == round(12 * dense["flops"] / inrank["flops"])
+    assert longer["flops"] == pytest.approx(dense["flops"], rel=1 / 12)
+    assert inrank["peak_memory"] > 2**26
+    # The best rate, by the seed that is compared by nobody.
+    worker = Worker(study := read_study(file))
+    tuning = {run.point: worker.outcome(run) for run in worker.tuning(study.variants["inrank"])}
+    best = min(tuning, key=lambda point: tuning[point].loss)  # type: ignore[union-attr]
+    assert inrank["chosen"] == dict(best)
+    page = (folder / "study.html").read_text()
+    for text in ("Equal tokens", "Equal FLOPs", "dense", "inrank", "Student", "tuning_seeds"):
+        assert text in page
+    assert "Not all were tuned as hard; points of the grids: dense 1, inrank 2." in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_is_there_is_not_done_again(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    file, _ = done
+    folder = file.parent / "study"
+    before = (folder / "study.json").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/metrics.jsonl")}
+    assert main(["study", str(file)]) == 0
+    assert "seed" not in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert (folder / "study.json").read_text() == before
+    gone = sorted(stamps)[0]
+    shutil.rmtree(gone.parent)
+    assert main(["study", str(file), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("to do  ") == 1
+    assert main(["study", str(file)]) == 0
+    assert [path for path in stamps if path.stat().st_mtime_ns != stamps[path]] == [gone]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stopped_study_goes_on(corpus: Path, tmp_path: Path) -> None:
+    """The run at work saves; the same command goes on from there."""
+    variants = {"a": {"settings": {"train.micro_batch_size": 4}}, "b": {"control": "a"}}
+    budget = {"tokens": 128 * 400}
+    file = study_file(tmp_path, corpus, variants=variants, budget=budget, seeds=[0])
+    (tmp_path / "out").touch()
+    with (tmp_path / "out").open("w") as output:
+        worker = subprocess.Popen(command(file), stdout=output, stderr=output)
+        wait_until(
+            lambda: any('"step": 9' in path.read_text() for path in tmp_path.glob("study/runs/*/metrics.jsonl")), 100
+        )
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(100) == 75
+    assert "the same command goes on from there" in (tmp_path / "out").read_text()
+    (run,) = tmp_path.glob("study/runs/seed-*")
+    assert list(run.glob("checkpoints/step-*"))
+    file = study_file(tmp_path, corpus, variants=variants, budget=budget, seeds=[0])
+    done = subprocess.run(command(file), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kinds = [json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("resume") == 1 and kinds.count("summary") == 1
+    tables = json.loads((tmp_path / "study/study.json").read_text())
+    flops = [row["flops"] for row in tables["tokens"]]
+    assert flops[0] == flops[1]  # the run that was stopped has counted all of its steps
+    assert tables["tokens"][1]["verdict"] == "one seed: no interval"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rate_at_which_training_diverges_is_not_chosen(corpus: Path, tmp_path: Path) -> None:
+    grid = {"optimizer.lr": ["1e30", "1e-3"], "optimizer.name": ["sgd"]}
+    variants = {"a": {"tune": grid}, "b": {"control": "a", "settings": {"lowrank.mode": "full"}}}
+    file = study_file(tmp_path, corpus, variants=variants, budget={"tokens": 1536}, seeds=[0])
+    done = subprocess.run(command(file), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "it diverged" in done.stderr
+    assert json.loads((tmp_path / "study/study.json").read_text())["tokens"][0]["chosen"]["optimizer.lr"] == "0.001"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"variants": {"a": {}}}, "variant 'a' has no control; write control: with the name of the variant"),
+        ({"variants": {"a": {}, "b": {"control": "c"}}}, "variant 'a' has no control"),
+        (
+            {"variants": {"a": {}, "b": {"control": "a"}, "c": {"control": "d"}}},
+            "control of 'c' is 'd'; write one of a, b",
+        ),
+        ({"variants": {"a": {"control": "a"}}}, "the control of 'a' is 'a'; write one of"),
+        ({"variants": []}, "variants is []; write names with settings below each"),
+        ({"variants": {"a": {"contrl": "b"}}}, "unknown 'contrl'; did you mean 'control'?"),
+        ({"budjet": {}}, "unknown 'budjet'; did you mean 'budget'?"),
+        ({"budget": {"tokens": "control"}}, "budget.tokens is control; write a positive number"),
+        ({"budget": {"flops": -1}}, "budget.flops is -1; write a positive number, or control"),
+        ({"budget": {"hours": 1}}, "unknown 'hours'; known are tokens, flops, seconds"),
+        ({"seeds": [0, 7]}, "seed 7 is in seeds and in tuning_seeds"),
+        ({"seeds": []}, "seeds is []; write a list of whole numbers"),
+        ({"seeds": [0, 0]}, "write each seed once"),
+        ({"processes": 0}, "processes is 0; write a whole number of at least 1"),
+        ({"settings": {"train.steps": 5}}, "train.steps is given by the study; write budget"),
+        ({"settings": {"optimizer.lrr": 5}}, "unknown 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
+        ({"settings": {"lowrank": {"mode": "fast"}}}, "variant 'inrank' of {file}: lowrank.mode is fast; write one of"),
+        ({"base": "none.yaml"}, "none.yaml cannot be read"),
+    ],
+)
+def test_mistakes(corpus: Path, tmp_path: Path, fails: Fails, changes: dict[str, Any], says: str) -> None:
+    """One line, before anything is run."""
+    file = study_file(tmp_path, corpus, **changes)
+    assert says.replace("{file}", str(file)) in fails("study", file)
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_setting_that_is_tuned_is_not_set_as_well(corpus: Path, tmp_path: Path, fails: Fails) -> None:
+    both = {"settings": {"optimizer.lr": 1}, "tune": {"optimizer.lr": [1, 2]}, "control": "dense"}
+    error = fails("study", study_file(tmp_path, corpus, variants=VARIANTS | {"c": both}))
+    assert "optimizer.lr is in settings and in tune" in error
+
+
+def test_the_interval_of_paired_differences() -> None:
+    """By hand: differences 1, 2, 3 have mean 2 and standard deviation 1."""
+    found = difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (found.mean, found.half) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert found.verdict == "within the noise"
+    assert difference([1.0, 1.1, 1.05], [2.0, 2.1, 2.06]).verdict == "below its control"
+    assert difference([2.0, 2.1, 2.06], [1.0, 1.1, 1.05]).verdict == "above its control"
+    assert difference([1.0], [2.0]).verdict == "one seed: no interval"
+    assert difference([math.inf, 1.0], [2.0, 2.0]).verdict == "a run diverged"
+
+
+def test_the_quantiles_are_students() -> None:
+    """Of samples of a normal distribution, the interval misses the mean one time in twenty."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for count in (2, 3, 6):
+        draws = torch.randn(40_000, count, generator=generator, dtype=torch.float64)
+        half = T_95[count - 2] * draws.std(1) / math.sqrt(count)
+        assert float((draws.mean(1).abs() > half).double().mean()) == pytest.approx(0.05, abs=0.005)
+
+
+def test_a_grid_that_another_worker_ends_meanwhile(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last run is seen to be done after the runs were named: then the runs of its best point are still to do."""
+    study = read_study(study_file(tmp_path, corpus))
+    worker, tuned = Worker(study), Worker(study).tuning(study.variants["inrank"])
+    named, summary = worker.runs, {"validation_loss": 1.0, "flops": 1.0, "tokens": 1536}
+
+    def runs() -> list[Run]:
+        found = named()
+        for run in (*tuned, *(each for each in found if each.variant.name == "dense")):
+            worker._outcomes.setdefault(run, Outcome(summary))
+        return found
+
+    monkeypatch.setattr(worker, "runs", runs)
+    assert [run.seed for run in worker.pending()] == [0, 1]
+
+
+def test_equal_settings_are_one_run(corpus: Path, tmp_path: Path) -> None:
+    """Two variants that differ in name alone, and a rate written in two ways."""
+    variants = {"a": {}, "b": {"control": "a"}, "c": {"control": "a", "settings": {"optimizer.lr": "0.003"}}}
+    study = read_study(study_file(tmp_path, corpus, variants=variants, seeds=[0]))
+    assert len({run.name for run in Worker(study).runs()}) == 1
+    assert os.path.commonpath([run.folder for run in Worker(study).runs()]).startswith(str(tmp_path))
