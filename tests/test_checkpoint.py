@@ -109,7 +109,7 @@ def test_resume_on_other_processes_and_engines(
     assert all(result[2] == table for result in results)
 
 
-@pytest.mark.parametrize("name", [slow("muon"), "lora_muon"])
+@pytest.mark.parametrize("name", [slow("muon"), slow("lora_muon")])
 def test_the_momentum_of_matrices_goes_on(pool: Pool, corpus: Path, tmp_path: Path, name: str) -> None:
     """Saved by two processes at a growth, taken up by three and by one: same losses to 1e-6, same ranks."""
     mode = "full" if name == "muon" else "efficient"

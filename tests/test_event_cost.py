@@ -345,6 +345,7 @@ def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path,
     assert [len(table) for table in watched[0].tables] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and evaluation more graphs than dynamo makes of one piece of code by default (8): beyond its limit it
     would run the rest of the training uncompiled. Dynamo counts as ever; only what it does with a graph is left out,

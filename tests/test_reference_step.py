@@ -206,7 +206,7 @@ MODELS: dict[str, dict[str, Any]] = {
     [
         ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
         ("muon", "local", 1), ("spectron", "local", 1), ("lora_muon", "local", 1),
-        slow("muon", "fsdp", 3), slow("spectron", "fsdp", 3), ("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
+        slow("muon", "fsdp", 3), slow("spectron", "fsdp", 3), slow("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
         slow("lora_muon", "ddp", 2),
         ("gpt2", "ddp", 2), ("gpt2", "fsdp", 3), slow("llama", "fsdp", 2), slow("sgd", "ddp", 2),
         nightly("gpt2", "zero0", 2), slow("gpt2", "zero1", 2), slow("gpt2", "zero2", 3), nightly("llama", "zero2", 2),

@@ -51,12 +51,9 @@ def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A study that two workers have done together, and what both said."""
     folder = tmp_path_factory.mktemp("study")
     file = study_file(folder, corpus)
-    workers = [
-        subprocess.Popen(command(file), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
-    ]
-    said = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    return file, "".join(said)
+    done = subprocess.run([*command(file), "--workers", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return file, done.stderr
 
 
 @pytest.mark.slow
@@ -114,7 +111,7 @@ def test_what_is_there_is_not_done_again(done: tuple[Path, str], capsys: pytest.
     assert [path for path in stamps if path.stat().st_mtime_ns != stamps[path]] == [gone]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_a_stopped_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     """The run at work saves; the same command goes on from there."""
@@ -143,7 +140,7 @@ def test_a_stopped_study_goes_on(corpus: Path, tmp_path: Path) -> None:
     assert tables["tokens"][1]["verdict"] == "one seed: no interval"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_rate_at_which_training_diverges_is_not_chosen(corpus: Path, tmp_path: Path) -> None:
     grid = {"optimizer.lr": ["1e30", "1e-3"], "optimizer.name": ["sgd"]}

@@ -77,7 +77,7 @@ def test_uneven_and_empty_shards_give_the_run_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("muon", "full"), slow("lora_muon", "efficient"), nightly("spectron", "efficient")]
+    ("name", "mode"), [slow("muon", "full"), slow("lora_muon", "efficient"), nightly("spectron", "efficient")]
 )
 def test_matrices_whose_rows_are_uneven_or_none(pool: Pool, words: Path, name: str, mode: str) -> None:
     """Orthogonalised updates over 5 processes of which one holds no row of some matrices and owns none of the last."""

@@ -15,7 +15,7 @@ from ..engine.context import Context
 from ..errors import UserError
 from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
-from . import bench_nodes, bench_speed
+from . import bench_nodes, bench_parity, bench_speed
 from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MODULES: dict[str, tuple[Any, str]] = {
     "speed": (bench_speed, "time, memory and communication of a step, full rank against low rank (default)"),
+    "parity": (bench_parity, "does every engine and precision compute the same here as on the CPU"),
     "nodes": (bench_nodes, "do all nodes answer, and is one of them slow: the health check before a job"),
 }
 """Subjects with a module of their own, and their meaning."""

@@ -2,7 +2,12 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from ..runtime.home import path_argument
 from ..study import Worker, compare, read_study
@@ -40,27 +45,37 @@ FILE, for example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``FILE [--threads N] [--dry-run]``."""
+    """``FILE [--workers N] [--threads N] [--dry-run]``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.add_argument("file", metavar="FILE", type=path_argument, help="YAML file of the study")
-    parser.add_argument("--threads", metavar="N", type=int, help="of each process of a run (sets OMP_NUM_THREADS)")
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="runs at the same time, here (default 1)")
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        help="of each process of a run (sets OMP_NUM_THREADS; with several workers the cores divided by all processes)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check the file, say what would be run, touch nothing")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Do what is left of a study and show its results."""
     no_overrides(rest)
-    at_least_one(arguments, "threads")
+    at_least_one(arguments, "workers", "threads")
     study = read_study(arguments.file)
-    worker = Worker(study, arguments.threads)
+    threads = arguments.threads
+    if threads is None and arguments.workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // (arguments.workers * study.processes))
+    worker = Worker(study, threads)
     if arguments.dry_run:
         runs = worker.runs()
         for each in runs:
             print(f"{'done' if worker.outcome(each) else 'to do'}  {each.title()}")
         print(f"{len(runs)} runs can be named by now; those of tuned variants follow their grids")
         return
-    worker.work()
+    with _others(arguments.file, arguments.workers - 1, threads):
+        worker.work()
     comparison = compare(worker)
     page, record = write_results(study, comparison)
     screen = console(width=240)
@@ -70,3 +85,19 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     for sentence in notes(study, comparison):
         print(sentence)
     log.info("%s, %s", page, record)
+
+
+@contextmanager
+def _others(file: Path, count: int, threads: int | None) -> Iterator[None]:
+    """So many more workers meanwhile; they end when all is done, or are stopped when this one is."""
+    words = [sys.executable, "-m", "inrank_dist", "study", str(file), *(["--threads", str(threads)] if threads else [])]
+    others = [subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    except BaseException:
+        for other in others:
+            other.terminate()
+        raise
+    finally:
+        for other in others:
+            other.wait()

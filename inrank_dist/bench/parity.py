@@ -1,0 +1,217 @@
+"""Does every way to train compute the same here? Each against one process on the CPU, in whole runs of a small model.
+
+A run has two growths and the freeze in thirty steps, so that forward and backward passes, optimizers, moments, rank
+decisions and events of a device are all in it. Text, model and start are the same; losses differ by rounding.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..config import load_config
+from ..train.monitors.jsonl import read_metrics
+
+STEPS = 30
+
+SMALL = {
+    "model.num_layers": "2",
+    "model.num_heads": "2",
+    "model.hidden_size": "64",
+    "model.max_seq_len": "32",
+    "lowrank.targets": "[all]",
+    "lowrank.initial_rank": "1",
+    "lowrank.buffer": "2",
+    "lowrank.threshold": "0.995",
+    "lowrank.interval": "8",
+    "lowrank.warmup_steps": "24",
+    "lowrank.multiple_of": "1",
+    "train.steps": str(STEPS),
+    "train.global_batch_size": "8",
+    "train.micro_batch_size": "4",
+    "optimizer.lr": "3e-3",
+    "data.source": "files",
+    "data.validation_fraction": "0.2",
+    "tokenizer.vocab_size": "301",
+    "checkpoint.interval": "0",
+    "eval.interval": "0",
+    "eval.sample_tokens": "0",
+    "log.interval": "1",
+}
+
+FLOAT32, BF16 = 1e-5, 2e-2
+"""How far a loss may be from the CPU's, relative to it. On an H200 5e-7 and 3e-3 were seen."""
+
+WORDS = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to train.
+
+    Attributes:
+        settings: beside ``SMALL``.
+        reference: those of the run on the CPU.
+        limit: largest relative difference of a loss.
+        resumes: whether the run is cut after step 18 and resumed.
+        gpu: whether it needs one.
+    """
+
+    name: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    reference: Mapping[str, str] = field(default_factory=dict)
+    limit: float = FLOAT32
+    resumes: bool = False
+    gpu: bool = False
+
+
+def _engine(name: str, **more: str) -> dict[str, str]:
+    return {"parallel.engine": name, **{key.replace("__", "."): value for key, value in more.items()}}
+
+
+_FULL = {"lowrank.mode": "full", "optimizer.name": "muon"}
+_FACTORS = {"optimizer.name": "lora_muon"}
+
+CASES = (
+    Case("local"),
+    Case("ddp", _engine("ddp")),
+    Case("fsdp", _engine("fsdp")),
+    *(Case(f"zero{stage}", _engine(f"zero{stage}")) for stage in range(4)),
+    Case("fsdp, accumulated whole", _engine("fsdp", parallel__reduce_each_micro_batch="false")),
+    Case("resumed", {"checkpoint.interval": "6"}, resumes=True),
+    Case("checkpoints behind", {"checkpoint.interval": "5", "checkpoint.async": "true"}),
+    Case("growth along the gradient", {"lowrank.growth_init": "gradient"}, {"lowrank.growth_init": "gradient"}),
+    Case("muon, fsdp", {**_FULL, **_engine("fsdp")}, _FULL),
+    Case("lora_muon, fsdp", {**_FACTORS, **_engine("fsdp")}, _FACTORS),
+    Case("activation checkpointing", {"train.activation_checkpointing": "true"}),
+    Case("compiled", {"train.compile": "true"}),
+    Case("compiled, CUDA graphs", {"train.compile": "true", "train.cuda_graph": "true", "train.micro_batch_size": "8"},
+         gpu=True),
+    Case("zero2, optimizer on the CPU", _engine("zero2", parallel__offload_optimizer="true"), gpu=True),
+    Case("bf16", {"train.precision": "bf16"}, limit=BF16),
+    Case("bf16, fsdp", {"train.precision": "bf16", **_engine("fsdp")}, limit=BF16),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What came of a case.
+
+    Attributes:
+        difference: largest relative difference of a step's loss from the CPU's; nan where the run failed.
+        same_ranks: whether all rank events gave the same ranks.
+        seconds: of the run, its start included.
+        failure: the last line of a run that failed.
+    """
+
+    case: Case
+    difference: float = float("nan")
+    same_ranks: bool = False
+    seconds: float = float("nan")
+    failure: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it computes the same. In bf16 ranks may differ."""
+        return self.difference <= self.case.limit and (self.same_ranks or self.case.limit == BF16)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    losses: list[float]
+    ranks: list[dict[str, int]]
+
+
+class Bench:
+    """Runs cases one after the other, in subprocesses.
+
+    Args:
+        folder: where they go; an empty one.
+        timeout: seconds that a run may take.
+    """
+
+    def __init__(self, folder: Path, timeout: float = 300.0) -> None:
+        self._folder, self._timeout = folder, timeout
+        self._references: dict[str, _Trace | str] = {}
+        write_corpus(folder / "corpus")
+
+    def measure(self, cases: tuple[Case, ...]) -> Iterator[Parity]:
+        """One result a case, as it is done."""
+        for case in cases:
+            yield self._measure(case)
+
+    def _measure(self, case: Case) -> Parity:
+        key = json.dumps(dict(case.reference), sort_keys=True)
+        if key not in self._references:
+            place = f"cpu-{len(self._references)}"
+            self._references[key] = self._train(place, {**case.reference, "parallel.engine": "local"}, on_cpu=True)
+        reference = self._references[key]
+        if isinstance(reference, str):
+            return Parity(case, failure=f"on the CPU: {reference}")
+        began, place = time.monotonic(), case.name.replace(",", "").replace(" ", "-")
+        trace = self._train(place, case.settings)
+        if case.resumes and not isinstance(trace, str):
+            cut(self._folder / place, 18)
+            trace = self._train(place, case.settings)
+        if isinstance(trace, str):
+            return Parity(case, failure=trace)
+        pairs = zip(trace.losses, reference.losses, strict=True)
+        difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
+        return Parity(case, difference, trace.ranks == reference.ranks, time.monotonic() - began)
+
+    def _train(self, place: str, settings: Mapping[str, str], *, on_cpu: bool = False) -> "_Trace | str":
+        """Losses and ranks of a run; or the last line of one that failed."""
+        run = self._folder / place
+        given = {
+            **SMALL,
+            "data.paths": f"[{self._folder}/corpus/*.txt]",
+            "data.cache_dir": str(self._folder / "cache"),
+            **settings,
+            "run.dir": str(run),
+        }
+        file = self._folder / f"{place}.yaml"
+        file.write_text(load_config(None, [f"--{key}={value}" for key, value in given.items()])[0].to_yaml())
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})}
+        words = [sys.executable, "-m", "inrank_dist.launcher.torchrun", "-n", "1", "train", "--config", str(file)]
+        try:
+            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=self._timeout)
+        except subprocess.TimeoutExpired:
+            return f"not done within {self._timeout:g} s"
+        if done.returncode:
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+            told = [line for line in lines if line.startswith("error: ")] or lines or [f"status {done.returncode}"]
+            return told[-1]
+        records = read_metrics(run / "metrics.jsonl")
+        events = [record["layers"] for record in records if record["kind"] == "rank_event"]
+        ranks = [{name: layer["to"] for name, layer in layers.items()} for layers in events]
+        return _Trace([record["loss"] for record in records if record["kind"] == "step"], ranks)
+
+
+def possible(case: Case) -> bool:
+    """Whether this machine and installation can do it: some need a GPU, ZeRO needs DeepSpeed."""
+    zero = case.settings.get("parallel.engine", "").startswith("zero")
+    return (not case.gpu or torch.cuda.is_available()) and (not zero or find_spec("deepspeed") is not None)
+
+
+def cut(run: Path, step: int) -> None:
+    """Bring a run folder back to where it was when its job was killed just after the checkpoint of a step."""
+    for folder in (run / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+def write_corpus(folder: Path) -> None:
+    """Twenty short documents, the same on every machine."""
+    folder.mkdir(parents=True)
+    generator, words = torch.Generator().manual_seed(0), WORDS.split()
+    for index in range(20):
+        picks = torch.randint(len(words), (400,), generator=generator).tolist()
+        (folder / f"{index:02d}.txt").write_text(" ".join(words[pick] for pick in picks))

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# What is to be known of one GPU, in at most 12 minutes and with nothing to download. Each part leaves its result as it ends.
+# Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
+#   parity  every engine, precision and way to run against the CPU (inrank bench parity): parity.txt, parity.json
+#   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
+#   study   dense AdamW, dense Muon, LoRA-Muon at low rank and wider, at equal tokens: study.txt, and the study's own page.
+#           Text: every .txt below FOLDER, those below FOLDER/valid for validation; without --data Python's own library
+#   --toy   the same in small shapes, which a CPU does in minutes
+# With the python3 on PATH where that has what it needs; else it makes the environment.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=environment.sh
+. "$root/launch/environment.sh"
+
+out=gpu parts=parity,speed,study data='' toy=''
+while [ $# -gt 0 ]; do
+    case $1 in
+        -h | --help) help ;;
+        --toy) toy=yes ;;
+        --out | --parts | --data)
+            [ $# -gt 1 ] || fail "$1 lacks its value; see $0 --help"
+            declare "${1#--}=$2"
+            shift
+            ;;
+        *) fail "$1 is no option of $0; see $0 --help" ;;
+    esac
+    shift
+done
+for part in ${parts//,/ }; do
+    case $part in parity | speed | study) ;; *) fail "--parts has $part; write some of parity,speed,study" ;; esac
+done
+if [ "$data" ]; then
+    [ -d "$data/train" ] && [ -d "$data/valid" ] || fail "--data is $data; write a folder with train and valid below it"
+    data=$(cd "$data" && pwd)
+fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+if ! python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null; then
+    cd "$root"
+    make_environment deepspeed
+fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+failed=0
+
+part() { # NAME COMMAND WORDS...
+    echo "== $1"
+    local began=$SECONDS status=0
+    "${@:2}" >"$out/$1.txt" 2>&1 || status=$?
+    tail -n 40 "$out/$1.txt"
+    echo "== $1: status $status after $((SECONDS - began)) s; $out/$1.txt"
+    [ "$status" = 0 ] || failed=1
+}
+
+# shellcheck disable=SC2329  # called by part
+study() {
+    local settings="run: {seed: 0}
+model: {name: gpt2, num_layers: 8, num_heads: 8, hidden_size: 512, max_seq_len: 512}
+train: {steps: 400, global_batch_size: 32, micro_batch_size: 32, precision: bf16}
+lowrank: {interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
+tokenizer: {vocab_size: 8192}
+eval: {interval: 200, batches: 8, sample_tokens: 0}"
+    local wide="model.hidden_size: 768, model.num_heads: 12" rank=128
+    if [ "$toy" ]; then
+        settings="run: {seed: 0}
+model: {name: gpt2, num_layers: 2, num_heads: 2, hidden_size: 32, max_seq_len: 32}
+train: {steps: 16, global_batch_size: 8, micro_batch_size: 8}
+lowrank: {interval: 4, warmup_steps: 8, initial_rank: 2, buffer: 2, multiple_of: 1}
+tokenizer: {vocab_size: 512}
+eval: {interval: 8, batches: 1, sample_tokens: 0}"
+        wide="model.hidden_size: 48" rank=8
+    fi
+    settings+="
+optimizer: {lr: 2.0e-3}
+schedule: {name: cosine, warmup_steps: 4, min_lr_ratio: 0.1}
+checkpoint: {interval: 0}
+log: {interval: 10}"
+    if [ "$data" ]; then
+        settings+="
+data: {source: files, paths: ['$data/train/**/*.txt'], validation_paths: ['$data/valid/**/*.txt'], cache_dir: '$out/cache'}"
+    else
+        settings+="
+data: {source: stdlib, cache_dir: '$out/cache', max_bytes: $([ "$toy" ] && echo 400000 || echo null)}"
+    fi
+    echo "$settings" >"$out/base.yaml"
+    local fixed="lowrank.mode: fixed, lowrank.base: none, lowrank.init: spectral, lowrank.initial_rank: $rank"
+    cat >"$out/gpu-study.yaml" <<END
+base: base.yaml
+dir: $out/study
+seeds: [0]
+budget: {flops: control}
+variants:
+  AdamW dense:
+    settings: {lowrank.mode: full, optimizer.lr: 1.0e-3}
+  Muon dense:
+    control: AdamW dense
+    settings: {lowrank.mode: full, optimizer.name: muon, optimizer.matrix_lr: 0.02}
+  LoRA-Muon, fixed rank:
+    control: Muon dense
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed}
+  LoRA-Muon, InRank:
+    control: Muon dense
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02}
+  LoRA-Muon, InRank, wider:
+    control: Muon dense
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $wide}
+END
+    python3 -m inrank_dist study "$out/gpu-study.yaml"
+}
+
+for part in ${parts//,/ }; do
+    case $part in
+        parity)
+            only=()
+            [ -z "$toy" ] || only=(--only "local,fsdp,bf16")
+            part parity python3 -m inrank_dist bench parity --json "$out/parity.json" "${only[@]}"
+            ;;
+        speed)
+            small=()
+            [ -z "$toy" ] || small=(--models "" --widths 64 --vocab 320 --seq 16 --batch 1 --rounds 1)
+            part speed "$root/launch/bench-gpu.sh" --json "$out/speed.json" "${small[@]}"
+            ;;
+        study) part study study ;;
+    esac
+done
+exit "$failed"
