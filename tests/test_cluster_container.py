@@ -192,6 +192,7 @@ def owned_folder(folder: Path, user: int) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_the_first_command_trains_as_an_ordinary_user(image: Image, tmp_path: Path) -> None:
     """The image's own command, user, folder and variables: all of the quickstart, with nothing left to install."""
     assert image.config["User"] == "1000:1000"
@@ -212,6 +213,7 @@ def test_the_first_command_trains_as_an_ordinary_user(image: Image, tmp_path: Pa
     assert {(file.stat().st_uid, file.stat().st_gid) for file in run.rglob("*")} == {(1000, 1000)}
 
 
+@pytest.mark.nightly
 def test_any_other_command_and_any_user(image: Image, tmp_path: Path) -> None:
     """A user whom the image does not know trains from a config and to a folder of his own."""
     assert "inrank_dist 0." in image.run("inrank", "--version").stdout
@@ -230,6 +232,7 @@ def test_any_other_command_and_any_user(image: Image, tmp_path: Path) -> None:
     assert {file.stat().st_uid for file in folder.rglob("*")} == {4321}
 
 
+@pytest.mark.nightly
 def test_what_is_inside(image: Image) -> None:
     """The project and its libraries, pinned: no tests, no history, no caches, nothing that belongs to the user."""
     script = (

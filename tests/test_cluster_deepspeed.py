@@ -136,6 +136,7 @@ def test_one_host_without_ssh(corpus: Path, tmp_path: Path, start: Start, whole:
     assert tensor_bytes(tmp_path / "run") == whole
 
 
+@pytest.mark.nightly
 def test_two_hosts_without_ssh(corpus: Path, tmp_path: Path, start: Start, whole: dict[Any, bytes]) -> None:
     """Two starts of one process each: a signal to each stops both, and they go on to the weights of the whole run."""
     file, place = hostfile(tmp_path, "127.0.0.1", "127.0.0.2", slots=1), f"127.0.0.1:{free_port()}"
