@@ -67,9 +67,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+PATIENCE = 3
+"""Limits are of a quiet machine; a loaded one gets so many times as long."""
+
+
 def wait_until(condition: Callable[[], Any], timeout: float = 150, what: Callable[[], object] = lambda: "") -> Any:
     """Wait for something to become true and return it; ``what`` says what is there when it does not come."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE * timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, what()
         time.sleep(0.2)
@@ -162,9 +166,11 @@ class Program:
     def wait(self, timeout: float) -> int:
         """Its exit status; a hang fails."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(PATIENCE * timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.process.args} hangs after {timeout} s; it wrote:\n{self.text}") from None
+            raise AssertionError(
+                f"{self.process.args} hangs after {PATIENCE * timeout} s; it wrote:\n{self.text}"
+            ) from None
 
     def end(self) -> None:
         with suppress(ProcessLookupError):

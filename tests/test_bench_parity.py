@@ -13,7 +13,7 @@ from inrank_dist.bench.parity import CASES, Bench, Case
 from inrank_dist.commands.main import main
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_what_computes_the_same_holds_and_what_does_not_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

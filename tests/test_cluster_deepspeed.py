@@ -25,7 +25,7 @@ from runs import tensor_bytes
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 STEPS = 200
 """Enough for a signal at step 10 to arrive before the last one."""

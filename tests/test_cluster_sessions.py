@@ -23,7 +23,7 @@ from cluster_tools import wait_until as wait_at_most
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 wait_until = partial(wait_at_most, timeout=150)
 

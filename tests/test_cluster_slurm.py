@@ -11,7 +11,7 @@ from slurm_rig import Slurm
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 STEPS = 200
 TRAINING = "-m inrank_dist train"

@@ -261,7 +261,7 @@ def test_bf16_stays_near_fp32(pool: Pool, corpus: Path, engine: str) -> None:
 
 @pytest.mark.timeout(620)
 @pytest.mark.parametrize(
-    "engine", [nightly("ddp"), slow("fsdp"), nightly("zero0"), nightly("zero1"), nightly("zero2"), nightly("zero3")]
+    "engine", [nightly("ddp"), nightly("fsdp"), nightly("zero0"), nightly("zero1"), nightly("zero2"), nightly("zero3")]
 )
 def test_compiled_is_the_same(pool: Pool, corpus: Path, engine: str) -> None:
     config = short_config(corpus, parallel__engine=engine)

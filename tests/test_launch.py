@@ -55,7 +55,7 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("script", "engine"), [nightly("torchrun.sh", "zero2"), slow("deepspeed.sh", "zero3")])
+@pytest.mark.parametrize(("script", "engine"), [nightly("torchrun.sh", "zero2"), nightly("deepspeed.sh", "zero3")])
 def test_trains_and_resumes(corpus: Path, tmp_path: Path, script: str, engine: str) -> None:
     """The second start takes up the run where the first one's checkpoint of step 16 left it."""
     config = small_config(

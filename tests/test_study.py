@@ -56,7 +56,7 @@ def done(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return file, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> None:
     file, said = done
@@ -92,7 +92,7 @@ def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> N
     assert "Not all were tuned as hard; points of the grids: dense 1, inrank 2." in page
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_what_is_there_is_not_done_again(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = done
