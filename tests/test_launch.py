@@ -22,7 +22,7 @@ from cluster_tools import (
     wait_until,
 )
 from runs import small_config, tensor_bytes, the_error
-from sharing import nightly, slow
+from sharing import nightly
 
 from inrank_dist.launcher import deepspeed
 from inrank_dist.launcher.network import reachable
