@@ -110,8 +110,8 @@ FAULTS = [
     Fault(
         "Grams of sharded factors not summed",
         "optim/matrices.py",
-        "        self.rows.sum(packed)\n",
-        "",
+        "gram_matrices(rows, self.rows.sum)",
+        "gram_matrices(rows, lambda tensor: None)",
         (f"{STEP}[lora_muon-fsdp-3]",),
     ),
     Fault(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..lowrank.spectrum import Factors, gram_matrices
 from .orthogonal import orthogonalise_matrix
 
 FactorMaps = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -154,41 +155,27 @@ class MatrixOptimizer(torch.optim.Optimizer):
         assert self.maps is not None
         lr, pairs = group["lr"], list(zip(group["params"][::2], group["params"][1::2], strict=True))
         mixes = [(self._mix(U), self._mix(V)) for U, V in pairs]
-        grams = self._grams(
-            [(*map(self.rows.local, pair), *mix) for pair, mix in zip(pairs, mixes, strict=True)],
-        )
+        rows: dict[str, Factors] = {}
+        for index, (pair, momenta) in enumerate(zip(pairs, mixes, strict=True)):
+            rows |= {f"{index}": Factors(*map(self.rows.local, pair)), f"{index} momentum": Factors(*momenta)}
+        grams = gram_matrices(rows, self.rows.sum)
         shrink = math.sqrt(1 - lr * group["weight_decay"])
         by_modes: dict[int, list[int]] = {}
         for index, (U, _) in enumerate(pairs):
             by_modes.setdefault(U.shape[1], []).append(index)
         for indices in by_modes.values():  # layers of one rank run as a batch
-            maps = self.maps(*(torch.stack(each) for each in zip(*(grams[index] for index in indices), strict=True)))
+            of_factors = [grams[f"{index}"] for index in indices]
+            of_momenta = [grams[f"{index} momentum"] for index in indices]
+            maps = self.maps(
+                torch.stack([gram.U for gram in of_factors]),
+                torch.stack([gram.V for gram in of_factors]),
+                torch.stack([gram.U for gram in of_momenta]),
+                torch.stack([gram.V for gram in of_momenta]),
+            )
             for index, *both in zip(indices, *maps, strict=True):
                 step = lr * _stretch(pairs[index][0].shape[0], pairs[index][1].shape[0]) / shrink
                 for factor, mix, each in zip(pairs[index], mixes[index], both, strict=True):
                     self.rows.local(factor).mul_(shrink).sub_(mix @ each.to(mix.dtype), alpha=step)
-
-    def _grams(self, layers: Sequence[tuple[Tensor, ...]]) -> list[list[Tensor]]:
-        """``X^T X`` of every ``X`` of every layer, float64, summed over the processes in one all-reduce of upper
-        triangles."""
-        flat, sizes = [], []
-        for layer in layers:
-            for X in layer:
-                wide = X.double()
-                row, column = torch.triu_indices(X.shape[1], X.shape[1], device=X.device)
-                flat.append((wide.T @ wide)[row, column])
-                sizes.append(X.shape[1])
-        packed = torch.cat(flat)
-        self.rows.sum(packed)
-        grams = []
-        for part, size in zip(packed.split([len(each) for each in flat]), sizes, strict=True):
-            row, column = torch.triu_indices(size, size, device=part.device)
-            gram = part.new_zeros(size, size)
-            gram[row, column] = part
-            gram[column, row] = part
-            grams.append(gram)
-        count = len(layers[0])
-        return [grams[first : first + count] for first in range(0, len(grams), count)]
 
 
 def _stretch(out_features: int, in_features: int) -> float:
