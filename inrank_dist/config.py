@@ -246,7 +246,7 @@ def _read_yaml(file: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file} holds no settings; write sections such as 'model:' with keys below them")
     for section, content in tree.items():
         if section not in SECTIONS:
-            raise UserError(f"{file}: unknown section {shown(section)}{_nearest(str(section), SECTIONS)}")
+            raise UserError(f"{file}: unknown section {shown(section)}{nearest(str(section), SECTIONS)}")
         if content is None or content == {}:
             raise UserError(f"{file}: section {section} is empty; write keys below it, or remove it")
         if not isinstance(content, dict):
@@ -278,10 +278,11 @@ def _known(dotted: str, place: str = "") -> str:
     section, key = dotted.partition(".")[0], dotted.rpartition(".")[2]
     same_key = [name for name in SETTINGS if name.endswith(f".{key}")]
     same_section = [name for name in SETTINGS if name.startswith(f"{section}.")]
-    raise UserError(f"{place}unknown setting {dotted!r}{_nearest(dotted, same_key or same_section or SETTINGS)}")
+    raise UserError(f"{place}unknown setting {dotted!r}{nearest(dotted, same_key or same_section or SETTINGS)}")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a message on an unknown name ends with: the known name that is closest, or all of them if they are few."""
     known = list(known)
     close = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
     if close:

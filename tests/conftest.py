@@ -19,9 +19,10 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(_name, None)
 
 from pool import Pool  # noqa: E402
-from runs import Fails, the_error, write_corpus  # noqa: E402
+from runs import Fails, the_error  # noqa: E402
 from sharing import Machine, locked, put_into_groups, scheduler, shared_folder, write_groups  # noqa: E402
 
+from inrank_dist.bench.parity import write_corpus  # noqa: E402
 from inrank_dist.commands.main import main  # noqa: E402
 
 torch.set_num_threads(1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from sharing import made_once
 
@@ -22,8 +21,6 @@ from inrank_dist.train.monitors import Monitors
 
 Fails = Callable[..., str]
 """Words of a command that must fail -> its error."""
-
-TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
 
 SMALL = {
     "model.num_layers": 2,
@@ -54,15 +51,6 @@ given: measuring it takes each process up to 15 seconds in bfloat16."""
 
 SHORT = SMALL | {"train.steps": 12, "lowrank.interval": 3, "lowrank.warmup_steps": 9}
 """12 steps with growth at 3 and 6 and the freeze at 9: where the length is not the point."""
-
-
-def write_corpus(folder: Path) -> None:
-    """Twenty short documents, the same on every machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator, words = torch.Generator().manual_seed(0), TEXT.split()
-    for index in range(20):
-        picks = torch.randint(len(words), (400,), generator=generator).tolist()
-        (folder / f"{index:02d}.txt").write_text(" ".join(words[i] for i in picks))
 
 
 def small_config(folder: Path, *, base: dict[str, Any] = SMALL, **changes: Any) -> Config:

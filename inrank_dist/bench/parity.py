@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from ..config import load_config
+from ..errors import error_line
+from ..train.checkpoint import named_folders, step_of
 from ..train.monitors.jsonl import read_metrics
 
 STEPS = 30
@@ -50,7 +52,7 @@ SMALL = {
 FLOAT32, BF16 = 1e-5, 2e-2
 """How far a loss may be from the CPU's, relative to it. On an H200 5e-7 and 3e-3 were seen."""
 
-WORDS = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
+TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,7 @@ class Bench:
         except subprocess.TimeoutExpired:
             return f"not done within {self._timeout:g} s"
         if done.returncode:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            told = [line for line in lines if line.startswith("error: ")] or lines or [f"status {done.returncode}"]
-            return told[-1]
+            return error_line(f"{done.stdout}\n{done.stderr}") or f"status {done.returncode}"
         records = read_metrics(run / "metrics.jsonl")
         events = [record["layers"] for record in records if record["kind"] == "rank_event"]
         ranks = [{name: layer["to"] for name, layer in layers.items()} for layers in events]
@@ -203,15 +203,15 @@ def possible(case: Case) -> bool:
 
 def cut(run: Path, step: int) -> None:
     """Bring a run folder back to where it was when its job was killed just after the checkpoint of a step."""
-    for folder in (run / "checkpoints").iterdir():
-        if int(folder.name.removeprefix("step-")) > step:
+    for folder in named_folders(run):
+        if step_of(folder) > step:
             shutil.rmtree(folder)
 
 
 def write_corpus(folder: Path) -> None:
     """Twenty short documents, the same on every machine."""
-    folder.mkdir(parents=True)
-    generator, words = torch.Generator().manual_seed(0), WORDS.split()
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, words = torch.Generator().manual_seed(0), TEXT.split()
     for index in range(20):
         picks = torch.randint(len(words), (400,), generator=generator).tolist()
         (folder / f"{index:02d}.txt").write_text(" ".join(words[pick] for pick in picks))

@@ -17,9 +17,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from ..engine.patient_store import PatientStore
-from ..errors import Lost
+from ..errors import EXIT_MISTAKE, Lost
 from ..runtime import console
-from .common import EXIT_MISTAKE, Outcome
+from .common import Outcome
 from .torchrun_job import Job
 
 MISTAKE_KEY = "inrank mistake"

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from ..commands.main import Parser
 from ..errors import UserError
 
-EXIT_MISTAKE = 2
-"""The user's mistake, which the process has told in a line."""
 SHUTDOWN_SECONDS = 180
 """How long processes that were asked to leave may take: longer than ``checkpoint.grace_seconds``, after which they
 leave by themselves."""

@@ -23,11 +23,11 @@ from urllib.parse import quote, unquote
 
 import psutil
 
-from ..errors import UserError
+from ..errors import EXIT_MISTAKE, UserError
 from ..runtime import console
 from ..runtime.parent import LAUNCH, LAUNCHER
 from ..runtime.signals import EXIT_STOPPED, stop_signals
-from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, killed
+from .common import SHUTDOWN_SECONDS, killed
 from .deepspeed_job import Job, read_job
 from .network import settings_for, shown
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from ..errors import Lost, UserError
+from ..errors import EXIT_MISTAKE, Lost, UserError
 from ..runtime import console
 from ..runtime.console import say
 from ..runtime.signals import EXIT_STOPPED, STOP_SIGNALS, stop_signals
-from .common import EXIT_MISTAKE, SHUTDOWN_SECONDS, Outcome, killed
+from .common import SHUTDOWN_SECONDS, Outcome, killed
 from .network import LOOPBACK, address_towards, resolve, settings_for, shown
 from .torchrun_job import Job, check_every_size, read_job
 

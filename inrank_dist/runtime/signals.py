@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 from .console import say
@@ -28,15 +28,20 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     )
 
 
-@contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once() -> AbstractContextManager[None]:
     """Until the training listens for itself, a request ends this process with status 75: there is nothing to save."""
-    before = {number: signal.signal(number, _leave) for number in stop_signals()}
+    return handling_stop_signals(_leave)
+
+
+@contextmanager
+def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call ``handler`` for each of ``stop_signals`` meanwhile."""
+    before = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -1,13 +1,13 @@
 """The file of a study."""
 
-import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import SETTINGS, Config, load_config
+from ..config import SETTINGS, Config, load_config, nearest
 from ..errors import UserError
 from ..runtime import yaml_text
 from ..runtime.yaml_text import shown
@@ -95,14 +95,15 @@ class Study:
 
     def steps_for_tokens(self, variant: Variant, point: Point) -> int:
         """Optimizer steps of a run with the budget of tokens."""
-        config = self.config(variant, point, 0, self._steps_of_base)
-        tokens = self.budget["tokens"]
-        assert tokens is not None
-        return max(1, round(tokens / (config.train.global_batch_size * config.model.max_seq_len)))
+        return _steps_for_tokens(self, variant, point)
 
-    @property
-    def _steps_of_base(self) -> int:
-        return load_config(self.base, [])[0].train.steps
+
+@cache  # it is asked at every poll, and the settings of a run are read from a file
+def _steps_for_tokens(study: Study, variant: Variant, point: Point) -> int:
+    config = study.config(variant, point, 0, load_config(study.base)[0].train.steps)
+    tokens = study.budget["tokens"]
+    assert tokens is not None
+    return max(1, round(tokens / (config.train.global_batch_size * config.model.max_seq_len)))
 
 
 def read_study(file: Path) -> Study:
@@ -243,10 +244,7 @@ def _whole(value: Any, place: str) -> int:
     return value
 
 
-def _known(names: Iterable[Any], known: Iterable[str], place: str) -> None:
-    known = list(known)
+def _known(names: Iterable[Any], known: Collection[str], place: str) -> None:
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known[:20])}"
-            raise UserError(f"{place}unknown {name!r}; {advice}")
+            raise UserError(f"{place}unknown {name!r}{nearest(str(name), known)}")

@@ -1,4 +1,4 @@
-"""The runs of a study: which there are, which are done, and what does the next one.
+"""The runs of a study, and the workers that execute them.
 
 Several workers, on one machine or on many, may work on one study: each takes a run that nobody has taken.
 """
@@ -12,22 +12,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
-from ..errors import UserError
+from ..errors import EXIT_MISTAKE, UserError, error_line
 from ..runtime.lock import Lock, LockHeld
-from ..runtime.signals import EXIT_STOPPED, stop_signals
+from ..runtime.signals import EXIT_STOPPED, handling_stop_signals
 from ..train.monitors.jsonl import read_metrics
 from ..train.stop import Stopped
 from .settings import Point, Study, Unit, Variant
 
 log = logging.getLogger("inrank_dist")
 
-EXIT_MISTAKE = 2
 POLL_SECONDS = 1.0
 
 
@@ -62,11 +62,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the variant and the seed, and a digest of all settings."""
-        settings = self.study.config(self.variant, self.point, self.seed, self.steps).to_dict()
-        del settings["run"]["dir"], settings["run"]["name"]
-        digest = hashlib.sha256(json.dumps([settings, self.study.processes], sort_keys=True).encode()).hexdigest()[:10]
-        return f"seed-{self.seed}-{digest}"
+        """The seed and a digest of all settings."""
+        return _name_of(self)
 
     @property
     def folder(self) -> Path:
@@ -86,6 +83,14 @@ class Run:
         """For people."""
         point = "".join(f", {key} {value}" for key, value in self.point)
         return f"{self.variant.name}, seed {self.seed}{point}, {self.steps} steps"
+
+
+@cache  # it is asked at every poll, and the settings of a run are read from a file
+def _name_of(run: Run) -> str:
+    settings = run.study.config(run.variant, run.point, run.seed, run.steps).to_dict()
+    del settings["run"]["dir"], settings["run"]["name"]
+    digest = hashlib.sha256(json.dumps([settings, run.study.processes], sort_keys=True).encode()).hexdigest()[:10]
+    return f"seed-{run.seed}-{digest}"
 
 
 class Worker:
@@ -108,7 +113,7 @@ class Worker:
             UserError: a run refuses its settings, in the words of the run.
             Stopped: a signal came; the run at work has saved.
         """
-        with self._passing_signals_on():
+        with handling_stop_signals(self._handle):
             while runs := self.pending():
                 self._refuse_to_go_on()
                 if not any(self._take(run) for run in runs):
@@ -244,13 +249,11 @@ class Worker:
 
     def _note_failure(self, run: Run, status: int, output: Path) -> None:
         """A run that diverges is a result; one whose settings are refused, or that is lost, is none."""
-        lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
-        last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
-        diverged = status == EXIT_MISTAKE and "optimizer.lr" in last
-        if not diverged:
-            raise UserError(f"{run.title()} ended with status {status} ({last.removeprefix('error: ')}); see {output}")
+        told = error_line(output.read_text(errors="replace")).removeprefix("error: ")
+        if status != EXIT_MISTAKE or "optimizer.lr" not in told:
+            raise UserError(f"{run.title()} ended with status {status} ({told}); see {output}")
         run.folder.mkdir(exist_ok=True)
-        (run.folder / "failed").write_text(last.removeprefix("error: ") + "\n")
+        (run.folder / "failed").write_text(f"{told}\n")
         log.warning("%s: it diverged", run.title())
 
     def _command(self) -> Sequence[str]:
@@ -264,20 +267,10 @@ class Worker:
         )
         return {**os.environ, **threads}
 
-    @contextmanager
-    def _passing_signals_on(self) -> Iterator[None]:
-        """What asks a process to stop makes the run at work save and end."""
-
-        def handle(number: int, frame: object) -> None:
-            self._asked = number
-            self._signal(number)
-
-        before = {number: signal.signal(number, handle) for number in stop_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """What asks this process to stop makes the run at work save and end."""
+        self._asked = number
+        self._signal(number)
 
     def _signal(self, number: int) -> None:
         process = self._process
