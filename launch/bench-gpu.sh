@@ -5,14 +5,9 @@
 # It runs with the python3 on PATH where that has what it needs (such as a cluster's own); else it makes the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-if ! python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null; then
-    here=$PWD
-    cd "$root"
-    # shellcheck source=environment.sh
-    . launch/environment.sh
-    make_environment ""
-    cd "$here"
-fi
+# shellcheck source=environment.sh
+. "$root/launch/environment.sh"
+find_environment ""
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 echo "== Measuring; a table is shown when all its forms are compiled and timed"
 # What is not said otherwise; an option that is given twice is refused.

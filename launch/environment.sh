@@ -2,6 +2,7 @@
 # Sourced by the scripts beside it. Usage: . launch/environment.sh, and then
 #   make_environment EXTRA   makes .venv with the project in it, once, and again only when pyproject.toml changes (EXTRA: ""
 #                            or a list such as dev)
+#   find_environment EXTRA   takes the python3 on PATH if it has the libraries, else makes .venv
 #   use_environment          takes .venv if it is there, else what is on PATH, such as a cluster's own Python
 #   help, fail WORDS         what a script's --help shows; a line, and exit status 2
 
@@ -36,6 +37,16 @@ make_environment() {
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
     export PATH
+}
+
+# The python3 on PATH where that has what the commands need, such as a cluster's own; else the project's .venv, made if need be.
+find_environment() {
+    local root
+    python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null && return
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    pushd "$root" >/dev/null || return
+    make_environment "$1"
+    popd >/dev/null || return
 }
 
 use_environment() {

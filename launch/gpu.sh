@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What is to be known of one GPU, in at most 12 minutes and with nothing to download. Each part leaves its result as it ends.
+# Measures one GPU, with nothing to download; meant to take at most 12 minutes. Each part writes its result as it ends.
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
 #   parity  every engine, precision and way to run against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
-#   study   dense AdamW, dense Muon, LoRA-Muon at low rank and wider, at equal tokens: study.txt, and the study's own page.
-#           Text: every .txt below FOLDER, those below FOLDER/valid for validation; without --data Python's own library
+#   study   dense AdamW, dense Muon, LoRA-Muon at low rank and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
+#           Text: FOLDER/train/**/*.txt, validated on FOLDER/valid/**/*.txt; without --data the source of Python's own library
 #   --toy   the same in small shapes, which a CPU does in minutes
 # With the python3 on PATH where that has what it needs; else it makes the environment.
 set -euo pipefail
@@ -35,10 +35,7 @@ if [ "$data" ]; then
 fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-if ! python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null; then
-    cd "$root"
-    make_environment deepspeed
-fi
+find_environment deepspeed
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 

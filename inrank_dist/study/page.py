@@ -12,7 +12,7 @@ from rich.table import Table
 from ..data.store import write_atomically
 from ..errors import UserError
 from ..train.monitors.text import amount, fixed, plural, size
-from ..train.report.style import STYLE
+from ..train.report.style import page
 from .results import Comparison, Row
 from .settings import Study, Unit
 
@@ -98,13 +98,13 @@ def write_results(study: Study, comparison: Comparison) -> tuple[Path, Path]:
     Raises:
         UserError: they cannot be written.
     """
-    page, record = study.folder / "study.html", study.folder / "study.json"
+    html, record = study.folder / "study.html", study.folder / "study.json"
     try:
-        write_atomically(page, _html(study, comparison).encode())
+        write_atomically(html, _html(study, comparison).encode())
         write_atomically(record, (json.dumps(_record(comparison), indent=1) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{page} cannot be written ({error.strerror or error}); make its folder writable") from None
-    return page, record
+        raise UserError(f"{html} cannot be written ({error.strerror or error}); make its folder writable") from None
+    return html, record
 
 
 def _record(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
@@ -145,13 +145,7 @@ def _html(study: Study, comparison: Comparison) -> str:
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
     body.append(f"<h2>Study file</h2><pre>{escape(study.file.read_text(encoding='utf-8'))}</pre>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
-    )
+    return page(name, body)
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:

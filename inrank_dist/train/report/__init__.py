@@ -17,7 +17,7 @@ from inrank_dist.train.report import sections
 from inrank_dist.train.report.curves import dynamics_figures, loss_figure, rank_figures, threshold_of
 from inrank_dist.train.report.history import History
 from inrank_dist.train.report.reading import mode_of, reading
-from inrank_dist.train.report.style import STYLE
+from inrank_dist.train.report.style import page
 
 
 def write_report(run_folder: Path, report: Path | None = None) -> Path:
@@ -37,13 +37,13 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
     history = History(read_metrics(run_folder / "metrics.jsonl"))
     if not history.count:
         raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
-    page = _page(run_folder, history)
+    content = _page(run_folder, history)
     report = report or run_folder / "report.html"
     fresh = report.with_name(f"{report.name}.tmp")
     try:
         # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
         with fresh.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(report)
@@ -79,13 +79,7 @@ def _page(run_folder: Path, history: History) -> str:
         sections.config(text),
         f"<footer>Made from {plural(history.count, 'record')} of metrics.jsonl.</footer>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    return page(name, body)
 
 
 def _settings(text: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The report's style sheet: light, dark, paper and phone."""
+"""The style sheet of our pages, for light and dark screens, paper and phones, and a page with it."""
+
+from collections.abc import Iterable
 
 STYLE = """
 :root { color-scheme:light dark; --paper:#fff; --card:#f6f7f9; --ink:#16191d; --soft:#5c6570;
@@ -100,3 +102,14 @@ footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
   h2 { break-after:avoid }
 }
 """
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """One HTML file that needs nothing else; ``title`` and ``parts`` are HTML already, empty parts are left out."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
