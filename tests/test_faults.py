@@ -213,8 +213,8 @@ def test_killed_and_resumed(corpus: Path, straight: Path, tmp_path: Path) -> Non
         pytest.param("save-data", None, {"checkpoint__async_": True}, marks=pytest.mark.slow),
         ("prepare", None, {"data__cache_dir": "cache"}),
         nightly("evaluation", STEPS, {}),
-        pytest.param("backward", 8, {"parallel__engine": "zero2"}, marks=pytest.mark.slow),
-        pytest.param("reshape", 12, {"parallel__engine": "zero3"}, marks=pytest.mark.slow),
+        nightly("backward", 8, {"parallel__engine": "zero2"}),
+        nightly("reshape", 12, {"parallel__engine": "zero3"}),
         nightly("prepare", None, {"data__cache_dir": "cache", "parallel__engine": "zero2"}),
     ],
 )
@@ -395,9 +395,7 @@ def test_torchrun_brings_a_killed_job_back(corpus: Path, straight: Path, tmp_pat
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("asynchronous", "kills"), [slow(False, 10), slow(True, 10), nightly(False, 25), nightly(True, 25)]
-)
+@pytest.mark.parametrize(("asynchronous", "kills"), [slow(True, 10), nightly(False, 25), nightly(True, 25)])
 def test_kills_while_saving_lose_no_checkpoint(corpus: Path, tmp_path: Path, asynchronous: bool, kills: int) -> None:
     """At random moments of writing, committing and removing: what has a checkpoint's name is whole, and none is lost.
 

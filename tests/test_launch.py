@@ -22,7 +22,7 @@ from cluster_tools import (
     wait_until,
 )
 from runs import small_config, tensor_bytes, the_error
-from sharing import nightly
+from sharing import nightly, slow
 
 from inrank_dist.launcher import deepspeed
 from inrank_dist.launcher.network import reachable
@@ -112,8 +112,7 @@ def test_nodes_of_two_jobs_do_not_meet(tmp_path: Path, number: signal.Signals, o
         waiting.kill()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("wrong", [slow(0), nightly(1)])
 def test_a_mistake_on_one_node_ends_the_others(corpus: Path, tmp_path: Path, wrong: int) -> None:
     """Their processes would wait for those that are gone. Node 0 keeps the store by which they hear of it."""
     config = small_config(corpus, run__dir=tmp_path / "run", train__micro_batch_size=4).to_yaml()
@@ -166,9 +165,8 @@ def test_deepspeed_on_cpus_does_without_a_compiler(
     assert "on 2 processes (cpu, zero2" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize("script", [slow("torchrun.sh"), nightly("deepspeed.sh")])
 def test_a_signal_to_the_launcher_reaches_the_training(corpus: Path, tmp_path: Path, script: str) -> None:
     """The deepspeed launcher itself would end and leave its processes training, and torchrun end with 1."""
     config = small_config(
@@ -348,7 +346,7 @@ def test_words(script: str, words: list[str], status: int, says: str) -> None:
     assert ("usage: launch/" in done.stdout) == (status == 0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_measurement_for_a_gpu_runs_on_cpu_with_small_shapes() -> None:
     small = ["--models", "", "--widths", 64, "--vocab", 320, "--seq", 16, "--batch", 1, "--rounds", 1]

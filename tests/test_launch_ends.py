@@ -59,7 +59,7 @@ class OnTerminal:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("start", [slow("train"), slow("torchrun.sh"), nightly("deepspeed.sh")])
+@pytest.mark.parametrize("start", [nightly("train"), slow("torchrun.sh"), nightly("deepspeed.sh")])
 def test_a_closed_terminal_saves_and_stops_unless_hangups_are_ignored(corpus: Path, tmp_path: Path, start: str) -> None:
     """First as below ``nohup``, but that it stays with its dead terminal: it goes on, a signal stops it. Then plain."""
     words = [*STARTS[start], "--config", config_of(corpus, tmp_path)]
