@@ -78,6 +78,11 @@ class Config:
                 f"lowrank freezes at step {low.freeze_at(steps)} but train.steps is {steps}; "
                 f"write a lowrank.freeze_step of at most {steps}, or lowrank.mode: inrank"
             )
+        if low.mode != "full" and low.dense_steps >= steps:
+            raise UserError(
+                f"lowrank.dense_steps is {low.dense_steps} but train.steps is {steps}, so no layer would be factored; "
+                f"write fewer than {steps}, or lowrank.mode: full"
+            )
         if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
             raise UserError(
                 f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "

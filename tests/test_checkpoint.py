@@ -264,14 +264,15 @@ def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_pat
         {"optimizer__name": "sgd", "optimizer__lr": 0.1},
         {"optimizer__name": "sgd", "optimizer__lr": 0.1, "optimizer__beta1": 0.0},
         {"lowrank__freeze_step": "auto", "lowrank__freeze_patience": 1, "lowrank__growth_init": "gradient"},
+        {"lowrank__base": "none", "lowrank__dense_steps": 8, "lowrank__freeze_step": 24, "lowrank__threshold": 0.8},
     ],
-    ids=["sgd", "sgd without momentum", "auto, gradient"],
+    ids=["sgd", "sgd without momentum", "auto, gradient", "dense first"],
 )
 def test_resume_of_other_ways_is_bit_identical(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """The momentum of SGD, if it has any, and how long no layer has grown, are part of the checkpoint."""
     changes |= {"checkpoint__interval": 4, "checkpoint__keep": STEPS}
     recorder, table = train(small_config(corpus, run__dir=tmp_path / "straight", **changes))
-    for step in (8, 20, 28):
+    for step in (4, 8, 20, 28):
         run = cut(tmp_path / "straight", tmp_path / str(step), step)
         resumed, again = train(small_config(corpus, run__dir=run, **changes), resume=True)
         assert resumed.losses() == recorder.losses()[step:]

@@ -169,6 +169,25 @@ VARIANTS = {
     "fixed, decay": {"lowrank__mode": "fixed", "lowrank__initial_rank": 4},
     "fixed, spectral ones": {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__init": "spectral_ones"},
     "full": {"lowrank__mode": "full"},
+    "dense, then growth": {
+        "lowrank__base": "none",
+        "lowrank__dense_steps": 3,
+        "lowrank__freeze_step": 9,
+        "lowrank__threshold": 0.8,
+    },
+    "dense, then fixed": {
+        "lowrank__mode": "fixed",
+        "lowrank__base": "none",
+        "lowrank__dense_steps": 5,
+        "lowrank__initial_rank": 6,
+    },
+    "dense, lora_muon": {
+        "optimizer__name": "lora_muon",
+        "lowrank__base": "none",
+        "lowrank__dense_steps": 4,
+        "lowrank__final": "budget",
+        "lowrank__final_budget": 0.3,
+    },
     "frobenius decay": {"lowrank__frobenius_decay": 0.5},
     "multiple of 2, patterns": {
         "lowrank__multiple_of": 2,
@@ -182,12 +201,13 @@ VARIANTS = {
 }
 
 
-MATRICES = ("muon", "spectron", "lora_muon")
+MATRICES = ("muon", "spectron", "lora_muon", "dense, lora_muon")
 """Which ZeRO, that cuts parameters anywhere, is refused with."""
 
 OF_THE_DECISION = (
     "freeze by itself", "uniform", "budget", "inrank", "inrank, decay", "fixed, decay", "multiple of 2, patterns",
     "no base, product", "no clipping, wsd", "reset moments", "fixed, spectral ones", "factored head",
+    "dense, then fixed",
 )  # fmt: skip
 """Where engines do nothing that they do not do in the others: FSDP2 in CI, ZeRO-3 nightly."""
 
@@ -211,7 +231,7 @@ def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, v
     assert_same_run(result, reference, 2)
     rebuilt = {record["kind"] for record in reference.records} & {"rank_event", "base_removed"}
     settings = config.lowrank
-    assert ("rank_event" in rebuilt) == settings.grows
+    assert ("rank_event" in rebuilt) == (settings.grows or settings.dense_steps > 0)
     assert ("base_removed" in rebuilt) == (settings.mode != "full" and settings.base == "decay")
     if settings.base == "decay" or settings.base == "none":
         assert not any(base for _, _, base in reference.table.values())

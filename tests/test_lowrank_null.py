@@ -210,3 +210,15 @@ def test_modes_that_open_at_zero_add_nothing_to_the_null(criterion: str) -> None
         U, V = (torch.nn.functional.pad(factor, (0, modes - 8)) for factor in (born.U, born.V))
         rank = rule.decide(torch.linalg.svdvals(U.double() @ V.double().T)[:modes], rank, 48).after
         assert null.of((96, 48)) == rank
+
+
+def test_dense_start_is_the_rule_on_an_untrained_weight() -> None:
+    rule = small_rule(criterion="energy", max_rank_fraction=1.0)
+    null = NullRanks(rule, 4, seed=0)
+    null.start_dense({(100, 70), (70, 100)})
+    sigma = torch.linalg.svdvals(torch.randn(100, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    assert null.of((100, 70)) == null.of((70, 100)) == pytest.approx(rule.first(sigma, 70).after, abs=2)
+    assert null.checks == 1
+    before = null.of((100, 70))
+    null.advance({(100, 70)})  # growth goes on from there
+    assert null.of((100, 70)) >= before

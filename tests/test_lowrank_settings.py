@@ -34,6 +34,13 @@ NAN = float("nan")
         ({"frobenius_decay": NAN}, "lowrank.frobenius_decay is nan;"),
         ({"targets": []}, "lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full"),
         ({"init": "spectral"}, "lowrank.init is spectral but with lowrank.base decay the factors start at zero;"),
+        ({"dense_steps": -1, "base": "none"}, "write a whole number, 0 for none"),
+        ({"dense_steps": 9}, "lowrank.dense_steps is 9 but lowrank.base is decay; write lowrank.base: none"),
+        (
+            {"dense_steps": 9, "base": "none", "measure": "product", "growth_init": "published"},
+            "write lowrank.growth_init: random",
+        ),
+        ({"dense_steps": 9, "base": "none", "freeze_step": 8}, "write a freeze_step of at least 9"),
         ({"init": "spectral_ones", "base": "frozen"}, "write lowrank.base: none or lowrank.init: orthogonal"),
         (
             {"initial_rank": 6, "buffer": 8, "multiple_of": 4},
@@ -114,6 +121,13 @@ def test_rule_follows_the_settings() -> None:
         ({"mode": "efficient", "freeze_step": 300}, RankPolicy(25, 300, 200)),
         ({"mode": "efficient", "base": "none", "freeze_step": 90}, RankPolicy(25, 90, None)),
         ({"mode": "efficient", "base": "none", "warmup_steps": 60}, RankPolicy(25, 60, None)),
+        ({"mode": "full", "base": "none", "dense_steps": 50}, RankPolicy(None, None, None)),
+        ({"mode": "fixed", "base": "none", "dense_steps": 50}, RankPolicy(None, None, None, dense_steps=50)),
+        ({"mode": "efficient", "base": "none", "dense_steps": 50}, RankPolicy(25, 50, None, dense_steps=50)),
+        (
+            {"mode": "efficient", "base": "none", "dense_steps": 50, "freeze_step": 90},
+            RankPolicy(25, 90, None, dense_steps=50),
+        ),
     ],
 )
 def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> None:
@@ -207,6 +221,16 @@ def test_patience_ends_growth_once_the_base_is_gone() -> None:
     assert policy.action(60, quiet=2) == "freeze"
     assert policy.action(61, quiet=2) is None
     assert policy.action(100, quiet=0) == "freeze"
+
+
+def test_dense_layers_are_factorised_once_and_grow_after_that() -> None:
+    policy = RankPolicy(10, 40, None, dense_steps=15)
+    actions = {step: action for step in range(41) if (action := policy.action(step))}
+    assert actions == {15: "factorise", 20: "grow", 30: "grow", 40: "freeze"}
+    assert [RankPolicy(None, None, None, dense_steps=2).action(step) for step in range(4)] == [
+        None, None, "factorise", None,
+    ]  # fmt: skip
+    assert RankPolicy(10, 15, None, dense_steps=15).action(15) == "freeze"
 
 
 def test_auto_freezes_at_the_fraction_at_the_latest_and_never_in_the_fade() -> None:

@@ -161,6 +161,8 @@ def check_event(
 ) -> None:
     """The moments of one factor move with the map of the other, which the factors tell; nothing else moves."""
     betas = (config.optimizer.beta1, config.optimizer.beta2)
+    if f"{layers[0]}.U" not in before:
+        return check_factorised(config, before, after, layers, step)
     for layer in layers:
         old = {factor: before[f"{layer}.{factor}"].double() for factor in "UV"}
         new = {factor: after[f"{layer}.{factor}"].double() for factor in "UV"}
@@ -190,6 +192,39 @@ def check_event(
             assert torch.equal(after[name], before[name]), f"{name} moved at a rank event"
 
 
+def check_factorised(
+    config: Config, before: dict[str, Tensor], after: dict[str, Tensor], layers: list[str], step: int
+) -> None:
+    """A dense layer becomes its best approximation, in balanced factors; moments move as gradients do."""
+    for layer in layers:
+        U, V = (after[f"{layer}.{factor}"].double() for factor in "UV")
+        left, sigma, right = torch.linalg.svd(before[f"{layer}.weight"].double(), full_matrices=False)
+        rank = U.shape[1]
+        near(U @ V.T, (left[:, :rank] * sigma[:rank]) @ right[:rank], 1e-5, f"{layer} is not the best approximation")
+        for factor in (U, V):
+            near(factor.T @ factor, sigma[:rank].diag(), 1e-5, f"{layer} is not balanced")
+        for factor, other in (("U", V), ("V", U)):
+            old = {
+                moment: before[f"optimizer.{moment}.{layer}.weight"].double()
+                for moment in rules(config, f"{layer}.{factor}")
+            }
+            old = {moment: each if factor == "U" else each.T for moment, each in old.items()}
+            new = {moment: after[f"optimizer.{moment}.{layer}.{factor}"].double() for moment in old}
+            if "momentum_buffer" in old:
+                near(new["momentum_buffer"], old["momentum_buffer"] @ other, 1e-4, f"momentum of {layer}.{factor}")
+                continue
+            near(new["exp_avg"], old["exp_avg"] @ other, 1e-4, f"exp_avg of {layer}.{factor}")
+            correction = 1 - config.optimizer.beta2**step
+            m = old["exp_avg"] / (1 - config.optimizer.beta1**step)
+            v = old["exp_avg_sq"] / correction
+            mapped = ((v - m.square()) @ other.square() + (m @ other).square()).abs() * correction
+            near(new["exp_avg_sq"], mapped, 1e-4, f"exp_avg_sq of {layer}.{factor}")
+    replaced = {f"{layer}.{factor}" for layer in layers for factor in ("U", "V", "weight")}
+    for name in after:
+        if not any(name.endswith(factor) for factor in replaced):
+            assert torch.equal(after[name], before[name]), f"{name} moved at a rank event"
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"schedule__warmup_steps": 4, "schedule__min_lr_ratio": 0.1},
     "llama": {
@@ -199,6 +234,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
     "no base": {"lowrank__base": "none", "lowrank__init": "spectral"},
     "full": {"lowrank__mode": "full"},
+    "dense first": {"lowrank__base": "none", "lowrank__dense_steps": 6, "lowrank__threshold": 0.7},
+    "dense first, fixed, lora_muon": {
+        "lowrank__base": "none", "lowrank__dense_steps": 6, "lowrank__mode": "fixed", "lowrank__initial_rank": 5,
+        "optimizer__name": "lora_muon",
+    },
     "muon": {"lowrank__mode": "full", "optimizer__name": "muon", "model__tie_embeddings": "false"},
     "spectron": {"optimizer__name": "spectron", "lowrank__targets": "[mlp]"},
     "lora_muon": {"optimizer__name": "lora_muon"},
@@ -209,6 +249,8 @@ MODELS: dict[str, dict[str, Any]] = {
     ("model", "engine", "world_size"),
     [
         ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
+        ("dense first", "local", 1), ("dense first, fixed, lora_muon", "local", 1),
+        slow("dense first, fixed, lora_muon", "fsdp", 3), nightly("dense first", "zero2", 2),
         ("muon", "local", 1), ("spectron", "local", 1), ("lora_muon", "local", 1),
         slow("muon", "fsdp", 3), slow("spectron", "fsdp", 3), slow("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
         slow("lora_muon", "ddp", 2),
@@ -223,6 +265,8 @@ def test_every_step_is_the_textbooks(pool: Pool, corpus: Path, model: str, engin
         corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1, **MODELS[model]
     )
     events = [] if model in ("sgd", "full", "muon") else ["grow", "grow", "freeze"]
+    if model.startswith("dense first"):
+        events = ["factorise" if "fixed" in model else "freeze"]
     for done in pool.run("test_reference_step:followed", config, world_size=world_size):
         assert done.count("step") == (12 if world_size == 1 else 4)
         assert [each for each in done if each != "step"] == events

@@ -16,7 +16,7 @@ from ..lowrank.convert import LayerLayout, Layout, convert
 from ..models import LanguageModel, flops_per_token
 from ..runtime.home import path_argument
 from ..train.checkpoint import peek_checkpoint
-from ..train.start import cost_setup, dense_skeleton, layer_shapes, start_layout
+from ..train.start import cost_setup, dense_skeleton, factored_layout, layer_shapes
 from .common import add_config_arguments, at_least_one, console, read_config
 from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
 
@@ -133,10 +133,13 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
     stages: dict[str, Layout] = {"dense": {}}
     if not shapes:
         return stages
-    start = start_layout(shapes, settings)
+    start = factored_layout(shapes, settings)
     modes = max(layer.modes for layer in start.values())
     base = " with base" if settings.base != "none" else ""
-    stages[f"at the start\n{modes} modes{base}"] = start
+    if not settings.dense_steps:
+        stages[f"at the start\n{modes} modes{base}"] = start
+    elif not settings.grows:
+        stages[f"after step {settings.dense_steps}\n{modes} modes"] = start
     stays = settings.base == "frozen"
     if not settings.grows:
         if base and not stays:

@@ -25,6 +25,7 @@ from ..optim import (
     decayed_parameters,
     map_moments,
     moment_names,
+    moments_of_right_factor,
     parameter_kinds,
 )
 from .context import Context
@@ -246,38 +247,69 @@ class Engine:
         events: Mapping[str, RankEvent],
         directions: Callable[[str], Tensor],
     ) -> None:
-        """Change the shapes of layers; only this process's rows are touched and nothing travels.
+        """Change the shapes of layers; only this process's rows are touched.
+
+        Nothing travels, unless dense layers become factors: then one all-reduce a layer, of ``8 in R`` bytes for each
+        of its moments.
 
         Args:
             layout: all low-rank layers as they shall be.
-            events: the maps of those whose rank changes.
+            events: the maps of those whose rank changes, and of dense layers that become factors, whose weight is
+                taken for ``U`` and the identity for ``V``.
             directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
         """
         tensors, moments = self._rows()
         for layer, event in events.items():
+            of_weight = None if layer in self.layout else self._as_factors(layer, tensors, moments)
             names = {factor: f"{layer}.{factor}" for factor in "UV"}
             U, V = (tensors[name] for name in names.values())
             Z = None
             if event.fresh:
-                in_features = cast(nn.Linear, self.skeleton.get_submodule(layer)).in_features
-                Z = directions(layer)[slice(*self.rows(in_features))].to(self.device)
+                Z = directions(layer)[slice(*self.rows(self._in_features(layer)))].to(self.device)
             factors = map_factors(event, U, V, Z)
             tensors[names["U"]], tensors[names["V"]] = factors.U, factors.V
+            settings = self.optimizer_settings
+            betas, rule = (settings.beta1, settings.beta2), settings.moments_on_event
             for factor, name in names.items():
                 if moments[name]:
                     moments[name] = map_moments(
-                        event,
-                        factor,
-                        moments[name],
-                        step=self.optimizer_steps,
-                        betas=(self.optimizer_settings.beta1, self.optimizer_settings.beta2),
-                        rule=self.optimizer_settings.moments_on_event,
+                        event, factor, moments[name], step=self.optimizer_steps, betas=betas, rule=rule
                     )
+            if of_weight:
+                size = len(tensors[names["V"]])
+                moments[names["V"]] = {name: factors.V.new_zeros(size, event.modes) for name in of_weight}
+                if rule == "transport":
+                    moments[names["V"]] = self._moments_of_right_factor(layer, of_weight, factors.U, betas)
         self.release()
         self._build(layout, lambda name, _: tensors[name])
         for name, parameter in self.parameters().items():
             self._set_moments(parameter, moments[name])
         self.check()
+
+    def _as_factors(
+        self, layer: str, tensors: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Rename a dense layer's weight to ``U`` and add the identity as ``V``; returns the moments of the weight."""
+        weight, in_features = f"{layer}.weight", self._in_features(layer)
+        tensors[f"{layer}.U"] = tensors.pop(weight)
+        tensors[f"{layer}.V"] = torch.eye(in_features, device=self.device)[slice(*self.rows(in_features))]
+        moments |= {f"{layer}.U": moments.pop(weight), f"{layer}.V": {}}
+        return moments[f"{layer}.U"]
+
+    def _moments_of_right_factor(
+        self, layer: str, of_weight: Mapping[str, Tensor], U: Tensor, betas: tuple[float, float]
+    ) -> dict[str, Tensor]:
+        """This process's rows of the moments of ``V`` after the layer was dense."""
+        out_features = cast(nn.Linear, self.skeleton.get_submodule(layer)).out_features
+        counted = {name: self.counted(moment, out_features) for name, moment in of_weight.items()}
+        rows = slice(*self.rows(self._in_features(layer)))
+        whole = moments_of_right_factor(
+            counted, self.counted(U, out_features), self.context.sum, step=self.optimizer_steps, betas=betas
+        )
+        return {name: moment[rows].clone() for name, moment in whole.items()}
+
+    def _in_features(self, layer: str) -> int:
+        return cast(nn.Linear, self.skeleton.get_submodule(layer)).in_features
 
     def _rows(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """This process's rows of every parameter, and of what the optimizer remembers of it."""
@@ -421,6 +453,19 @@ class Engine:
         return {
             layer: Factors(*(self._counted(parameters[f"{layer}.{factor}"]) for factor in "UV"))
             for layer in self.layout
+        }
+
+    def dense_factors(self, layers: Iterable[str]) -> dict[str, Factors]:
+        """The weights of dense layers as factors, ``U = W`` and ``V = I``: rows that this process alone counts."""
+        parameters = self.parameters()
+        return {
+            layer: Factors(
+                self._counted(parameters[f"{layer}.weight"]),
+                torch.eye(self._in_features(layer), device=self.device)[
+                    slice(*self.counted_rows(self._in_features(layer)))
+                ],
+            )
+            for layer in layers
         }
 
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:

@@ -51,7 +51,7 @@ class Decision:
     """What the rule says of one layer.
 
     Attributes:
-        before, after: active rank ``r`` before and after; ``after >= before``.
+        before, after: active rank ``r`` before and after; ``after >= before``, unless the layer was dense.
         explained: ``g(before)``, the share that the rank so far explains.
         reached: ``g(after)``, the share that the chosen rank explains; below the threshold where a cap stopped it.
         effective_rank: of the measured spectrum.
@@ -91,6 +91,21 @@ class RankRule:
     def modes(self, rank: int, dimension: int) -> int:
         """``R`` for an active rank: rank and buffer, at most ``dimension``."""
         return min(rank + self.buffer, dimension)
+
+    def first(self, sigma: Tensor, dimension: int, rank: int | None = None) -> Decision:
+        """The rank of a dense layer: the smallest that reaches the threshold, at most the cap.
+
+        Args:
+            sigma: at least ``dimension`` singular values, zeros behind them; float64, descending.
+            rank: what it shall be instead.
+        """
+        ratio = explained_ratio(sigma, dimension, self.criterion)
+        after = rank
+        if after is None:
+            reached = (ratio[1 : dimension + 1] >= self.threshold).nonzero()
+            after = 1 + int(reached[0]) if len(reached) else dimension
+            after = min(after + -after % self.multiple_of, self.cap(dimension))
+        return Decision(dimension, after, float(ratio[dimension]), float(ratio[after]), effective_rank(sigma))
 
     def decide(self, sigma: Tensor, rank: int, dimension: int) -> Decision:
         """Apply the rule once.

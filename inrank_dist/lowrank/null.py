@@ -48,6 +48,14 @@ class NullRanks:
             self._ranks[shape] = self.rule.decide(sigma, self.of(shape), min(shape)).after
         self.checks += 1
 
+    def start_dense(self, shapes: set[Shape]) -> None:
+        """Apply the rule for dense layers to untrained ones, i.i.d. Gaussian, of every shape."""
+        for shape in sorted({_tall(shape) for shape in shapes}):
+            weight = torch.randn(shape, generator=generator_for(self.seed, "null dense", *shape), dtype=torch.float64)
+            sigma = torch.linalg.eigvalsh(weight.T @ weight).clamp(min=0).sqrt().flip(0)
+            self._ranks[shape] = self.rule.first(sigma, min(shape)).after
+        self.checks += 1
+
     def of(self, shape: Shape) -> int:
         """Null rank of a shape after the checks so far."""
         return self._ranks.get(_tall(shape), self.initial_rank)

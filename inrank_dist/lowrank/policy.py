@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["grow", "freeze"]
+Action = Literal["factorise", "grow", "freeze"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,14 @@ class RankPolicy:
         decay_steps: the base's factor ``a`` goes linearly from 1 to 0 over this many steps, or None: no decaying base.
         patience: the rank is also frozen after this many decisions in a row in which no layer grew, or None. Not while
             the base fades: it would be left without its weight.
+        dense_steps: dense layers are factorised after this many steps; 0: they start as factors.
     """
 
     interval: int | None
     freeze_step: int | None
     decay_steps: int | None
     patience: int | None = None
+    dense_steps: int = 0
 
     def action(self, step: int, quiet: int = 0) -> Action | None:
         """What is due after ``step`` optimizer steps, as long as the rank is not frozen yet.
@@ -31,7 +33,9 @@ class RankPolicy:
         """
         if self.freeze_step is not None and step >= self.freeze_step:
             return "freeze"
-        if not self.interval or step == 0 or step % self.interval:
+        if step <= self.dense_steps:
+            return "factorise" if 0 < step == self.dense_steps else None
+        if not self.interval or step % self.interval:
             return None
         is_quiet = self.patience is not None and quiet >= self.patience
         return "freeze" if is_quiet and step >= (self.decay_steps or 0) else "grow"

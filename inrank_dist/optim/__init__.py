@@ -2,7 +2,7 @@
 
 from .groups import Kind, build_optimizer, decayed_parameters, parameter_kinds
 from .matrices import HeldRows
-from .moments import map_moments, moment_names
+from .moments import map_moments, moment_names, moments_of_right_factor
 from .settings import OptimizerSettings
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "decayed_parameters",
     "map_moments",
     "moment_names",
+    "moments_of_right_factor",
     "parameter_kinds",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..lowrank.division import AllReduce, sum_over_processes
 from ..lowrank.event import RankEvent, map_first_moment, map_second_moment
 from .groups import Kind
 from .settings import MomentRule, OptimizerSettings
@@ -51,3 +52,38 @@ def map_moments(
         else:
             mapped[name] = map_first_moment(event, moment, other)
     return mapped
+
+
+def moments_of_right_factor(
+    moments: Mapping[str, Tensor],
+    U: Tensor,
+    all_reduce: AllReduce,
+    *,
+    step: float,
+    betas: tuple[float, float],
+) -> dict[str, Tensor]:
+    """Moments of ``V`` after a weight ``W`` has become ``U V^T``: its gradient is ``G^T U`` where that of ``W`` is
+    ``G``.
+
+    One all-reduce of ``8 in R`` bytes for each moment. The second moment follows as in ``map_second_moment``.
+
+    Args:
+        moments: of ``W``, each the rows ``(rows, in)`` that this process alone counts.
+        U: the same rows of the new factor, ``(rows, R)``.
+        step: optimizer steps so far.
+
+    Returns:
+        Whole moments, each ``(in, R)``, equal in every process.
+    """
+    U, sums = U.double(), []
+    correction = {"exp_avg": 1 - betas[0] ** step, "exp_avg_sq": 1 - betas[1] ** step}
+    means = {name: moment.double() / correction.get(name, 1.0) for name, moment in moments.items()}
+    for name, mean in means.items():
+        if name == "exp_avg_sq":
+            sums.append((mean - means["exp_avg"].square()).T @ U.square())
+        else:
+            sums.append(mean.T @ U)
+    mapped = dict(zip(means, sum_over_processes(sums, all_reduce), strict=True))
+    if "exp_avg_sq" in mapped:
+        mapped["exp_avg_sq"] = (mapped["exp_avg_sq"] + mapped["exp_avg"].square()).abs()
+    return {name: (each * correction.get(name, 1.0)).to(moments[name].dtype) for name, each in mapped.items()}

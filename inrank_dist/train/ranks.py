@@ -50,14 +50,16 @@ class RankEvents:
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
         self.multiple = settings.final_multiple(engine.device.type)
         self.processes = engine.context.processes
-        self.measures_update = settings.base == "none" and settings.measure == "update"
+        self.measures_update = settings.measures_update
         self._born = self._draw_born
         if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
             self._born = cache(self._born)
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
         self._born_rows = cache(self._draw_born_rows)
-        born = self._born if settings.base == "none" and settings.measure == "product" else None
+        born = None
+        if settings.base == "none" and settings.measure == "product" and not settings.dense_steps:
+            born = self._born
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
         self.explained: dict[str, float] = {}
@@ -66,7 +68,12 @@ class RankEvents:
 
     def due(self, step: int) -> Action | None:
         """What is due after ``step`` completed optimizer steps."""
-        return self.policy.action(step, self.quiet) if self.shapes and not self.frozen else None
+        if not self.shapes or self.frozen:
+            return None
+        action = self.policy.action(step, self.quiet)
+        if not self.engine.layout:  # dense; also where a resumed run has fewer dense steps than it had
+            return action if action == "freeze" or step < self.policy.dense_steps else "factorise"
+        return None if action == "factorise" else action
 
     def before_step(self, step: int) -> None:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
@@ -89,6 +96,7 @@ class RankEvents:
         began = time.perf_counter()
         action = self.due(step)
         layout = dict(self.engine.layout)
+        was_dense = not layout
         removes_base = self.policy.removes_base(step) and any(layer.base for layer in layout.values())
         if removes_base:
             layout = {name: dataclasses.replace(layer, base=False) for name, layer in layout.items()}
@@ -107,18 +115,15 @@ class RankEvents:
             if self.settings.growth_init == "published":
                 self._open_as_published(fresh, step)
         if action:
-            self._remember(decisions, found, action)
+            self._remember(decisions, found, action, was_dense=was_dense)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
 
     def _decide(self, action: Action, step: int) -> tuple[dict[str, Decision], dict[str, int], Spectra]:
         """What becomes of every layer, the rank that the rule by itself found in it, and the spectra of the products of
         the layers whose modes change (of all, where those are what the rule looks at)."""
-        factors = self.engine.factors()
+        factors = self._factors()
         measured = self._measure(self._updates() if self.measures_update else factors, step)
-        decisions = {
-            name: self.rule.decide(sigma, self.engine.layout[name].rank, min(self.shapes[name]))
-            for name, sigma in measured.sigma.items()
-        }
+        decisions = {name: self._decision(name, sigma) for name, sigma in measured.sigma.items()}
         found = {name: decision.after for name, decision in decisions.items()}
         product = measured
         if self.measures_update:
@@ -134,6 +139,17 @@ class RankEvents:
                 decisions[name] = dataclasses.replace(decisions[name], after=rank, reached=reached)
         self._agree(product, decisions)
         return decisions, found, product
+
+    def _decision(self, name: str, sigma: Tensor) -> Decision:
+        """What the rule says of a layer."""
+        dimension = min(self.shapes[name])
+        if self.engine.layout:
+            return self.rule.decide(sigma, self.engine.layout[name].rank, dimension)
+        return self.rule.first(sigma, dimension, None if self.settings.grows else self.settings.initial_rank)
+
+    def _factors(self) -> dict[str, Factors]:
+        """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
+        return self.engine.factors() if self.engine.layout else self.engine.dense_factors(self.shapes)
 
     def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
         try:
@@ -173,14 +189,14 @@ class RankEvents:
         for name, decision in decisions.items():
             rank = decision.after
             modes = rank if action == "freeze" else self.rule.modes(rank, min(self.shapes[name]))
-            changed[name] = dataclasses.replace(layout[name], rank=rank, modes=modes)
+            changed[name] = LayerLayout(rank, modes, base=name in layout and layout[name].base)
         return {**layout, **changed}
 
     def _plan(
         self, layout: Mapping[str, LayerLayout], product: Spectra, action: Action, step: int
     ) -> dict[str, RankEvent]:
         """The maps of the layers that change, the same in every process."""
-        if action == "freeze":
+        if action != "grow":
             events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes)
         else:
             modes = {name: (self.engine.layout[name].modes, layout[name].modes) for name in product.sigma}
@@ -192,7 +208,7 @@ class RankEvents:
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
                 # A copy of the rows: a view would keep every layer's whole Z alive at once.
                 directions[name] = directions[name].to(self.engine.device, copy=True)
-        return orthogonalise(events, self.engine.factors(), product, directions, self.processes)
+        return orthogonalise(events, self._factors(), product, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
         """The whole random ``Z: (in, F)`` of a layer, the same in every process; drawn again rather than kept."""
@@ -221,11 +237,17 @@ class RankEvents:
         generator = generator_for(self.seed, "null born", out_features, in_features)
         return start_factors(out_features, in_features, modes, self.settings.init, 1.0, generator)
 
-    def _remember(self, decisions: Mapping[str, Decision], found: dict[str, int], action: Action) -> None:
-        self.null.advance(set(self.shapes.values()))
+    def _remember(
+        self, decisions: Mapping[str, Decision], found: dict[str, int], action: Action, *, was_dense: bool
+    ) -> None:
+        shapes = set(self.shapes.values())
+        if not was_dense:
+            self.null.advance(shapes)
+        elif self.settings.grows:
+            self.null.start_dense(shapes)
         self.found = found
         self.explained = {name: decision.reached for name, decision in decisions.items()}
-        self.quiet = 0 if any(d.after > d.before for d in decisions.values()) else self.quiet + 1
+        self.quiet = 0 if was_dense or any(d.after > d.before for d in decisions.values()) else self.quiet + 1
         self.frozen = action == "freeze"
         if self.frozen:
             self._born_rows.cache_clear()
@@ -243,7 +265,7 @@ class RankEvents:
         rank after it."""
         records: list[Record] = []
         when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold}
-        null = {name: self.null.of(self.shapes[name]) for name in decisions}
+        null = {name: self.null.of(self.shapes[name]) if self.null.checks else None for name in decisions}
         if action:
             layers = {
                 name: {
