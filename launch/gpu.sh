@@ -3,7 +3,7 @@
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
 #   parity  every engine, precision and way to run against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
-#   study   dense AdamW, dense Muon, LoRA-Muon at low rank and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
+#   study   dense AdamW, dense Muon, LoRA-Muon at low rank, dense first and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
 #           Text: FOLDER/train/**/*.txt, validated on FOLDER/valid/**/*.txt; without --data the source of Python's own library
 #   --toy   the same in small shapes, which a CPU does in minutes
 # With the python3 on PATH where that has what it needs; else it makes the environment.
@@ -56,7 +56,7 @@ train: {steps: 400, global_batch_size: 32, micro_batch_size: 32, precision: bf16
 lowrank: {interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
 tokenizer: {vocab_size: 8192}
 eval: {interval: 200, batches: 8, sample_tokens: 0}"
-    local wide="model.hidden_size: 768, model.num_heads: 12" rank=128
+    local wide="model.hidden_size: 768, model.num_heads: 12" rank=128 dense=120
     if [ "$toy" ]; then
         settings="run: {seed: 0}
 model: {name: gpt2, num_layers: 2, num_heads: 2, hidden_size: 32, max_seq_len: 32}
@@ -64,7 +64,7 @@ train: {steps: 16, global_batch_size: 8, micro_batch_size: 8}
 lowrank: {interval: 4, warmup_steps: 8, initial_rank: 2, buffer: 2, multiple_of: 1}
 tokenizer: {vocab_size: 512}
 eval: {interval: 8, batches: 1, sample_tokens: 0}"
-        wide="model.hidden_size: 48" rank=8
+        wide="model.hidden_size: 48" rank=8 dense=5
     fi
     settings+="
 optimizer: {lr: 2.0e-3}
@@ -79,7 +79,7 @@ data: {source: files, paths: ['$data/train/**/*.txt'], validation_paths: ['$data
 data: {source: stdlib, cache_dir: '$out/cache', max_bytes: $([ "$toy" ] && echo 400000 || echo null)}"
     fi
     echo "$settings" >"$out/base.yaml"
-    local fixed="lowrank.mode: fixed, lowrank.base: none, lowrank.init: spectral, lowrank.initial_rank: $rank"
+    local fixed="lowrank.mode: fixed, lowrank.base: none, lowrank.initial_rank: $rank"
     cat >"$out/gpu-study.yaml" <<END
 base: base.yaml
 dir: $out/study
@@ -93,7 +93,10 @@ variants:
     settings: {lowrank.mode: full, optimizer.name: muon, optimizer.matrix_lr: 0.02}
   LoRA-Muon, fixed rank:
     control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed}
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.init: spectral}
+  LoRA-Muon, dense first:
+    control: Muon dense
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.dense_steps: $dense}
   LoRA-Muon, InRank:
     control: Muon dense
     settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02}
