@@ -78,10 +78,16 @@ class Config:
                 f"lowrank freezes at step {low.freeze_at(steps)} but train.steps is {steps}; "
                 f"write a lowrank.freeze_step of at most {steps}, or lowrank.mode: inrank"
             )
-        if low.mode != "full" and low.dense_steps >= steps:
+        dense = low.dense_steps(steps)
+        if dense >= steps:
             raise UserError(
-                f"lowrank.dense_steps is {low.dense_steps} but train.steps is {steps}, so no layer would be factored; "
-                f"write fewer than {steps}, or lowrank.mode: full"
+                f"lowrank.dense_fraction is {low.dense_fraction} but train.steps is {steps}, so no layer would be "
+                "factored; write a lower fraction, more steps, or lowrank.mode: full"
+            )
+        if dense and low.mode == "efficient" and isinstance(low.freeze_step, int) and low.freeze_step < dense:
+            raise UserError(
+                f"lowrank.freeze_step is {low.freeze_step} but with lowrank.dense_fraction {low.dense_fraction} the "
+                f"layers are dense until step {dense}; write a freeze_step of at least {dense}"
             )
         if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
             raise UserError(

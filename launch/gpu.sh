@@ -56,7 +56,7 @@ train: {steps: 400, global_batch_size: 32, micro_batch_size: 32, precision: bf16
 lowrank: {interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
 tokenizer: {vocab_size: 8192}
 eval: {interval: 200, batches: 8, sample_tokens: 0}"
-    local wide="model.hidden_size: 768, model.num_heads: 12" rank=128 dense=120
+    local wide="model.hidden_size: 768, model.num_heads: 12" rank=128
     if [ "$toy" ]; then
         settings="run: {seed: 0}
 model: {name: gpt2, num_layers: 2, num_heads: 2, hidden_size: 32, max_seq_len: 32}
@@ -64,7 +64,7 @@ train: {steps: 16, global_batch_size: 8, micro_batch_size: 8}
 lowrank: {interval: 4, warmup_steps: 8, initial_rank: 2, buffer: 2, multiple_of: 1}
 tokenizer: {vocab_size: 512}
 eval: {interval: 8, batches: 1, sample_tokens: 0}"
-        wide="model.hidden_size: 48" rank=8 dense=5
+        wide="model.hidden_size: 48" rank=8
     fi
     settings+="
 optimizer: {lr: 2.0e-3}
@@ -96,7 +96,7 @@ variants:
     settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.init: spectral}
   LoRA-Muon, dense first:
     control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.dense_steps: $dense}
+    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.dense_fraction: 0.3}
   LoRA-Muon, InRank:
     control: Muon dense
     settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02}

@@ -264,7 +264,12 @@ def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_pat
         {"optimizer__name": "sgd", "optimizer__lr": 0.1},
         {"optimizer__name": "sgd", "optimizer__lr": 0.1, "optimizer__beta1": 0.0},
         {"lowrank__freeze_step": "auto", "lowrank__freeze_patience": 1, "lowrank__growth_init": "gradient"},
-        {"lowrank__base": "none", "lowrank__dense_steps": 8, "lowrank__freeze_step": 24, "lowrank__threshold": 0.8},
+        {
+            "lowrank__base": "none",
+            "lowrank__dense_fraction": 0.27,
+            "lowrank__freeze_step": 24,
+            "lowrank__threshold": 0.8,
+        },
     ],
     ids=["sgd", "sgd without momentum", "auto, gradient", "dense first"],
 )

@@ -171,20 +171,20 @@ VARIANTS = {
     "full": {"lowrank__mode": "full"},
     "dense, then growth": {
         "lowrank__base": "none",
-        "lowrank__dense_steps": 3,
+        "lowrank__dense_fraction": 0.25,
         "lowrank__freeze_step": 9,
         "lowrank__threshold": 0.8,
     },
     "dense, then fixed": {
         "lowrank__mode": "fixed",
         "lowrank__base": "none",
-        "lowrank__dense_steps": 5,
+        "lowrank__dense_fraction": 0.4,
         "lowrank__initial_rank": 6,
     },
     "dense, lora_muon": {
         "optimizer__name": "lora_muon",
         "lowrank__base": "none",
-        "lowrank__dense_steps": 4,
+        "lowrank__dense_fraction": 0.3,
         "lowrank__final": "budget",
         "lowrank__final_budget": 0.3,
     },
@@ -231,7 +231,7 @@ def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, v
     assert_same_run(result, reference, 2)
     rebuilt = {record["kind"] for record in reference.records} & {"rank_event", "base_removed"}
     settings = config.lowrank
-    assert ("rank_event" in rebuilt) == (settings.grows or settings.dense_steps > 0)
+    assert ("rank_event" in rebuilt) == (settings.grows or settings.dense_fraction > 0)
     assert ("base_removed" in rebuilt) == (settings.mode != "full" and settings.base == "decay")
     if settings.base == "decay" or settings.base == "none":
         assert not any(base for _, _, base in reference.table.values())

@@ -127,7 +127,11 @@ def damaged(trained: Path, tmp_path: Path) -> Path:
         ("--lowrank.multiple_of 4", "lowrank.initial_rank is 2, not a multiple of lowrank.multiple_of 4; write 4"),
         ("--lowrank.freeze_step 10", "lowrank.freeze_step is 10"),
         ("--lowrank.freeze_step 31", "lowrank freezes at step 31 but train.steps is 30"),
-        ("--lowrank.base none --lowrank.dense_steps 30", "lowrank.dense_steps is 30 but train.steps is 30"),
+        ("--lowrank.base none --lowrank.dense_fraction 0.99", "lowrank.dense_fraction is 0.99 but train.steps is 30"),
+        (
+            "--lowrank.base none --lowrank.dense_fraction 0.5 --lowrank.freeze_step 10",
+            "the layers are dense until step 15; write a freeze_step of at least 15",
+        ),
         ("--lowrank.mode inrank --lowrank.warmup_steps 31", "lowrank.warmup_steps is 31 but train.steps is 30"),
         ("--lowrank.init spectral", "lowrank.init is spectral"),
         ("--lowrank.targets [embed]", "'embed' matches no linear layer"),

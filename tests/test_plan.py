@@ -166,10 +166,10 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
         out = capsys.readouterr().out
         assert all(stage in out for stage in stages)
         assert "dense" in out
-    dense = ["--lowrank.mode", "fixed", "--lowrank.base", "none", "--lowrank.dense_steps", "50"]
+    dense = ["--lowrank.mode", "fixed", "--lowrank.base", "none", "--lowrank.dense_fraction", "0.25"]
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *dense]) == 0
     out = capsys.readouterr().out
-    assert "after step 50" in out and "at the start" not in out
+    assert "after step 150" in out and "at the start" not in out
 
 
 LONG = WIDE | {"model__max_seq_len": 96, "train__global_batch_size": 4, "train__micro_batch_size": 4}

@@ -234,9 +234,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer__name": "sgd", "optimizer__lr": 0.1},
     "no base": {"lowrank__base": "none", "lowrank__init": "spectral"},
     "full": {"lowrank__mode": "full"},
-    "dense first": {"lowrank__base": "none", "lowrank__dense_steps": 6, "lowrank__threshold": 0.7},
+    "dense first": {"lowrank__base": "none", "lowrank__dense_fraction": 0.5, "lowrank__threshold": 0.7},
     "dense first, fixed, lora_muon": {
-        "lowrank__base": "none", "lowrank__dense_steps": 6, "lowrank__mode": "fixed", "lowrank__initial_rank": 5,
+        "lowrank__base": "none", "lowrank__dense_fraction": 0.5, "lowrank__mode": "fixed", "lowrank__initial_rank": 5,
         "optimizer__name": "lora_muon",
     },
     "muon": {"lowrank__mode": "full", "optimizer__name": "muon", "model__tie_embeddings": "false"},

@@ -136,10 +136,10 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
     start = factored_layout(shapes, settings)
     modes = max(layer.modes for layer in start.values())
     base = " with base" if settings.base != "none" else ""
-    if not settings.dense_steps:
+    if not settings.dense_fraction:
         stages[f"at the start\n{modes} modes{base}"] = start
     elif not settings.grows:
-        stages[f"after step {settings.dense_steps}\n{modes} modes"] = start
+        stages[f"after step {settings.dense_steps(config.train.steps)}\n{modes} modes"] = start
     stays = settings.base == "frozen"
     if not settings.grows:
         if base and not stays:

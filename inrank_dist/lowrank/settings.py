@@ -27,8 +27,8 @@ class LowRankSettings:
     """Layers to factor: mlp, attention, all, or regular expressions searched in the layer's name."""
     initial_rank: int = 8
     """Active rank r at the start (in mode fixed: the rank)."""
-    dense_steps: int = 0
-    """Optimizer steps that the layers are trained dense before the best approximation of each takes its place
+    dense_fraction: float = 0.0
+    """Fraction of train.steps that the layers are trained dense before the best approximation of each takes its place
     (arXiv 2305.02538): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in its spectrum.
     0: they start as factors."""
     buffer: int = 8
@@ -48,12 +48,12 @@ class LowRankSettings:
     interval: int = 25
     """Optimizer steps between two decisions."""
     warmup_steps: int = 200
-    """Optimizer steps over which a decaying base fades; also the default of freeze_step, unless there are
-    dense_steps."""
+    """Optimizer steps over which a decaying base fades; also the default of freeze_step, unless there is a
+    dense_fraction."""
     freeze_step: int | Literal["auto"] | None = None
-    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps, or dense_steps where there are any;
-    auto: at the decision after freeze_patience decisions without growth, at the latest after freeze_fraction of
-    train.steps."""
+    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps, or the end of
+    dense_fraction where there is one; auto: at the decision after freeze_patience decisions without growth, at the
+    latest after freeze_fraction of train.steps."""
     freeze_patience: int = 3
     """With freeze_step auto: decisions in a row without growth in any layer after which the rank is frozen."""
     freeze_fraction: float = 0.5
@@ -83,8 +83,10 @@ class LowRankSettings:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"lowrank.{name} is {value}; write a whole number of at least 1")
-        if self.dense_steps < 0:
-            raise ValueError(f"lowrank.dense_steps is {self.dense_steps}; write a whole number, 0 for none")
+        if not 0 <= self.dense_fraction < 1:
+            raise ValueError(
+                f"lowrank.dense_fraction is {self.dense_fraction}; write a fraction from 0, for none, to below 1"
+            )
         if self.buffer < 0 or (self.grows and self.buffer == 0):
             raise ValueError(
                 f"lowrank.buffer is {self.buffer}; the rank grows into the buffer, so write a whole number of "
@@ -106,7 +108,7 @@ class LowRankSettings:
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
-        if self.dense_steps:
+        if self.dense_fraction:
             self._check_dense_start()
         published = self.grows and self.growth_init == "published"
         if published and self.measure != "product":
@@ -138,21 +140,16 @@ class LowRankSettings:
             )
 
     def _check_dense_start(self) -> None:
-        told = f"lowrank.dense_steps is {self.dense_steps}"
+        told = f"lowrank.dense_fraction is {self.dense_fraction}"
         if self.base != "none":
             raise ValueError(f"{told} but lowrank.base is {self.base}; write lowrank.base: none")
         if self.growth_init == "published":
             raise ValueError(f"{told} but lowrank.growth_init is published; write lowrank.growth_init: random")
-        if isinstance(self.freeze_step, int) and self.freeze_step < self.dense_steps:
-            raise ValueError(
-                f"{told} but lowrank.freeze_step is {self.freeze_step}; write a freeze_step of at least "
-                f"{self.dense_steps}"
-            )
 
     @property
     def measures_update(self) -> bool:
         """Whether the rule looks at what was learned where that is not the product of the factors."""
-        return self.base == "none" and self.measure == "update" and not self.dense_steps
+        return self.base == "none" and self.measure == "update" and not self.dense_fraction
 
     @property
     def grows(self) -> bool:
@@ -163,8 +160,14 @@ class LowRankSettings:
         """Latest step of the freeze in mode ``efficient``, in a run of ``steps``."""
         if self.freeze_step == "auto":
             latest = max(round(self.freeze_fraction * steps), 1)
-            return max(latest, self.warmup_steps if self.base == "decay" else self.dense_steps)
-        return (self.dense_steps or self.warmup_steps) if self.freeze_step is None else self.freeze_step
+            return max(latest, self.warmup_steps if self.base == "decay" else self.dense_steps(steps))
+        return (self.dense_steps(steps) or self.warmup_steps) if self.freeze_step is None else self.freeze_step
+
+    def dense_steps(self, steps: int) -> int:
+        """Optimizer steps that the layers are trained dense, in a run of ``steps``."""
+        if self.mode == "full" or not self.dense_fraction:
+            return 0
+        return max(round(self.dense_fraction * steps), 1)
 
     @property
     def rule(self) -> RankRule:
@@ -188,7 +191,7 @@ class LowRankSettings:
             freeze_step=self.freeze_at(steps) if self.mode == "efficient" else None,
             decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
             patience=self.freeze_patience if self.mode == "efficient" and self.freeze_step == "auto" else None,
-            dense_steps=self.dense_steps if self.mode != "full" else 0,
+            dense_steps=self.dense_steps(steps),
         )
 
     def without_effect(self) -> list[tuple[str, str]]:
@@ -209,11 +212,11 @@ class LowRankSettings:
             idle.append(("final_budget", f"lowrank.final is {self.final}"))
         if self.grows and self.base != "none":
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
-        if self.base != "decay" and (self.mode != "efficient" or self.freeze_step is not None or self.dense_steps):
+        if self.base != "decay" and (self.mode != "efficient" or self.freeze_step is not None or self.dense_fraction):
             idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
-        if self.dense_steps:
-            idle.append(("init", "with lowrank.dense_steps the factors come from the dense weights"))
+        if self.dense_fraction:
+            idle.append(("init", "with lowrank.dense_fraction the factors come from the dense weights"))
             if self.grows:
-                idle.append(("measure", "with lowrank.dense_steps the rule looks at the product"))
-                idle.append(("initial_rank", "with lowrank.dense_steps the rule finds the first rank as well"))
+                idle.append(("measure", "with lowrank.dense_fraction the rule looks at the product"))
+                idle.append(("initial_rank", "with lowrank.dense_fraction the rule finds the first rank as well"))
         return idle

@@ -83,7 +83,7 @@ class Trainer:
         shapes = layer_shapes(skeleton, config.lowrank)
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
-        is_dense = config.lowrank.dense_steps > 0 and not layout  # not yet factorised
+        is_dense = config.lowrank.dense_fraction > 0 and not layout  # not yet factorised
         if layout.keys() != shapes.keys() and not is_dense:
             raise UserError(
                 f"{config.run.folder} has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
@@ -403,7 +403,7 @@ class Trainer:
                 "validation_tokens": self.data.validation_tokens,
                 "ranks": {name: layer.rank for name, layer in self.engine.layout.items()},
                 "rank_table": self.ranks.table(),  # after a resume, as it was at the last decision
-                "initial_rank": None if self.config.lowrank.dense_steps else self.config.lowrank.initial_rank,
+                "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
                 "threshold": self.config.lowrank.threshold,
             }
         )
@@ -425,7 +425,7 @@ class Trainer:
                 "parameters_dense": self.parameters_dense,
                 "parameters_start": self.parameters_start,
                 "ranks": self.ranks.table(),
-                "initial_rank": None if self.config.lowrank.dense_steps else self.config.lowrank.initial_rank,
+                "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
                 "threshold": self.config.lowrank.threshold,
                 "seed": self.config.run.seed,
                 "world_size": self.context.world_size,

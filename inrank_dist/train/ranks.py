@@ -58,7 +58,7 @@ class RankEvents:
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
         self._born_rows = cache(self._draw_born_rows)
         born = None
-        if settings.base == "none" and settings.measure == "product" and not settings.dense_steps:
+        if settings.base == "none" and settings.measure == "product" and not settings.dense_fraction:
             born = self._born
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)

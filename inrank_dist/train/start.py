@@ -68,7 +68,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
 
 def start_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
     """The layout before the first step; without layers where they are dense then."""
-    return {} if settings.dense_steps else factored_layout(shapes, settings)
+    return {} if settings.dense_fraction else factored_layout(shapes, settings)
 
 
 def factored_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
