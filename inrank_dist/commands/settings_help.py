@@ -3,12 +3,14 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 
 from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of
 from ..runtime.yaml_text import shown
 
 
+@functools.cache  # a tenth of a second
 def settings_help() -> str:
     """All settings by section: how to write them, what they mean, what they are when left out."""
     parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
