@@ -125,6 +125,17 @@ class Config:
             for section, kind in SECTIONS.items()
         }
 
+    def cautions(self) -> list[str]:
+        """Sentences about settings that do something else than they seem to."""
+        name = self.optimizer.name
+        if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.final == "budget":
+            return []
+        sentence = (
+            f"with optimizer.name {name} the rule finds nearly the same ranks where there is nothing to learn, because "
+            "all modes move at one pace; choose the rank: lowrank.mode fixed, or lowrank.final budget"
+        )
+        return [sentence]
+
     def without_effect(self, given: Iterable[str]) -> list[str]:
         """Sentences about the dotted keys in ``given`` that do nothing in this configuration.
 

@@ -304,3 +304,18 @@ def test_help_lists_every_setting_with_its_meaning(capsys: pytest.CaptureFixture
 
 def test_what_a_resumed_run_cannot_change_exists() -> None:
     assert set(HARMLESS) <= set(SECTIONS) | set(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--optimizer.name=lora_muon", True),
+        ("--optimizer.name=spectron --lowrank.mode=inrank", True),
+        ("--optimizer.name=lora_muon --lowrank.mode=fixed", False),
+        ("--optimizer.name=lora_muon --lowrank.final=budget", False),
+        ("", False),
+    ],
+)
+def test_a_rank_that_is_not_of_the_data_is_told(words: str, told: bool) -> None:
+    config, _ = load_config(next(path for path in CONFIGS if path.stem == "quickstart"), words.split())
+    assert bool(config.cautions()) == told

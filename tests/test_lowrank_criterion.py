@@ -220,3 +220,27 @@ def test_first_rank_of_a_dense_layer() -> None:
     assert rule(threshold=0.5).first(sigma, 6, rank=4).after == 4
     longer = torch.cat([sigma, sigma.new_zeros(6)])  # of W and the identity there are as many values as inputs
     assert rule(threshold=0.95).first(longer, 6).after == 3
+
+
+@settings(max_examples=150, deadline=None)
+@given(sigma=spectra, starts=st.tuples(st.integers(1, 24), st.integers(1, 24)), threshold=st.floats(0.05, 0.99))
+def test_a_rank_that_may_shrink_does_not_depend_on_the_rank_before(
+    sigma: Tensor, starts: tuple[int, int], threshold: float
+) -> None:
+    size = len(sigma)
+    ranks = [
+        rule(threshold=threshold, buffer=24).decide(sigma, min(start, size), size, may_shrink=True).after
+        for start in starts
+    ]
+    ratio = explained_ratio(sigma, size, "energy").tolist()
+    smallest = next((q for q in range(1, size + 1) if ratio[q] >= threshold), size)
+    assert ranks == [smallest, smallest]
+
+
+def test_a_rank_shrinks_only_where_it_may() -> None:
+    sigma = spectrum([4.0, 2.0, 1.0, 1.0])  # energies 16, 4, 1, 1: shares 0.727, 0.909, 0.955, 1
+    assert rule(threshold=0.9).decide(sigma, 3, 4).after == 3
+    shrunk = rule(threshold=0.9).decide(sigma, 3, 4, may_shrink=True)
+    assert (shrunk.before, shrunk.after) == (3, 2) and shrunk.reached == pytest.approx(20 / 22)
+    assert rule(threshold=0.9, multiple_of=4).decide(sigma, 4, 4, may_shrink=True).after == 4
+    assert rule(threshold=0.7).decide(sigma, 3, 4, may_shrink=True).after == 1

@@ -222,3 +222,11 @@ def test_dense_start_is_the_rule_on_an_untrained_weight() -> None:
     before = null.of((100, 70))
     null.advance({(100, 70)})  # growth goes on from there
     assert null.of((100, 70)) >= before
+
+
+def test_the_null_shrinks_as_the_run_does() -> None:
+    null = NullRanks(small_rule(criterion="energy", max_rank_fraction=1.0), 40, seed=0)
+    null.advance({(100, 70)})
+    assert null.of((100, 70)) >= 40
+    null.advance({(100, 70)}, may_shrink=True)
+    assert null.of((100, 70)) < 40  # 0.9 of the energy of 52 untrained modes

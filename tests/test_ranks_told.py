@@ -98,6 +98,19 @@ def test_a_resumed_run_knows_what_was_found_and_measured(capsys: pytest.CaptureF
     assert "mean rank 8.0 (found 13.0, null rank 31.0, explained 0.85)" in capsys.readouterr().out
 
 
+def test_no_rank_is_pinned_where_the_freeze_could_lower_it() -> None:
+    table = RankTable()
+    for record in (start(), GROWN):
+        table.update(record)
+    assert len(table.pinned_layers) == 3
+    table.update({**FROZEN, "shrinks": True})
+    assert table.pinned_layers == []
+    resumed = RankTable()
+    known = {"rank": 8, "found": 8, "null_rank": 31, "reached": 0.95}
+    resumed.update({**start(), "rank_table": dict.fromkeys(NAMES, known), "shrinks": True})
+    assert resumed.pinned_layers == []
+
+
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which some layers are pinned and the freeze cuts others."""

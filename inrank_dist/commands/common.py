@@ -40,7 +40,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def read_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> Config | None:
     """The configuration, or None when it was only to be printed. Warns of settings that have no effect."""
     config, given = load_config(arguments.config, overrides)
-    for sentence in config.without_effect(given):
+    for sentence in (*config.without_effect(given), *config.cautions()):
         log.warning("warning: %s", sentence)
     if arguments.print_config:
         print(config.to_yaml(), end="")

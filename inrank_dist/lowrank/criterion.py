@@ -51,7 +51,7 @@ class Decision:
     """What the rule says of one layer.
 
     Attributes:
-        before, after: active rank ``r`` before and after; ``after >= before``, unless the layer was dense.
+        before, after: active rank ``r`` before and after.
         explained: ``g(before)``, the share that the rank so far explains.
         reached: ``g(after)``, the share that the chosen rank explains; below the threshold where a cap stopped it.
         effective_rank: of the measured spectrum.
@@ -107,21 +107,22 @@ class RankRule:
             after = min(after + -after % self.multiple_of, self.cap(dimension))
         return Decision(dimension, after, float(ratio[dimension]), float(ratio[after]), effective_rank(sigma))
 
-    def decide(self, sigma: Tensor, rank: int, dimension: int) -> Decision:
+    def decide(self, sigma: Tensor, rank: int, dimension: int, *, may_shrink: bool = False) -> Decision:
         """Apply the rule once.
 
         Args:
             sigma: ``(R,)`` float64 singular values, descending.
             rank: present active rank ``r``.
             dimension: ``min(in, out)`` of the layer.
+            may_shrink: also lower ``r`` to the smallest ``q`` that reaches the threshold.
         """
         ratio = explained_ratio(sigma, dimension, self.criterion)
         last = min(len(ratio) - 1, self.modes(rank, dimension))
         present = float(ratio[min(rank, last)])
-        after = rank
-        if present < self.threshold:
-            reached = (ratio[rank : last + 1] >= self.threshold).nonzero()
-            after = rank + int(reached[0]) if len(reached) else last
+        after, least = rank, 1 if may_shrink else rank
+        if present < self.threshold or may_shrink:
+            reached = (ratio[least : last + 1] >= self.threshold).nonzero()
+            after = least + int(reached[0]) if len(reached) else last
             after += -after % self.multiple_of
-            after = max(rank, min(after, self.cap(dimension)))
+            after = max(least, min(after, self.cap(dimension)))
         return Decision(rank, after, present, float(ratio[min(after, len(ratio) - 1)]), effective_rank(sigma))

@@ -41,11 +41,12 @@ class NullRanks:
         self.checks = 0
         self._ranks: dict[Shape, int] = {}
 
-    def advance(self, shapes: set[Shape]) -> None:
+    def advance(self, shapes: set[Shape], *, may_shrink: bool = False) -> None:
         """Apply the rule once more to every shape. ``shapes`` is the same set at each call."""
         for shape in sorted({_tall(shape) for shape in shapes}):
             sigma = singular_values(self._grams(shape))
-            self._ranks[shape] = self.rule.decide(sigma, self.of(shape), min(shape)).after
+            decision = self.rule.decide(sigma, self.of(shape), min(shape), may_shrink=may_shrink)
+            self._ranks[shape] = decision.after
         self.checks += 1
 
     def start_dense(self, shapes: set[Shape]) -> None:

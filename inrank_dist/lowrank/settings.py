@@ -22,7 +22,7 @@ class LowRankSettings:
 
     mode: Mode = "efficient"
     """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows
-    during the warm-up and is then frozen."""
+    during the warm-up and is then frozen, at the smallest rank that reaches the threshold."""
     targets: list[str] = field(default_factory=lambda: ["mlp"])
     """Layers to factor: mlp, attention, all, or regular expressions searched in the layer's name."""
     initial_rank: int = 8
@@ -150,6 +150,12 @@ class LowRankSettings:
     def measures_update(self) -> bool:
         """Whether the rule looks at what was learned where that is not the product of the factors."""
         return self.base == "none" and self.measure == "update" and not self.dense_fraction
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the freeze may lower a rank: to the smallest that reaches the threshold. The published one never
+        does."""
+        return self.mode == "efficient" and self.growth_init != "published"
 
     @property
     def grows(self) -> bool:

@@ -405,6 +405,7 @@ class Trainer:
                 "rank_table": self.ranks.table(),  # after a resume, as it was at the last decision
                 "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
                 "threshold": self.config.lowrank.threshold,
+                "shrinks": self.ranks.shrinks,
             }
         )
 
@@ -427,6 +428,7 @@ class Trainer:
                 "ranks": self.ranks.table(),
                 "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
                 "threshold": self.config.lowrank.threshold,
+                "shrinks": self.ranks.shrinks,
                 "seed": self.config.run.seed,
                 "world_size": self.context.world_size,
             }

@@ -123,7 +123,8 @@ class RankEvents:
         the layers whose modes change (of all, where those are what the rule looks at)."""
         factors = self._factors()
         measured = self._measure(self._updates() if self.measures_update else factors, step)
-        decisions = {name: self._decision(name, sigma) for name, sigma in measured.sigma.items()}
+        may_shrink = action == "freeze" and self.settings.shrinks
+        decisions = {name: self._decision(name, sigma, may_shrink=may_shrink) for name, sigma in measured.sigma.items()}
         found = {name: decision.after for name, decision in decisions.items()}
         product = measured
         if self.measures_update:
@@ -140,11 +141,11 @@ class RankEvents:
         self._agree(product, decisions)
         return decisions, found, product
 
-    def _decision(self, name: str, sigma: Tensor) -> Decision:
+    def _decision(self, name: str, sigma: Tensor, *, may_shrink: bool) -> Decision:
         """What the rule says of a layer."""
         dimension = min(self.shapes[name])
         if self.engine.layout:
-            return self.rule.decide(sigma, self.engine.layout[name].rank, dimension)
+            return self.rule.decide(sigma, self.engine.layout[name].rank, dimension, may_shrink=may_shrink)
         return self.rule.first(sigma, dimension, None if self.settings.grows else self.settings.initial_rank)
 
     def _factors(self) -> dict[str, Factors]:
@@ -242,7 +243,7 @@ class RankEvents:
     ) -> None:
         shapes = set(self.shapes.values())
         if not was_dense:
-            self.null.advance(shapes)
+            self.null.advance(shapes, may_shrink=action == "freeze" and self.settings.shrinks)
         elif self.settings.grows:
             self.null.start_dense(shapes)
         self.found = found
@@ -264,7 +265,8 @@ class RankEvents:
         """Of each layer ``explained`` is the share that the rank before the decision explains, ``reached`` that of the
         rank after it."""
         records: list[Record] = []
-        when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold}
+        shrinks = action == "freeze" and self.settings.shrinks
+        when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold, "shrinks": shrinks}
         null = {name: self.null.of(self.shapes[name]) if self.null.checks else None for name in decisions}
         if action:
             layers = {
@@ -298,6 +300,11 @@ class RankEvents:
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the present ranks could have become lower."""
+        return self.frozen and self.settings.shrinks
 
     def table(self) -> dict[str, Record]:
         """What is known of each layer: its rank, the rank that the rule found, and what to hold them against."""

@@ -62,7 +62,8 @@ class RankTable:
     rank before the decision. ``ranks`` and the other tables map a layer's name to its last known finite value. A check
     and an event of the same step may come in either order: the event's outcome is the rank.
 
-    ``initial_rank`` and ``threshold`` are those of the settings, None where no record tells them.
+    ``initial_rank`` and ``threshold`` are those of the settings, None where no record tells them. ``shrinks`` says
+    whether the last decision could lower ranks, so that none is pinned by its start.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class RankTable:
         self.effective_ranks: dict[str, float] = {}
         self.initial_rank: float | None = None
         self.threshold: float | None = None
+        self.shrinks = False
         self._paired: set[str] = set()
         self._event_step: dict[str, Any] = {}
 
@@ -96,6 +98,7 @@ class RankTable:
                 _set(self.effective_ranks, name, layer.get("effective_rank"))
         else:
             return
+        self.shrinks = bool(record.get("shrinks", self.shrinks))
         for key in ("initial_rank", "threshold"):
             if (value := number(record.get(key))) is not None:
                 setattr(self, key, value)
@@ -170,7 +173,7 @@ class RankTable:
         return equals_null(self.found.get(name), self.null_ranks.get(name))
 
     def _pinned(self, name: str) -> bool:
-        return name in self.null_ranks and self.found.get(name) == self.initial_rank
+        return not self.shrinks and name in self.null_ranks and self.found.get(name) == self.initial_rank
 
     def _below(self, name: str) -> bool:
         """Whether the rank explains less than the threshold; False where the records do not pair the two."""
