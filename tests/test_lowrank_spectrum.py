@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from inrank_dist.lowrank.division import sum_over_processes
-from inrank_dist.lowrank.spectrum import Factors, gram_matrices, gram_root, singular_values
+from inrank_dist.lowrank.spectrum import (
+    DenseRows,
+    Factors,
+    Grams,
+    gram_matrices,
+    gram_root,
+    identity_rows,
+    singular_values,
+)
 
 EPS = torch.finfo(torch.float64).eps
 DECADES = torch.logspace(0, -8, 16, dtype=torch.float64)
@@ -205,3 +213,17 @@ def test_grams_carry_no_graph_and_leave_the_factors_alone() -> None:
     assert not grams.U.requires_grad
     assert torch.equal(U, before[0])
     assert torch.equal(V, before[1])
+
+
+def test_a_dense_weight_is_factors_of_itself() -> None:
+    W = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    parts = [DenseRows(W[:4], 0, 2), DenseRows(W[4:], 2, 5)]  # two processes
+    assert torch.equal(torch.cat([part.V for part in parts]), torch.eye(5)) and parts[0].modes == 5
+    grams = [gram_matrices({"W": part}, lambda total: None)["W"] for part in parts]
+    sigma = singular_values(Grams(grams[0].U + grams[1].U, grams[0].V + grams[1].V))
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(W.double()))
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 5), (1, 3), (4, 5), (2, 2), (5, 5)])
+def test_rows_of_the_identity(first: int, end: int) -> None:
+    assert torch.equal(identity_rows(first, end, 5, torch.device("cpu")), torch.eye(5)[first:end])

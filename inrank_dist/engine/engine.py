@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..lowrank.convert import Layout, convert
 from ..lowrank.event import RankEvent, map_factors
 from ..lowrank.linear import set_base_scale, set_joining
-from ..lowrank.spectrum import Factors, gram_matrices
+from ..lowrank.spectrum import DenseRows, Factors, gram_matrices, identity_rows
 from ..models import LanguageModel
 from ..optim import (
     HeldRows,
@@ -292,7 +292,7 @@ class Engine:
         """Rename a dense layer's weight to ``U`` and add the identity as ``V``; returns the moments of the weight."""
         weight, in_features = f"{layer}.weight", self._in_features(layer)
         tensors[f"{layer}.U"] = tensors.pop(weight)
-        tensors[f"{layer}.V"] = torch.eye(in_features, device=self.device)[slice(*self.rows(in_features))]
+        tensors[f"{layer}.V"] = identity_rows(*self.rows(in_features), in_features, self.device)
         moments |= {f"{layer}.U": moments.pop(weight), f"{layer}.V": {}}
         return moments[f"{layer}.U"]
 
@@ -455,16 +455,11 @@ class Engine:
             for layer in self.layout
         }
 
-    def dense_factors(self, layers: Iterable[str]) -> dict[str, Factors]:
-        """The weights of dense layers as factors, ``U = W`` and ``V = I``: rows that this process alone counts."""
+    def dense_factors(self, layers: Iterable[str]) -> dict[str, DenseRows]:
+        """The weights of dense layers as factors: rows that this process alone counts."""
         parameters = self.parameters()
         return {
-            layer: Factors(
-                self._counted(parameters[f"{layer}.weight"]),
-                torch.eye(self._in_features(layer), device=self.device)[
-                    slice(*self.counted_rows(self._in_features(layer)))
-                ],
-            )
+            layer: DenseRows(self._counted(parameters[f"{layer}.weight"]), *self.counted_rows(self._in_features(layer)))
             for layer in layers
         }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .division import Processes, solve_once, sum_over_processes
-from .spectrum import Factors, Grams, Spectra, gram_root
+from .spectrum import FactorRows, Factors, Grams, Spectra, gram_root
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes)
 
 def orthogonalise(
     events: Mapping[str, RankEvent],
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, FactorRows],
     spectra: Spectra,
     directions: Mapping[str, Tensor],
     processes: Processes,

@@ -46,6 +46,38 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class DenseRows:
+    """Rows of a dense weight as factors of it: ``U = W`` and ``V = I``, so that ``R`` is ``in``.
+
+    The identity is made on access, never cached: of all layers at once it would outweigh the model. A Gram takes ``8
+    in^2`` bytes, and its small problem the time of a singular value decomposition of that size.
+
+    Attributes:
+        U: ``(rows of out, in)``.
+        first, end: the rows of ``V``.
+    """
+
+    U: Tensor
+    first: int
+    end: int
+
+    @property
+    def V(self) -> Tensor:
+        return identity_rows(self.first, self.end, self.modes, self.U.device)
+
+    @property
+    def modes(self) -> int:
+        return self.U.shape[1]
+
+
+def identity_rows(first: int, end: int, size: int, device: torch.device) -> Tensor:
+    """Rows ``first`` to ``end`` of the identity ``(size, size)``, float32."""
+    rows = torch.zeros(end - first, size, device=device)
+    rows.diagonal(first).fill_(1.0)
+    return rows
+
+
+@dataclass(frozen=True)
 class Learned:
     """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors did not start at zero.
 

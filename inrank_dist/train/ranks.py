@@ -148,7 +148,7 @@ class RankEvents:
             return self.rule.decide(sigma, self.engine.layout[name].rank, dimension, may_shrink=may_shrink)
         return self.rule.first(sigma, dimension, None if self.settings.grows else self.settings.initial_rank)
 
-    def _factors(self) -> dict[str, Factors]:
+    def _factors(self) -> Mapping[str, FactorRows]:
         """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
         return self.engine.factors() if self.engine.layout else self.engine.dense_factors(self.shapes)
 
