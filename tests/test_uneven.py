@@ -86,3 +86,18 @@ def test_matrices_whose_rows_are_uneven_or_none(pool: Pool, words: Path, name: s
     config.parallel.engine = "fsdp"
     result = pool.run("runs:train_in_worker", config, world_size=5, timeout=100)
     assert_same_run(result, reference, 5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("engine", "changes"), [("fsdp", {"optimizer__name": "lora_muon"}), ("fsdp", {}), ("zero2", {}), ("zero3", {})]
+)
+def test_dense_layers_become_factors_where_rows_are_uneven_or_none(
+    pool: Pool, words: Path, engine: str, changes: dict[str, str]
+) -> None:
+    dense = {"lowrank__base": "none", "lowrank__dense_fraction": 0.4, "lowrank__threshold": 0.6}
+    config = uneven_config(words, **WIDTHS["10 and 7"], **dense, **changes)
+    reference = trained_once(config)
+    config.parallel.engine = engine
+    result = pool.run("runs:train_in_worker", config, world_size=5, timeout=150)
+    assert_same_run(result, reference, 5)
