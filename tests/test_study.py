@@ -18,6 +18,7 @@ from runs import SHORT, Fails, small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.study import Worker, read_study
+from inrank_dist.study.page import operations
 from inrank_dist.study.results import T_95, difference
 from inrank_dist.study.work import Outcome, Run
 
@@ -237,3 +238,10 @@ def test_equal_settings_are_one_run(corpus: Path, tmp_path: Path) -> None:
     study = read_study(study_file(tmp_path, corpus, variants=variants, seeds=[0]))
     assert len({run.name for run in Worker(study).runs()}) == 1
     assert os.path.commonpath([run.folder for run in Worker(study).runs()]).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(8.21e12, "8.21 T"), (999.0, "999"), (1.3e18, "1.30 E"), (2e21, "2.00 Z"), (math.nan, "-")]
+)
+def test_operations_have_a_unit(count: float, text: str) -> None:
+    assert operations(count) == text

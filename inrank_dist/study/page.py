@@ -19,11 +19,13 @@ from .settings import Study, Unit
 TITLES: dict[Unit, str] = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
 
 HEADINGS = (
-    "variant", "validation loss", "range", "less its control", "", "steps", "tokens", "PFLOP", "seconds", "parameters",
-    "of dense", "peak memory", "rank (null)", "chosen",
+    "variant", "validation loss", "range", "less its control", "", "parameters", "of dense", "rank (null)", "FLOPs",
+    "seconds", "tokens", "steps", "peak memory", "chosen",
 )  # fmt: skip
 TEXT_COLUMNS = (0, 4, 13)
 """Columns that hold words."""
+
+FLOP_UNITS = (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -53,16 +55,26 @@ def cells(row: Row) -> list[str]:
         f"{min(row.losses):.4f} - {max(row.losses):.4f}" if len(row.losses) > 1 else "-",
         interval,
         "" if change is None else f"{change.verdict} ({row.variant.control})",
-        f"{row.steps:,}{' (same runs)' if row.same else ''}",
-        amount(row.used["tokens"]),
-        fixed(row.used["flops"] / 1e15, 3),
-        fixed(row.used["seconds"], 1),
         amount(row.parameters),
         fixed(row.parameters / row.parameters_dense, 2),
-        size(row.peak_memory),
         "-" if row.rank is None else f"{row.rank:.1f} ({fixed(row.null_rank, 1)})",
+        operations(row.used["flops"]),
+        fixed(row.used["seconds"], 1),
+        amount(row.used["tokens"]),
+        f"{row.steps:,}{' (same runs)' if row.same else ''}",
+        size(row.peak_memory),
         chosen,
     ]
+
+
+def operations(count: float) -> str:
+    """Floating-point operations as ``8.21 T`` or ``1.30 E``."""
+    if not math.isfinite(count):
+        return "-"
+    for letter, unit in FLOP_UNITS:
+        if count >= unit:
+            return f"{count / unit:.2f} {letter}"
+    return f"{count:,.0f}"
 
 
 def notes(study: Study, comparison: Comparison) -> list[str]:
@@ -138,9 +150,10 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _html(study: Study, comparison: Comparison) -> str:
     name = escape(study.file.stem)
     where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
-    body = [f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
+    body = ["<style>main { max-width:1600px }</style>"]  # fourteen columns
+    body += [f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
     for unit, rows in comparison.tables.items():
-        body.append(f"<h2>{TITLES[unit].capitalize()}</h2>")
+        body.append(f"<h2>{escape(TITLES[unit][0].upper() + TITLES[unit][1:])}</h2>")
         body.append(_table([HEADINGS, *(cells(row) for row in rows)]))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
