@@ -22,6 +22,7 @@ class Model:
     layers: int
     heads: int
     kv_heads: int
+    bottleneck: bool = False
 
 
 def logits(model: Model, p: Tensors, tokens: Tensor, fade: float) -> Tensor:
@@ -29,6 +30,9 @@ def logits(model: Model, p: Tensors, tokens: Tensor, fade: float) -> Tensor:
     is_gpt2 = model.name == "gpt2"
 
     def linear(name: str, x: Tensor) -> Tensor:
+        if f"{name}.U" in p and model.bottleneck:
+            inner = x @ p[f"{name}.V"]
+            return (inner * inner.sigmoid()) @ p[f"{name}.U"].T + p[f"{name}.bias"]
         if f"{name}.U" in p:
             W = p[f"{name}.U"] @ p[f"{name}.V"].T
             if f"{name}.base" in p:

@@ -4,16 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from pool import Pool
 from runs import Fails
 
-from inrank_dist.bench.speed import ABLATION, STANDARD, Bottleneck, Form, Outcome, Row, Shape, measure_speed, pays_from
+from inrank_dist.bench.speed import ABLATION, STANDARD, Form, Outcome, Row, Shape, measure_speed, pays_from
 from inrank_dist.bench.speed_table import conclusion, verdict
 from inrank_dist.commands.main import main
 from inrank_dist.engine.context import Context
 from inrank_dist.engine.cost import Held
-from inrank_dist.lowrank.linear import LowRankLinear
 from inrank_dist.train.speed import Peak
 
 TINY = Shape(hidden=64, layers=1, vocab=320, seq=16, batch=1, targets="all", rank=12, buffer=4)
@@ -43,19 +41,6 @@ def test_every_form_is_measured_on_one_process() -> None:
     assert growing.held.parameters > full.held.parameters > frozen.held.parameters
     assert got.promised(Form("frozen")) == full.flops / frozen.flops
     assert got.rows[Form("half")].flops < frozen.flops == got.rows[Form("bottleneck")].flops
-
-
-def test_the_bottleneck_has_an_activation_between_its_factors() -> None:
-    x = torch.randn(3, 8)
-    layer = LowRankLinear(8, 4, 2)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    plain = layer(x)
-    layer.__class__ = Bottleneck
-    torch.testing.assert_close(layer(x), torch.nn.functional.silu(x @ layer.V) @ layer.U.T + layer.bias)
-    (joined,) = Bottleneck.forward_together([layer], x)
-    torch.testing.assert_close(joined, layer(x))
-    assert not torch.allclose(plain, joined)
 
 
 def in_each_process() -> dict[str, tuple[float, float]]:

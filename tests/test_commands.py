@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from runs import small_config
+from runs import short_config, small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.train.checkpoint import list_checkpoints
@@ -51,6 +51,18 @@ def test_eval_repeats_the_validation_of_the_end(run: Path, capsys: pytest.Captur
     assert main(["eval", "--run", str(run)]) == 0
     loss = float(re.search(r"validation loss\s+([\d.]+)", capsys.readouterr().out)[1])  # type: ignore[index]
     assert loss == pytest.approx(records(run, "eval")[-1]["loss"], abs=1e-4)
+
+
+def test_eval_knows_the_activation_between_the_factors(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = short_config(
+        corpus, run__dir=tmp_path / "run", eval__interval=12, lowrank__mode="fixed", lowrank__base="none",
+        lowrank__activation="silu",
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
+    test_eval_repeats_the_validation_of_the_end(tmp_path / "run", capsys)
 
 
 def test_eval_of_an_earlier_step_uses_the_fading_base(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,12 @@ VARIANTS = {
     "fixed, decay": {"lowrank__mode": "fixed", "lowrank__initial_rank": 4},
     "fixed, spectral ones": {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__init": "spectral_ones"},
     "full": {"lowrank__mode": "full"},
+    "bottleneck": {
+        "lowrank__mode": "fixed",
+        "lowrank__base": "none",
+        "lowrank__activation": "silu",
+        "lowrank__initial_rank": 6,
+    },
     "dense, then growth": {
         "lowrank__base": "none",
         "lowrank__dense_fraction": 0.25,
@@ -207,7 +213,7 @@ MATRICES = ("muon", "spectron", "lora_muon", "dense, lora_muon")
 OF_THE_DECISION = (
     "freeze by itself", "uniform", "budget", "inrank", "inrank, decay", "fixed, decay", "multiple of 2, patterns",
     "no base, product", "no clipping, wsd", "reset moments", "fixed, spectral ones", "factored head",
-    "dense, then fixed",
+    "dense, then fixed", "bottleneck",
 )  # fmt: skip
 """Where engines do nothing that they do not do in the others: FSDP2 in CI, ZeRO-3 nightly."""
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.lowrank.linear import LowRankLinear, set_base_scale
+from inrank_dist.lowrank.linear import LowRankLinear, set_activation, set_base_scale
 
 
 def filled(*, bias: bool = True, base: bool = True, modes: int = 3) -> LowRankLinear:
@@ -105,3 +105,14 @@ def test_keeps_the_compute_dtype() -> None:
     layer = filled().to(torch.bfloat16)
     layer.base_scale = torch.ones(())
     assert layer(torch.ones(2, 7, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_activation_lies_between_the_factors() -> None:
+    x = reference.normal(3, 7, 8).double()
+    layer = filled(base=False)
+    plain = layer(x)
+    set_activation(nn.Sequential(layer), "silu")
+    torch.testing.assert_close(layer(x), F.silu(x @ layer.V) @ layer.U.T + layer.bias)
+    (joined,) = LowRankLinear.forward_together([layer], x)
+    torch.testing.assert_close(joined, layer(x))
+    assert not torch.allclose(plain, joined)

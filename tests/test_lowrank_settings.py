@@ -40,6 +40,16 @@ NAN = float("nan")
             {"dense_fraction": 0.1, "base": "none", "measure": "product", "growth_init": "published"},
             "write lowrank.growth_init: random",
         ),
+        ({"activation": "silu"}, "lowrank.mode is efficient; write lowrank.mode: fixed, or lowrank.activation: none"),
+        ({"activation": "silu", "mode": "fixed"}, "write lowrank.base: none, or lowrank.activation: none"),
+        (
+            {"activation": "silu", "mode": "fixed", "base": "none", "frobenius_decay": 0.1},
+            "write lowrank.frobenius_decay: 0, or lowrank.activation: none",
+        ),
+        (
+            {"activation": "silu", "mode": "fixed", "base": "none", "dense_fraction": 0.1},
+            "write lowrank.dense_fraction: 0, or lowrank.activation: none",
+        ),
         ({"init": "spectral_ones", "base": "frozen"}, "write lowrank.base: none or lowrank.init: orthogonal"),
         (
             {"initial_rank": 6, "buffer": 8, "multiple_of": 4},

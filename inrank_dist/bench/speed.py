@@ -1,8 +1,7 @@
 """``inrank bench speed``: steps of the full-rank model against steps of its low-rank forms, in alternating rounds.
 
 Every form is the trainer's own engine on the same batch: forward and backward pass, gradient norm, clipping, AdamW. The
-bottleneck alone is ours to measure only: a model of the kind of CoLA (Liu et al., arXiv 2502.10940), with an activation
-between the factors.
+bottleneck is a model of the kind of CoLA (Liu et al., arXiv 2502.10940), with an activation between the factors.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Config, load_config
@@ -28,7 +26,7 @@ from ..engine.settings import Kind
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
 from ..lowrank.final import fitting_multiple
 from ..lowrank.init import generator_for
-from ..lowrank.linear import LowRankLinear, set_joining
+from ..lowrank.linear import set_activation, set_joining
 from ..models import LanguageModel, flops_per_token
 from ..train.memory import peak_extra_bytes
 from ..train.speed import Peak, peak_of
@@ -209,13 +207,6 @@ class Outcome:
         return sum(a * b for a, b in pairs) / sum(a + b for a, b in pairs)
 
 
-class Bottleneck(LowRankLinear):
-    """``U act(V^T x) + b``."""
-
-    def _finish(self, x: Tensor, inner: Tensor) -> Tensor:
-        return super()._finish(x, F.silu(inner))
-
-
 def measure_speed(
     shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int
 ) -> Outcome:
@@ -304,9 +295,7 @@ def _layout(model: Model, shape: Shape, skeleton: LanguageModel, rounded: int, h
 def _engine(config: Config, context: Context, skeleton: LanguageModel, layout: Layout, model: Model) -> Engine:
     engine = build_engine(config, context, skeleton, layout, _values(convert(skeleton, layout)))
     if model == "bottleneck":
-        for module in engine.module.modules():
-            if isinstance(module, LowRankLinear):
-                module.__class__ = Bottleneck
+        set_activation(engine.module, "silu")
     engine.set_base_scale(0.5)  # as in the middle of its decay
     return engine
 

@@ -17,7 +17,7 @@ from ..data import Tokenizer
 from ..data.store import write_atomically
 from ..errors import UserError
 from ..lowrank.convert import convert
-from ..lowrank.linear import set_base_scale
+from ..lowrank.linear import set_activation, set_base_scale
 from ..models import LanguageModel
 from ..runtime.home import path_argument
 from ..train.checkpoint import Checkpoint, find_checkpoint, load_parameters
@@ -80,6 +80,7 @@ def load_trained(arguments: argparse.Namespace) -> TrainedModel:
     model = convert(skeleton, checkpoint.state.layout).to_empty(device="cpu")
     model.reset_buffers()
     load_parameters(checkpoint.folder, {name: p.detach() for name, p in model.named_parameters()})
+    set_activation(model, config.lowrank.activation)
     set_base_scale(model, config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step))
     return TrainedModel(checkpoint, config, tokenizer, skeleton, model.eval())
 

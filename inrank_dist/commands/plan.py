@@ -13,6 +13,7 @@ from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
 from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, convert
+from ..lowrank.linear import set_activation
 from ..models import LanguageModel, flops_per_token
 from ..runtime.home import path_argument
 from ..train.checkpoint import peek_checkpoint
@@ -206,6 +207,8 @@ def _table(
         table.add_column(heading, justify="right", no_wrap=True)
     train, seq_len = config.train, config.model.max_seq_len
     models = [convert(skeleton, layout) for layout in stages.values()]
+    for model in models:
+        set_activation(model, config.lowrank.activation)
     held = [held_bytes(model, setup) for model in models]
     flops = [flops_per_token(model, seq_len) for model in models]
     activations = [

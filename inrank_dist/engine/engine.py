@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lowrank.convert import Layout, convert
 from ..lowrank.event import RankEvent, map_factors
-from ..lowrank.linear import set_base_scale, set_joining
+from ..lowrank.linear import Activation, set_activation, set_base_scale, set_joining
 from ..lowrank.spectrum import DenseRows, Factors, gram_matrices, identity_rows
 from ..models import LanguageModel
 from ..optim import (
@@ -73,6 +73,7 @@ class BuildOptions:
         compile: compile each block and the loss: one graph for all ranks while they grow, static shapes after that.
         cuda_graph: replay compiled blocks as CUDA graphs once shapes are static (GPUs only).
         fuse: run factors that read the same input as one product.
+        activation: between the factors.
         activation_checkpointing: recompute each block in the backward pass.
         grad_clip: largest gradient norm; 0: none.
         frobenius_decay: decoupled decay of ``|U V^T|_F^2 / 2``; 0: none.
@@ -82,6 +83,7 @@ class BuildOptions:
     compile: bool = False
     cuda_graph: bool = False
     fuse: bool = True
+    activation: Activation = "none"
     activation_checkpointing: bool = False
     grad_clip: float = 1.0
     frobenius_decay: float = 0.0
@@ -185,6 +187,7 @@ class Engine:
     def _build(self, layout: Layout, local: Callable[[str, nn.Parameter], Tensor]) -> None:
         module = convert(self.skeleton, layout)
         set_joining(module, self.options.fuse)
+        set_activation(module, self.options.activation)
         for block in module.blocks:
             if self.options.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)

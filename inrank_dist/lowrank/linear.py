@@ -1,14 +1,17 @@
 """The low-rank linear layer."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Activation = Literal["none", "silu"]
+
 
 class LowRankLinear(nn.Module):
-    """``y = a * x @ W0.T + (x @ V) @ U.T + bias`` with factors ``U: (out, R)`` and ``V: (in, R)``.
+    """``y = a * x @ W0.T + f(x @ V) @ U.T + bias`` with factors ``U: (out, R)`` and ``V: (in, R)``.
 
     Both factors have their long dimension first, so that sharding the first dimension never cuts the rank dimension and
     a change of rank acts on the rows that a process holds.
@@ -23,6 +26,7 @@ class LowRankLinear(nn.Module):
 
     Attributes:
         joins: whether ``forward_together`` runs this layer with others as one product.
+        activation: ``f``; none: the identity.
     """
 
     base: nn.Parameter | None
@@ -43,6 +47,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.modes = in_features, out_features, modes
         self.joins = True
+        self.activation: Activation = "none"
         self.U = nn.Parameter(torch.empty(out_features, modes, device=device, dtype=dtype))
         self.V = nn.Parameter(torch.empty(in_features, modes, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -62,6 +67,8 @@ class LowRankLinear(nn.Module):
 
     def _finish(self, x: Tensor, inner: Tensor) -> Tensor:
         """The output from ``x`` and ``x @ V``."""
+        if self.activation == "silu":
+            inner = F.silu(inner)
         y = F.linear(inner, self.U, self.bias)
         if self.base is not None and self.base_scale is not None:
             y = y + self.base_scale * F.linear(x, self.base)
@@ -100,6 +107,13 @@ def set_joining(model: nn.Module, joins: bool) -> None:
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             module.joins = joins
+
+
+def set_activation(model: nn.Module, activation: Activation) -> None:
+    """What lies between the factors of every layer."""
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.activation = activation
 
 
 def set_base_scale(model: nn.Module, scale: float) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 from .criterion import Criterion, RankRule
 from .final import Final
 from .init import Init
+from .linear import Activation
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}
@@ -75,6 +76,9 @@ class LowRankSettings:
     null: they are raised by any number and rounded to a multiple of 64 on GPUs, of 8 on CPU."""
     fuse: bool = True
     """Factors that read the same input (q, k, v; gate, up) run as one product; the same function."""
+    activation: Activation = "none"
+    """Between the factors, as in CoLA (arXiv 2502.10940). silu: only in mode fixed with base none, because the product
+    of the factors is then no weight, whose spectrum could be measured, truncated or decayed."""
     frobenius_decay: float = 0.0
     """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
 
@@ -110,6 +114,8 @@ class LowRankSettings:
             )
         if self.dense_fraction:
             self._check_dense_start()
+        if self.activation != "none":
+            self._check_bottleneck()
         published = self.grows and self.growth_init == "published"
         if published and self.measure != "product":
             raise ValueError(
@@ -138,6 +144,14 @@ class LowRankSettings:
                 f"{self.warmup_steps}; "
                 f"write a freeze_step of at least {self.warmup_steps}"
             )
+
+    def _check_bottleneck(self) -> None:
+        for name, value in (("mode", "fixed"), ("base", "none"), ("dense_fraction", 0), ("frobenius_decay", 0)):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"lowrank.activation is {self.activation} but lowrank.{name} is {getattr(self, name)}; write "
+                    f"lowrank.{name}: {value}, or lowrank.activation: none"
+                )
 
     def _check_dense_start(self) -> None:
         told = f"lowrank.dense_fraction is {self.dense_fraction}"

@@ -133,6 +133,7 @@ def build_engine(
         compile=config.train.compile,
         cuda_graph=config.train.cuda_graph,
         fuse=config.lowrank.fuse,
+        activation=config.lowrank.activation,
         activation_checkpointing=config.train.activation_checkpointing,
         grad_clip=config.train.grad_clip,
         frobenius_decay=config.lowrank.frobenius_decay,
