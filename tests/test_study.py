@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_tools import wait_until
+from cluster_tools import ROOT, wait_until
 from runs import SHORT, Fails, small_config
 
 from inrank_dist.commands.main import main
@@ -245,3 +245,9 @@ def test_equal_settings_are_one_run(corpus: Path, tmp_path: Path) -> None:
 )
 def test_operations_have_a_unit(count: float, text: str) -> None:
     assert operations(count) == text
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_studies_that_come_with_it_are_valid(file: Path) -> None:
+    study = read_study(file)
+    assert len(study.variants) > 1 and len(study.seeds) >= 3
