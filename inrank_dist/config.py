@@ -125,6 +125,15 @@ class Config:
             for section, kind in SECTIONS.items()
         }
 
+    def changed(self) -> dict[str, Any]:
+        """Dotted key -> value of the settings that are not the default."""
+        return {
+            f"{section}.{key_of(setting)}": value
+            for section, kind in SECTIONS.items()
+            for setting in dataclasses.fields(kind)
+            if (value := getattr(getattr(self, section), setting.name)) != default_of(setting)
+        }
+
     def cautions(self) -> list[str]:
         """Sentences about settings that do something else than they seem to."""
         name = self.optimizer.name

@@ -319,3 +319,11 @@ def test_what_a_resumed_run_cannot_change_exists() -> None:
 def test_a_rank_that_is_not_of_the_data_is_told(words: str, told: bool) -> None:
     config, _ = load_config(next(path for path in CONFIGS if path.stem == "quickstart"), words.split())
     assert bool(config.cautions()) == told
+
+
+def test_changed_settings_are_those_that_are_not_the_default() -> None:
+    path = next(path for path in CONFIGS if path.stem == "quickstart")
+    before = load_config(path)[0].changed()
+    assert before["lowrank.threshold"] == 0.95 and "lowrank.base" not in before  # decay is the default
+    after = load_config(path, ["--lowrank.base=frozen", "--optimizer.beta1=0.9"])[0].changed()
+    assert after == before | {"lowrank.base": "frozen"}

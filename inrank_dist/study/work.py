@@ -62,7 +62,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The seed and a digest of all settings."""
+        """The seed and a digest of the settings that are not the default, so that a version with more settings knows
+        the runs of one with fewer."""
         return _name_of(self)
 
     @property
@@ -87,8 +88,8 @@ class Run:
 
 @cache  # it is asked at every poll, and the settings of a run are read from a file
 def _name_of(run: Run) -> str:
-    settings = run.study.config(run.variant, run.point, run.seed, run.steps).to_dict()
-    del settings["run"]["dir"], settings["run"]["name"]
+    config = run.study.config(run.variant, run.point, run.seed, run.steps)
+    settings = {key: value for key, value in config.changed().items() if key not in ("run.dir", "run.name")}
     digest = hashlib.sha256(json.dumps([settings, run.study.processes], sort_keys=True).encode()).hexdigest()[:10]
     return f"seed-{run.seed}-{digest}"
 
