@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def test_eval_knows_the_activation_between_the_factors(
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 0
     test_eval_repeats_the_validation_of_the_end(tmp_path / "run", capsys)
+
+
+def test_the_command_goes_on_from_a_checkpoint_of_the_dense_phase(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = short_config(
+        corpus, run__dir=tmp_path / "run", eval__interval=12, checkpoint__interval=3, checkpoint__keep=9,
+        lowrank__mode="fixed", lowrank__base="none", lowrank__dense_fraction=0.5,
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = ["train", "--config", str(tmp_path / "config.yaml")]
+    assert main(words) == 0
+    whole = records(tmp_path / "run", "eval")[-1]["loss"]
+    for step in (6, 9, 12):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    for command in ("inspect", "eval", "verify"):
+        assert main([command, "--run", str(tmp_path / "run")]) == 0
+    assert main([*words, "--dry-run"]) == 0
+    assert main(words) == 0
+    assert records(tmp_path / "run", "eval")[-1]["loss"] == whole
 
 
 def test_eval_of_an_earlier_step_uses_the_fading_base(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

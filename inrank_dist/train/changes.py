@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..runtime.yaml_text import shown
 from .checkpoint import Checkpoint, misfit, named_folders, step_of
 from .schedule import decay_begins, learning_rate
-from .start import dense_skeleton, layer_shapes
+from .start import dense_skeleton, fits, layer_shapes
 
 HARMLESS = (
     "run.name",
@@ -103,7 +103,7 @@ def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
     skeleton = dense_skeleton(config.model, state.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
     advice = "write the settings that it was trained with, or another run.dir to start anew"
-    if state.layout.keys() != shapes.keys():
+    if not fits(state.layout, shapes, config.lowrank):
         raise UserError(
             f"{checkpoint.run_folder} has {len(state.layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, "
             f"targets {config.lowrank.targets} makes {len(shapes)}; {advice}"

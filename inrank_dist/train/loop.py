@@ -32,7 +32,7 @@ from .ranks import RankEvents
 from .sampling import NotFinite, sample_tokens
 from .schedule import learning_rate
 from .speed import known_peak
-from .start import StartValues, build_engine, cost_setup, dense_skeleton, layer_shapes, start_layout
+from .start import StartValues, build_engine, cost_setup, dense_skeleton, fits, layer_shapes, start_layout
 from .stop import Stopped, StopRequest
 
 log = logging.getLogger("inrank_dist")
@@ -83,8 +83,7 @@ class Trainer:
         shapes = layer_shapes(skeleton, config.lowrank)
         values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
-        is_dense = config.lowrank.dense_fraction > 0 and not layout  # not yet factorised
-        if layout.keys() != shapes.keys() and not is_dense:
+        if not fits(layout, shapes, config.lowrank):
             raise UserError(
                 f"{config.run.folder} has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
                 f"{config.lowrank.targets} makes {len(shapes)}: write those it was trained with, or another run.dir"

@@ -71,6 +71,11 @@ def start_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) 
     return {} if settings.dense_fraction else factored_layout(shapes, settings)
 
 
+def fits(layout: Layout, shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> bool:
+    """Whether a checkpoint's layout has the layers of the settings, or none while they are still dense."""
+    return layout.keys() == shapes.keys() or (settings.dense_fraction > 0 and not layout)
+
+
 def factored_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
     """The layout with ``initial_rank`` in every layer."""
     return {
