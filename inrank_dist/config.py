@@ -135,13 +135,12 @@ class Config:
         }
 
     def cautions(self) -> list[str]:
-        """Sentences about settings that do something else than they seem to."""
-        name = self.optimizer.name
+        """Sentences about settings whose results mislead."""
         if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.final == "budget":
             return []
         sentence = (
-            f"with optimizer.name {name} the rule finds nearly the same ranks where there is nothing to learn, because "
-            "all modes move at one pace; choose the rank: lowrank.mode fixed, or lowrank.final budget"
+            f"with optimizer.name {self.optimizer.name} the rule finds nearly the same ranks where there is nothing to "
+            "learn, because all modes move at one pace; choose the rank: lowrank.mode fixed, or lowrank.final budget"
         )
         return [sentence]
 
@@ -183,12 +182,7 @@ class Config:
             no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
         if source == "stdlib":
             no_effect("data.source is stdlib", "data", "text_column", "join_rows")
-        values = self.to_dict()
-        for section, kind in SECTIONS.items():
-            for setting in dataclasses.fields(kind):
-                if values[section][key_of(setting)] == default_of(setting):
-                    idle.pop(f"{section}.{key_of(setting)}", None)
-        return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given))]
+        return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given) & self.changed().keys())]
 
 
 def key_of(setting: "dataclasses.Field[Any]") -> str:

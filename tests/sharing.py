@@ -68,17 +68,16 @@ class Machine:
 def put_into_groups(items: list[pytest.Item]) -> None:
     """Say which tests run in one worker of pytest-xdist (``--dist loadgroup``), in order.
 
-    Those of Slurm, which mostly wait, and those of other clusters, which change the machine's network and wait as well;
-    those of the pool, so that its processes start once and two cores do not run eight of them; else those of a module
-    that share a fixture, so that it is made once. A mark in the module comes first. The rest goes wherever there is
-    room.
+    Those of clusters, which change the machine's network and mostly wait; those of the pool, so that its processes
+    start once and two cores do not run eight of them; else those of a module that share a fixture, so that it is made
+    once. A mark in the module comes first. The rest goes wherever there is room.
     """
     for item in items:
         if item.get_closest_marker("xdist_group"):
             continue
         definitions = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
         if item.get_closest_marker("cluster"):
-            group = "slurm" if "slurm" in item.location[0] else "cluster"
+            group = "cluster"
         elif "pool" in definitions:
             group = "pool"
         elif any(definition[-1].scope == "module" for definition in definitions.values()):

@@ -11,7 +11,8 @@ from slurm_rig import Slurm
 
 from inrank_dist.train.checkpoint import list_checkpoints
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+# A group of its own beside the other clusters: it needs no network but loopback, and waits a lot.
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200), pytest.mark.xdist_group("slurm")]
 
 STEPS = 200
 TRAINING = "-m inrank_dist train"

@@ -211,15 +211,14 @@ def test_effective_rank() -> None:
 
 def test_first_rank_of_a_dense_layer() -> None:
     sigma = spectrum([4.0, 2.0, 1.0, 1.0, 0.0, 0.0])  # energies 16, 4, 1, 1: shares 0.727, 0.909, 0.955, 1
-    found = rule(threshold=0.9, buffer=1).first(sigma, 6)
+    found = rule(threshold=0.9, buffer=1).decide(sigma, 6, 6, may_shrink=True)
     assert (found.before, found.after, found.explained) == (6, 2, 1.0)
     assert found.reached == pytest.approx(20 / 22)
-    assert rule(threshold=0.95).first(sigma, 6).after == 3
-    assert rule(threshold=0.95, multiple_of=2).first(sigma, 6).after == 4
-    assert rule(threshold=0.95, max_rank_fraction=0.34).first(sigma, 6).after == 2
-    assert rule(threshold=0.5).first(sigma, 6, rank=4).after == 4
+    assert rule(threshold=0.95).decide(sigma, 6, 6, may_shrink=True).after == 3
+    assert rule(threshold=0.95, multiple_of=2).decide(sigma, 6, 6, may_shrink=True).after == 4
+    assert rule(threshold=0.95, max_rank_fraction=0.34).decide(sigma, 6, 6, may_shrink=True).after == 2
     longer = torch.cat([sigma, sigma.new_zeros(6)])  # of W and the identity there are as many values as inputs
-    assert rule(threshold=0.95).first(longer, 6).after == 3
+    assert rule(threshold=0.95).decide(longer, 6, 6, may_shrink=True).after == 3
 
 
 @settings(max_examples=150, deadline=None)

@@ -203,6 +203,7 @@ def check_factorised(
         U, V = (after[f"{layer}.{factor}"].double() for factor in "UV")
         left, sigma, right = torch.linalg.svd(before[f"{layer}.weight"].double(), full_matrices=False)
         rank = U.shape[1]
+        assert config.lowrank.grows or rank == config.lowrank.initial_rank
         near(U @ V.T, (left[:, :rank] * sigma[:rank]) @ right[:rank], 1e-5, f"{layer} is not the best approximation")
         for factor in (U, V):
             near(factor.T @ factor, sigma[:rank].diag(), 1e-5, f"{layer} is not balanced")

@@ -18,9 +18,9 @@ from runs import SHORT, Fails, small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.study import Worker, read_study
-from inrank_dist.study.page import operations
 from inrank_dist.study.results import T_95, difference
 from inrank_dist.study.work import Outcome, Run
+from inrank_dist.train.monitors.text import operations
 
 VARIANTS: dict[str, Any] = {
     "dense": {"settings": {"lowrank.mode": "full"}},

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
     null.load_state_dict(state.ranks["null"])
     ranks = RankTable()
-    ranks.initial_rank, ranks.threshold = None if settings.dense_fraction else settings.initial_rank, settings.threshold
+    ranks.initial_rank, ranks.threshold = settings.start_rank, settings.threshold
     ranks.shrinks = state.ranks["frozen"] and settings.shrinks
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")

@@ -262,6 +262,8 @@ class Engine:
             directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
         """
         tensors, moments = self._rows()
+        settings = self.optimizer_settings
+        betas, rule = (settings.beta1, settings.beta2), settings.moments_on_event
         for layer, event in events.items():
             of_weight = None if layer in self.layout else self._as_factors(layer, tensors, moments)
             names = {factor: f"{layer}.{factor}" for factor in "UV"}
@@ -271,8 +273,6 @@ class Engine:
                 Z = directions(layer)[slice(*self.rows(self._in_features(layer)))].to(self.device)
             factors = map_factors(event, U, V, Z)
             tensors[names["U"]], tensors[names["V"]] = factors.U, factors.V
-            settings = self.optimizer_settings
-            betas, rule = (settings.beta1, settings.beta2), settings.moments_on_event
             for factor, name in names.items():
                 if moments[name]:
                     moments[name] = map_moments(

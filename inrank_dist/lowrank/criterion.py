@@ -92,27 +92,12 @@ class RankRule:
         """``R`` for an active rank: rank and buffer, at most ``dimension``."""
         return min(rank + self.buffer, dimension)
 
-    def first(self, sigma: Tensor, dimension: int, rank: int | None = None) -> Decision:
-        """The rank of a dense layer: the smallest that reaches the threshold, at most the cap.
-
-        Args:
-            sigma: at least ``dimension`` singular values, zeros behind them; float64, descending.
-            rank: what it shall be instead.
-        """
-        ratio = explained_ratio(sigma, dimension, self.criterion)
-        after = rank
-        if after is None:
-            reached = (ratio[1 : dimension + 1] >= self.threshold).nonzero()
-            after = 1 + int(reached[0]) if len(reached) else dimension
-            after = min(after + -after % self.multiple_of, self.cap(dimension))
-        return Decision(dimension, after, float(ratio[dimension]), float(ratio[after]), effective_rank(sigma))
-
     def decide(self, sigma: Tensor, rank: int, dimension: int, *, may_shrink: bool = False) -> Decision:
         """Apply the rule once.
 
         Args:
             sigma: ``(R,)`` float64 singular values, descending.
-            rank: present active rank ``r``.
+            rank: present active rank ``r``; of a dense layer ``dimension``.
             dimension: ``min(in, out)`` of the layer.
             may_shrink: also lower ``r`` to the smallest ``q`` that reaches the threshold.
         """

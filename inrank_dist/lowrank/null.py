@@ -54,7 +54,7 @@ class NullRanks:
         for shape in sorted({_tall(shape) for shape in shapes}):
             weight = torch.randn(shape, generator=generator_for(self.seed, "null dense", *shape), dtype=torch.float64)
             sigma = torch.linalg.eigvalsh(weight.T @ weight).clamp(min=0).sqrt().flip(0)
-            self._ranks[shape] = self.rule.first(sigma, min(shape)).after
+            self._ranks[shape] = self.rule.decide(sigma, min(shape), min(shape), may_shrink=True).after
         self.checks += 1
 
     def of(self, shape: Shape) -> int:

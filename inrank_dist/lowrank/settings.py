@@ -154,11 +154,16 @@ class LowRankSettings:
                 )
 
     def _check_dense_start(self) -> None:
-        told = f"lowrank.dense_fraction is {self.dense_fraction}"
+        start = f"lowrank.dense_fraction is {self.dense_fraction}"
         if self.base != "none":
-            raise ValueError(f"{told} but lowrank.base is {self.base}; write lowrank.base: none")
+            raise ValueError(f"{start} but lowrank.base is {self.base}; write lowrank.base: none")
         if self.growth_init == "published":
-            raise ValueError(f"{told} but lowrank.growth_init is published; write lowrank.growth_init: random")
+            raise ValueError(f"{start} but lowrank.growth_init is published; write lowrank.growth_init: random")
+
+    @property
+    def start_rank(self) -> int | None:
+        """Active rank of every layer at the start; None: they are dense then."""
+        return None if self.dense_fraction else self.initial_rank
 
     @property
     def measures_update(self) -> bool:

@@ -11,12 +11,12 @@ from rich.table import Table
 
 from ..data.store import write_atomically
 from ..errors import UserError
-from ..train.monitors.text import amount, fixed, plural, size
+from ..train.monitors.text import amount, fixed, operations, plural, size
 from ..train.report.style import page
 from .results import Comparison, Row
 from .settings import Study, Unit
 
-TITLES: dict[Unit, str] = {"tokens": "equal tokens", "flops": "equal FLOPs", "seconds": "equal time"}
+TITLES: dict[Unit, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal time"}
 
 HEADINGS = (
     "variant", "validation loss", "range", "less its control", "", "parameters", "of dense", "rank (null)", "FLOPs",
@@ -24,8 +24,6 @@ HEADINGS = (
 )  # fmt: skip
 TEXT_COLUMNS = (0, 4, 13)
 """Columns that hold words."""
-
-FLOP_UNITS = (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6))
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -65,16 +63,6 @@ def cells(row: Row) -> list[str]:
         size(row.peak_memory),
         chosen,
     ]
-
-
-def operations(count: float) -> str:
-    """Floating-point operations as ``8.21 T`` or ``1.30 E``."""
-    if not math.isfinite(count):
-        return "-"
-    for letter, unit in FLOP_UNITS:
-        if count >= unit:
-            return f"{count / unit:.2f} {letter}"
-    return f"{count:,.0f}"
 
 
 def notes(study: Study, comparison: Comparison) -> list[str]:
@@ -150,10 +138,10 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _html(study: Study, comparison: Comparison) -> str:
     name = escape(study.file.stem)
     where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
-    body = ["<style>main { max-width:1600px }</style>"]  # fourteen columns
-    body += [f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
+    wide = "<style>main { max-width:1600px }</style>"  # fourteen columns
+    body = [wide, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
     for unit, rows in comparison.tables.items():
-        body.append(f"<h2>{escape(TITLES[unit][0].upper() + TITLES[unit][1:])}</h2>")
+        body.append(f"<h2>{TITLES[unit]}</h2>")
         body.append(_table([HEADINGS, *(cells(row) for row in rows)]))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')

@@ -402,7 +402,7 @@ class Trainer:
                 "validation_tokens": self.data.validation_tokens,
                 "ranks": {name: layer.rank for name, layer in self.engine.layout.items()},
                 "rank_table": self.ranks.table(),  # after a resume, as it was at the last decision
-                "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
+                "initial_rank": self.config.lowrank.start_rank,
                 "threshold": self.config.lowrank.threshold,
                 "shrinks": self.ranks.shrinks,
             }
@@ -425,7 +425,7 @@ class Trainer:
                 "parameters_dense": self.parameters_dense,
                 "parameters_start": self.parameters_start,
                 "ranks": self.ranks.table(),
-                "initial_rank": None if self.config.lowrank.dense_fraction else self.config.lowrank.initial_rank,
+                "initial_rank": self.config.lowrank.start_rank,
                 "threshold": self.config.lowrank.threshold,
                 "shrinks": self.ranks.shrinks,
                 "seed": self.config.run.seed,

@@ -57,9 +57,8 @@ class RankEvents:
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
         self._born_rows = cache(self._draw_born_rows)
-        born = None
-        if settings.base == "none" and settings.measure == "product" and not settings.dense_fraction:
-            born = self._born
+        factors_start_random = settings.base == "none" and not settings.dense_fraction
+        born = self._born if factors_start_random and not self.measures_update else None
         at_random = settings.growth_init == "published"
         self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
         self.explained: dict[str, float] = {}
@@ -123,8 +122,7 @@ class RankEvents:
         the layers whose modes change (of all, where those are what the rule looks at)."""
         factors = self._factors()
         measured = self._measure(self._updates() if self.measures_update else factors, step)
-        may_shrink = action == "freeze" and self.settings.shrinks
-        decisions = {name: self._decision(name, sigma, may_shrink=may_shrink) for name, sigma in measured.sigma.items()}
+        decisions = {name: self._decision(name, sigma, action) for name, sigma in measured.sigma.items()}
         found = {name: decision.after for name, decision in decisions.items()}
         product = measured
         if self.measures_update:
@@ -135,18 +133,29 @@ class RankEvents:
             product = self._measure(changing, step)
         if action == "freeze":
             for name, rank in self._final_ranks(product, decisions).items():
-                ratio = explained_ratio(measured.sigma[name], min(self.shapes[name]), self.rule.criterion)
-                reached = float(ratio[min(rank, len(ratio) - 1)])
-                decisions[name] = dataclasses.replace(decisions[name], after=rank, reached=reached)
+                decisions[name] = self._with_rank(decisions[name], rank, name, measured.sigma[name])
         self._agree(product, decisions)
         return decisions, found, product
 
-    def _decision(self, name: str, sigma: Tensor, *, may_shrink: bool) -> Decision:
-        """What the rule says of a layer."""
+    def _decision(self, name: str, sigma: Tensor, action: Action) -> Decision:
+        """What the rule says of a layer; in mode fixed the rank of the settings."""
         dimension = min(self.shapes[name])
         if self.engine.layout:
-            return self.rule.decide(sigma, self.engine.layout[name].rank, dimension, may_shrink=may_shrink)
-        return self.rule.first(sigma, dimension, None if self.settings.grows else self.settings.initial_rank)
+            rank, may_shrink = self.engine.layout[name].rank, self._may_shrink(action)
+            return self.rule.decide(sigma, rank, dimension, may_shrink=may_shrink)
+        decision = self.rule.decide(sigma, dimension, dimension, may_shrink=True)
+        if self.settings.grows:
+            return decision
+        return self._with_rank(decision, self.settings.initial_rank, name, sigma)
+
+    def _with_rank(self, decision: Decision, rank: int, name: str, sigma: Tensor) -> Decision:
+        """A decision with another rank than the rule's."""
+        ratio = explained_ratio(sigma, min(self.shapes[name]), self.rule.criterion)
+        return dataclasses.replace(decision, after=rank, reached=float(ratio[min(rank, len(ratio) - 1)]))
+
+    def _may_shrink(self, action: Action | None) -> bool:
+        """Whether a decision may lower ranks."""
+        return action == "freeze" and self.settings.shrinks
 
     def _factors(self) -> Mapping[str, FactorRows]:
         """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
@@ -243,7 +252,7 @@ class RankEvents:
     ) -> None:
         shapes = set(self.shapes.values())
         if not was_dense:
-            self.null.advance(shapes, may_shrink=action == "freeze" and self.settings.shrinks)
+            self.null.advance(shapes, may_shrink=self._may_shrink(action))
         elif self.settings.grows:
             self.null.start_dense(shapes)
         self.found = found
@@ -265,7 +274,7 @@ class RankEvents:
         """Of each layer ``explained`` is the share that the rank before the decision explains, ``reached`` that of the
         rank after it."""
         records: list[Record] = []
-        shrinks = action == "freeze" and self.settings.shrinks
+        shrinks = self._may_shrink(action)
         when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold, "shrinks": shrinks}
         null = {name: self.null.of(self.shapes[name]) if self.null.checks else None for name in decisions}
         if action:

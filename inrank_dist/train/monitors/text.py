@@ -30,6 +30,17 @@ def amount(value: Any) -> str:
     return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,.0f}"
 
 
+def operations(value: Any) -> str:
+    """Floating-point operations as ``8.21 T`` or ``1.30 E``, below a million all digits."""
+    count = number(value)
+    if count is None:
+        return "-"
+    for letter, unit in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= unit:
+            return f"{count / unit:.2f} {letter}"
+    return f"{count:,.0f}"
+
+
 def size(value: Any) -> str:
     """Bytes as ``12.3 MiB`` or ``4.56 GiB``."""
     count = number(value)
