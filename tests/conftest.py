@@ -48,6 +48,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler(config, log, folder) if config.getoption("dist") == "loadgroup" else None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist's own hook tells the controller, which then reads the groups
 def pytest_collection_finish(session: pytest.Session) -> None:
     """The second part is as the train command does: else each rank event searches all that was imported for cycles."""
     write_groups(session.items, shared_folder(session.config._tmp_path_factory.getbasetemp()))  # type: ignore[attr-defined]
