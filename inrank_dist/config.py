@@ -136,7 +136,7 @@ class Config:
 
     def cautions(self) -> list[str]:
         """Sentences about settings whose results mislead."""
-        if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.final == "budget":
+        if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.has_budget:
             return []
         sentence = (
             f"with optimizer.name {self.optimizer.name} the rule finds nearly the same ranks where there is nothing to "

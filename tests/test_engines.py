@@ -161,6 +161,7 @@ VARIANTS = {
     "freeze by itself": {"lowrank__freeze_step": "auto", "lowrank__freeze_patience": 1, "lowrank__interval": 4},
     "uniform": {"lowrank__final": "uniform"},
     "budget": {"lowrank__final": "budget", "lowrank__final_budget": 0.2},
+    "random ranks": {"lowrank__final": "random", "lowrank__final_budget": 0.2},
     "frozen base, variance": {"lowrank__base": "frozen", "lowrank__criterion": "variance"},
     "no base, product": {"lowrank__base": "none", "lowrank__init": "kaiming", "lowrank__measure": "product"},
     "no base, update": {"lowrank__base": "none", "lowrank__init": "spectral"},

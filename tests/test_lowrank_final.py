@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inrank_dist.lowrank.final import budget_ranks, fitting_multiple, least_fraction, rounded_ranks, uniform_ranks
+from inrank_dist.lowrank.final import (
+    budget_ranks,
+    fitting_multiple,
+    least_fraction,
+    random_ranks,
+    rounded_ranks,
+    uniform_ranks,
+)
 
 SHAPES = {"a": (12, 8), "b": (8, 8), "c": (30, 10)}
 CAPS = {"a": 8, "b": 8, "c": 10}
@@ -115,6 +122,21 @@ def test_a_budget_is_kept_whatever_the_multiple(
     dense = sum(out * in_ for out, in_ in shapes)
     assert sum(rank * sum(named[name]) for name, rank in ranks.items()) <= fraction * dense * (1 + 1e-12)
     assert all(1 <= rank <= min(named[name]) for name, rank in ranks.items())
+
+
+def test_random_ranks_spend_the_budget_differently_with_every_seed() -> None:
+    shapes = {str(layer): (64, 64) for layer in range(40)}
+    caps = dict.fromkeys(shapes, 48)
+    drawn = [random_ranks(shapes, caps, 0.5, 1, seed) for seed in range(5)]
+    assert drawn[0] == random_ranks(shapes, caps, 0.5, 1, 0)
+    budget = 0.5 * 40 * 64 * 64 / 128  # in modes: all cost the same
+    for ranks in drawn:
+        assert budget - 40 < sum(ranks.values()) <= budget  # less than one more mode in every layer
+        assert all(1 <= rank <= 48 for rank in ranks.values())
+        assert len(set(ranks.values())) > 10
+    order = [sorted(shapes, key=ranks.__getitem__) for ranks in drawn]
+    assert len(set(map(tuple, order))) == 5
+    assert set(random_ranks(SHAPES, CAPS, 1.0, 4, 0).values()) <= {4, 8}
 
 
 def test_a_budget_below_rank_1_is_refused() -> None:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-Final = Literal["per_layer", "uniform", "budget"]
+from .init import generator_for
+
+Final = Literal["per_layer", "uniform", "budget", "random"]
 Shape = tuple[int, int]
 
 
@@ -76,6 +79,28 @@ def budget_ranks(
             break
         multiple_of //= 2
     return _spend(budget, sigmas, shapes, groups, groups, {name: len(sigma) for name, sigma in sigmas.items()})
+
+
+def random_ranks(
+    shapes: Mapping[str, Shape], caps: Mapping[str, int], fraction: float, multiple_of: int, seed: int
+) -> dict[str, int]:
+    """Ranks drawn at random within a budget of parameters: the control of ranks that a rule found.
+
+    They are the ``budget_ranks`` of random spectra: what the ``k``-th mode of a layer saves for each parameter is
+    ``h / k``, where ``h`` is drawn for each layer, uniformly between 0 and 1. So ranks are about proportional to ``h``.
+
+    Args:
+        caps: layer -> the highest rank that it can have.
+        fraction: the budget, as a fraction of the dense parameters ``in * out`` of these layers.
+
+    Raises:
+        ValueError: rank 1 in every layer is already more, see ``least_fraction``.
+    """
+    sigmas = {}
+    for name, shape in shapes.items():
+        height = torch.rand((), generator=generator_for(seed, "random ranks", name), dtype=torch.float64)
+        sigmas[name] = (height * sum(shape) / torch.arange(1, caps[name] + 1)).sqrt()
+    return budget_ranks(sigmas, shapes, fraction, multiple_of)
 
 
 def least_fraction(shapes: Mapping[str, Shape]) -> float:

@@ -61,10 +61,11 @@ class LowRankSettings:
     """With freeze_step auto: fraction of train.steps after which the rank is frozen at the latest."""
     final: Final = "per_layer"
     """Ranks at the freeze: per_layer as the rule found them; uniform: one rank of about as many parameters; budget: the
-    ranks that discard the least energy within final_budget."""
+    ranks that discard the least energy within final_budget; random: ranks drawn by the seed within final_budget, the
+    control of the others."""
     final_budget: float = 0.25
-    """With final budget: at most this many parameters in the factors after the freeze, as a fraction of the dense
-    layers'; ranks are rounded to less than multiple_of where it would not be kept otherwise."""
+    """With final budget or random: at most this many parameters in the factors after the freeze, as a fraction of the
+    dense layers'; ranks are rounded to less than multiple_of where it would not be kept otherwise."""
     growth_init: Literal["random", "gradient", "published"] = "random"
     """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
     the span of the factors (costs two more backward passes a growth); neither changes the function. published: both
@@ -205,6 +206,11 @@ class LowRankSettings:
             multiple_of=self.multiple_of or 1,
         )
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether final ranks are those of a budget of parameters, whatever the rule finds."""
+        return self.final in ("budget", "random")
+
     def final_multiple(self, device_type: str) -> int:
         """What final ranks are rounded to a multiple of, on ``cuda`` or ``cpu``."""
         return self.multiple_of or FINAL_MULTIPLES.get(device_type, 8)
@@ -233,7 +239,7 @@ class LowRankSettings:
             idle += [(key, "lowrank.mode inrank never freezes") for key in freezing]
         if self.mode == "efficient" and self.freeze_step != "auto":
             idle += [(key, "lowrank.freeze_step is not auto") for key in ("freeze_patience", "freeze_fraction")]
-        if self.mode == "efficient" and self.final != "budget":
+        if self.mode == "efficient" and not self.has_budget:
             idle.append(("final_budget", f"lowrank.final is {self.final}"))
         if self.grows and self.base != "none":
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
-from ..lowrank.final import budget_ranks, rounded_ranks, uniform_ranks
+from ..lowrank.final import budget_ranks, random_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.policy import Action
@@ -190,6 +190,9 @@ class RankEvents:
             return uniform_ranks(ranks, self.shapes, caps, self.multiple)
         if self.settings.final == "budget":
             return budget_ranks(allowed, self.shapes, self.settings.final_budget, self.multiple)
+        if self.settings.final == "random":
+            kept = {name: len(sigma) for name, sigma in allowed.items()}
+            return random_ranks(self.shapes, kept, self.settings.final_budget, self.multiple, self.seed)
         return rounded_ranks(ranks, allowed, self.shapes, self.multiple)
 
     def _new_layout(
