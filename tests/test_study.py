@@ -18,7 +18,7 @@ from runs import SHORT, Fails, small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.study import Worker, read_study
-from inrank_dist.study.results import T_95, difference
+from inrank_dist.study.results import T_95, compare, difference
 from inrank_dist.study.work import Outcome, Run
 from inrank_dist.train.monitors.text import operations
 
@@ -177,6 +177,15 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(corpus: Path, tmp_path:
         ({"settings": {"optimizer.lrr": 5}}, "unknown 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         ({"settings": {"lowrank": {"mode": "fast"}}}, "variant 'inrank' of {file}: lowrank.mode is fast; write one of"),
         ({"base": "none.yaml"}, "none.yaml cannot be read"),
+        ({"variants": {"a": {}, "b": {"control": "a", "budget": "tokens"}}}, "budget is tokens; write a list of units"),
+        (
+            {"variants": {"a": {}, "b": {"control": "a", "budget": ["seconds"]}}},
+            "budget holds seconds; write some of tokens, flops, as in the study's budget",
+        ),
+        (
+            {"variants": {"a": {"budget": []}, "b": {"control": "a"}}},
+            "'b' is compared at equal flops but its control 'a' is not; write flops in the budget of 'a' too",
+        ),
     ],
 )
 def test_mistakes(corpus: Path, tmp_path: Path, fails: Fails, changes: dict[str, Any], says: str) -> None:
@@ -230,6 +239,21 @@ def test_a_grid_that_another_worker_ends_meanwhile(
 
     monkeypatch.setattr(worker, "runs", runs)
     assert [run.seed for run in worker.pending()] == [0, 1]
+
+
+def test_a_variant_that_is_compared_at_equal_tokens_only(corpus: Path, tmp_path: Path) -> None:
+    variants = VARIANTS | {"cheap": {"control": "dense", "budget": ["tokens"], "settings": {"lowrank.initial_rank": 1}}}
+    study = read_study(study_file(tmp_path, corpus, variants=variants))
+    worker = Worker(study)
+    for _ in range(3):  # the grid, its best point, its runs with equal FLOPs
+        for run in worker.pending():
+            flops = 1e6 if run.variant.name == "dense" else 5e5
+            worker._outcomes[run] = Outcome({"validation_loss": 1.0, "flops": flops, "ranks": {}})
+    assert not worker.pending()
+    assert {run.steps for run in worker.runs() if run.variant.name == "cheap"} == {12}
+    assert {run.steps for run in worker.runs() if run.variant.name == "inrank"} == {12, 24}
+    rows = {unit: [row.variant.name for row in table] for unit, table in compare(worker).tables.items()}
+    assert rows == {"tokens": ["dense", "inrank", "cheap"], "flops": ["dense", "inrank"]}
 
 
 def test_equal_settings_are_one_run(corpus: Path, tmp_path: Path) -> None:

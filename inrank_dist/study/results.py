@@ -92,9 +92,10 @@ def compare(worker: Worker) -> Comparison:
     for unit in study.budget:
         losses: dict[str, tuple[float, ...]] = {}
         rows = []
-        for variant in study.variants.values():
+        variants = [variant for variant in study.variants.values() if unit in variant.units]
+        for variant in variants:
             losses[variant.name] = tuple(outcome.loss for _, outcome in _done(worker, variant, unit))
-        for variant in study.variants.values():
+        for variant in variants:
             control = losses[variant.control] if variant.control else None
             rows.append(_row(worker, variant, unit, losses[variant.name], control))
         tables[unit] = rows

@@ -16,7 +16,7 @@ Unit = Literal["tokens", "flops", "seconds"]
 UNITS: tuple[Unit, ...] = ("tokens", "flops", "seconds")
 
 KEYS = ("base", "dir", "processes", "seeds", "tuning_seeds", "budget", "settings", "variants")
-VARIANT_KEYS = ("control", "settings", "tune")
+VARIANT_KEYS = ("control", "settings", "tune", "budget")
 OF_THE_STUDY = ("run.dir", "run.name", "run.seed", "train.steps")
 """Settings that the study gives to each run."""
 
@@ -35,12 +35,14 @@ class Variant:
         control: the variant that it is compared with; None: it is only compared with.
         settings: what it changes in the base config.
         grid: dotted key -> values of which the best is taken; every combination is tried.
+        units: of the study's budget, at which it is compared.
     """
 
     name: str
     control: str | None
     settings: Settings
     grid: Mapping[str, tuple[str, ...]]
+    units: tuple[Unit, ...]
 
     @property
     def points(self) -> list[Point]:
@@ -122,7 +124,8 @@ def read_study(file: Path) -> Study:
     base = (file.parent / str(tree["base"])).resolve()
     config = load_config(base, [])[0]
     tokens = config.train.steps * config.train.global_batch_size * config.model.max_seq_len
-    variants = _variants(file, tree["variants"])
+    budget = {"tokens": float(tokens), **_budget(file, tree.get("budget", {}))}
+    variants = _variants(file, tree["variants"], tuple(budget))
     study = Study(
         file=file,
         base=base,
@@ -130,7 +133,7 @@ def read_study(file: Path) -> Study:
         processes=_whole(tree.get("processes", 1), f"{file}: processes"),
         seeds=_seeds(tree.get("seeds", [0, 1, 2]), f"{file}: seeds"),
         tuning_seeds=_seeds(tree.get("tuning_seeds", [100]), f"{file}: tuning_seeds"),
-        budget={"tokens": float(tokens), **_budget(file, tree.get("budget", {}))},
+        budget=budget,
         variants=variants,
         settings=_settings(tree.get("settings", {}), f"{file}: settings"),
     )
@@ -145,7 +148,7 @@ def read_study(file: Path) -> Study:
     return study
 
 
-def _variants(file: Path, tree: Any) -> dict[str, Variant]:
+def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Variant]:
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{file}: variants is {shown(tree)}; write names with settings below each")
     variants = {}
@@ -159,7 +162,8 @@ def _variants(file: Path, tree: Any) -> dict[str, Variant]:
         grid = _grid(content.get("tune", {}), f"{place}: tune")
         if twice := sorted(settings.keys() & grid.keys()):
             raise UserError(f"{place}: {twice[0]} is in settings and in tune; write it in one of them")
-        variants[name] = Variant(name, content.get("control"), settings, grid)
+        own = _units(content.get("budget", list(units)), units, f"{place}: budget")
+        variants[name] = Variant(name, content.get("control"), settings, grid, own)
     controls = {variant.control for variant in variants.values()}
     for variant in variants.values():
         if variant.control is None and variant.name not in controls:
@@ -171,6 +175,12 @@ def _variants(file: Path, tree: Any) -> dict[str, Variant]:
             others = [name for name in variants if name != variant.name]
             raise UserError(
                 f"{file}: the control of {variant.name!r} is {variant.control!r}; write one of {', '.join(others)}"
+            )
+        compared = variants[variant.control].units if variant.control else variant.units
+        if more := [unit for unit in variant.units if unit not in compared]:
+            raise UserError(
+                f"{file}: variant {variant.name!r} is compared at equal {more[0]} but its control {variant.control!r} "
+                f"is not; write {more[0]} in the budget of {variant.control!r} too"
             )
     return variants
 
@@ -228,6 +238,16 @@ def _budget(file: Path, tree: Any) -> dict[Unit, float | None]:
             also = "" if unit == "tokens" else ", or control"
             raise UserError(f"{file}: budget.{unit} is {shown(value)}; write a positive number{also}")
     return budget
+
+
+def _units(values: Any, units: tuple[Unit, ...], place: str) -> tuple[Unit, ...]:
+    """Those of a variant; tokens are always among them, because the length of all other runs follows from those."""
+    if not isinstance(values, list):
+        raise UserError(f"{place} is {shown(values)}; write a list of units, such as [tokens]")
+    for value in values:
+        if value not in units:
+            raise UserError(f"{place} holds {shown(value)}; write some of {', '.join(units)}, as in the study's budget")
+    return tuple(unit for unit in units if unit == "tokens" or unit in values)
 
 
 def _seeds(values: Any, place: str) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ class Worker:
         found: list[Run] = []
         for variant in self.study.variants.values():
             found += self.tuning(variant) if len(variant.points) > 1 else []
-            for unit in self.study.budget:
+            for unit in variant.units:
                 found += self.compared(variant, unit) or []
         return list(dict.fromkeys(found))
 
