@@ -23,13 +23,21 @@ class Model:
     heads: int
     kv_heads: int
     bottleneck: bool = False
+    crossing: bool = False
 
 
 def logits(model: Model, p: Tensors, tokens: Tensor, fade: float) -> Tensor:
     """``(B, T, vocabulary)`` for ``(B, T)`` tokens; ``fade`` is what is left of the dense bases."""
     is_gpt2 = model.name == "gpt2"
+    before: dict[str, Tensor] = {}
 
     def linear(name: str, x: Tensor) -> Tensor:
+        own, layer = product(name, x), name.split(".")[-1]
+        y = own + before[layer] if model.crossing and layer in before else own
+        before[layer] = own
+        return y
+
+    def product(name: str, x: Tensor) -> Tensor:
         if f"{name}.U" in p and model.bottleneck:
             inner = x @ p[f"{name}.V"]
             return (inner * inner.sigmoid()) @ p[f"{name}.U"].T + p[f"{name}.bias"]

@@ -176,6 +176,7 @@ VARIANTS = {
         "lowrank__activation": "silu",
         "lowrank__initial_rank": 6,
     },
+    "crossing, checkpointed": {"model__layer_crossing": "true", "train__activation_checkpointing": "true"},
     "dense, then growth": {
         "lowrank__base": "none",
         "lowrank__dense_fraction": 0.25,

@@ -435,3 +435,27 @@ def test_defaults_depend_on_the_architecture() -> None:
     assert (llama.mlp_size, llama.tied, llama.kv_heads, llama.rotary_base) == (128, False, 4, 10000.0)
     assert gpt2.num_kv_heads is gpt2.intermediate_size is gpt2.tie_embeddings is None
     assert tiny("llama", hidden_size=768).mlp_size == 2048
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_layers_add_the_output_of_the_same_layer_in_the_block_before(name: str) -> None:
+    """Layer crossing, with hooks on the linear layers of a model that has none."""
+    settings = tiny(name, num_layers=3)
+    model, plain = fill_by_rule(built(tiny(name, num_layers=3, layer_crossing=True))), fill_by_rule(built(settings))
+    outputs: dict[str, Tensor] = {}
+
+    def add(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        _, block, _, layer_name = names[layer].split(".")
+        crossed = output + outputs[layer_name] if int(block) else output
+        outputs[layer_name] = output
+        return crossed
+
+    names = {layer: name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear) and "blocks" in name}
+    assert len(names) == 3 * (6 if name == "gpt2" else 7)
+    tokens = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    without = plain(tokens)
+    for layer in names:
+        layer.register_forward_hook(add)
+    expected = plain(tokens)
+    torch.testing.assert_close(model(tokens), expected)
+    assert not torch.allclose(expected, without, rtol=1e-2)

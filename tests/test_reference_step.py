@@ -84,7 +84,7 @@ def check_step(
     settings, shape = config.optimizer, config.model
     model = reference.Model(
         shape.name, shape.num_layers, shape.num_heads, shape.num_kv_heads or shape.num_heads,
-        bottleneck=config.lowrank.activation == "silu",
+        bottleneck=config.lowrank.activation == "silu", crossing=shape.layer_crossing,
     )  # fmt: skip
     parameters = {name: tensor for name, tensor in before.items() if not name.startswith("optimizer.")}
     fade = 1.0
@@ -239,6 +239,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "no base": {"lowrank__base": "none", "lowrank__init": "spectral"},
     "full": {"lowrank__mode": "full"},
     "bottleneck": {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__activation": "silu"},
+    "crossing": {"model__layer_crossing": "true"},
+    "crossing, full, llama": {"model__layer_crossing": "true", "model__name": "llama", "lowrank__mode": "full"},
     "dense first": {"lowrank__base": "none", "lowrank__dense_fraction": 0.5, "lowrank__threshold": 0.7},
     "dense first, fixed, lora_muon": {
         "lowrank__base": "none", "lowrank__dense_fraction": 0.5, "lowrank__mode": "fixed", "lowrank__initial_rank": 5,
@@ -255,10 +257,12 @@ MODELS: dict[str, dict[str, Any]] = {
     [
         ("gpt2", "local", 1), ("llama", "local", 1), ("sgd", "local", 1), ("no base", "local", 1), ("full", "local", 1),
         ("bottleneck", "local", 1), ("dense first", "local", 1), ("dense first, fixed, lora_muon", "local", 1),
+        ("crossing", "local", 1), ("crossing, full, llama", "local", 1),
         slow("dense first, fixed, lora_muon", "fsdp", 3), nightly("dense first", "zero2", 2),
         ("muon", "local", 1), ("spectron", "local", 1), ("lora_muon", "local", 1),
         slow("muon", "fsdp", 3), slow("spectron", "fsdp", 3), slow("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
-        slow("lora_muon", "ddp", 2),
+        slow("lora_muon", "ddp", 2), slow("crossing", "fsdp", 3), slow("crossing, full, llama", "zero3", 2),
+        nightly("crossing", "zero2", 3), nightly("crossing", "zero3", 2),
         ("gpt2", "ddp", 2), ("gpt2", "fsdp", 3), slow("llama", "fsdp", 2), slow("sgd", "ddp", 2),
         nightly("gpt2", "zero0", 2), nightly("gpt2", "zero1", 2), slow("gpt2", "zero2", 3),
         nightly("llama", "zero2", 2),
@@ -269,7 +273,9 @@ def test_every_step_is_the_textbooks(pool: Pool, corpus: Path, model: str, engin
     config = short_config(
         corpus, parallel__engine=engine, train__global_batch_size=6, train__micro_batch_size=1, **MODELS[model]
     )
-    events = [] if model in ("sgd", "full", "muon", "bottleneck") else ["grow", "grow", "freeze"]
+    events = (
+        [] if model in ("sgd", "full", "muon", "bottleneck", "crossing, full, llama") else ["grow", "grow", "freeze"]
+    )
     if model.startswith("dense first"):
         events = ["factorise" if "fixed" in model else "freeze"]
     for done in pool.run("test_reference_step:followed", config, world_size=world_size):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.layers import Attention, Block
+from inrank_dist.models.layers import Attention, Block, Cross, alone
 from inrank_dist.models.settings import ModelSettings
 
 
@@ -19,9 +19,9 @@ class GeluMLP(nn.Module):
         self.up = nn.Linear(hidden_size, mlp_size)
         self.down = nn.Linear(mlp_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cross: Cross = alone) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return cross("down", self.down(F.gelu(cross("up", self.up(x)), approximate="tanh")))
 
 
 class GPT2(LanguageModel):

@@ -27,7 +27,8 @@ class LanguageModel(nn.Module):
     """A decoder-only transformer: `tok_embed`, `blocks`, `final_norm`, `head`.
 
     `head` has no bias; with `settings.tied` its weight is the Parameter of `tok_embed`, under whose name
-    `named_parameters()` lists it. Every block takes and returns one tensor, (B, T, hidden_size).
+    `named_parameters()` lists it. Every block takes and returns one tensor, (B, T, hidden_size), and with
+    `settings.layer_crossing` the outputs of its linear layers by name.
     """
 
     def __init__(self, settings: ModelSettings, vocab_size: int, blocks: list[Block], final_norm: nn.Module) -> None:
@@ -69,8 +70,12 @@ class LanguageModel(nn.Module):
                 f"a sequence of {length} tokens is longer than model.max_seq_len {self.settings.max_seq_len}"
             )
         x = self.embed(input_ids)
+        outputs: dict[str, Tensor] = {}
         for block in self.blocks:
-            x = block(x)
+            if self.settings.layer_crossing:
+                x, outputs = block(x, outputs)
+            else:
+                x = block(x)
         logits = self.head(self.final_norm(x))
         if targets is None:
             return logits

@@ -3,7 +3,7 @@
 Shapes: B batch, T sequence length, C hidden_size, H heads, D head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrank_dist.models.settings import ModelSettings
+
+Cross = Callable[[str, Tensor], Tensor]
+"""Name of a linear layer within its block and its output -> the output that the block goes on with."""
+
+
+def alone(name: str, output: Tensor) -> Tensor:
+    """Without crossing: the output itself."""
+    return output
 
 
 def read_together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
@@ -83,11 +91,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=bias)
         self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cross: Cross = alone) -> Tensor:
         """(B, T, C) -> (B, T, C); position t sees positions 0..t."""
         q, k, v = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in read_together((self.q, self.k, self.v), x)
+            cross(name, projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name, projected in zip("qkv", read_together((self.q, self.k, self.v), x), strict=True)
         )
         if self.rotary is not None:
             q, k = self.rotary(q), self.rotary(k)
@@ -99,11 +107,16 @@ class Attention(nn.Module):
             is_causal=True,
             enable_gqa=self.grouped,
         )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return cross("out", self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: attention, then MLP, each added to the residual stream."""
+    """One pre-norm transformer block: attention, then MLP, each added to the residual stream.
+
+    With layer crossing (`model.layer_crossing`) each linear layer adds what the layer of the same name in the block
+    before put out: `y = W x + W' x'`. LaX (Zhang et al., arXiv 2505.21732) does so between the factors of low-rank
+    layers, `y = U (V^T x + V'^T x')`; on outputs it does not depend on how a layer is factored.
+    """
 
     def __init__(self, attention: Attention, mlp: nn.Module, norm: Callable[[], nn.Module], dropout: float) -> None:
         super().__init__()
@@ -113,7 +126,21 @@ class Block(nn.Module):
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+    def forward(
+        self, x: Tensor, before: Mapping[str, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """(B, T, C) -> (B, T, C).
+
+        With layer crossing it takes the outputs `before`, (B, T, out) by name, of the linear layers of the block before
+        (none in the first block), and returns those of its own as well.
+        """
+        own: dict[str, Tensor] = {}
+
+        def cross(name: str, output: Tensor) -> Tensor:
+            own[name] = output
+            return output + before[name] if before and name in before else output
+
+        crossing = alone if before is None else cross
+        x = x + self.dropout(self.attention(self.attention_norm(x), crossing))
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), crossing))
+        return x if before is None else (x, own)

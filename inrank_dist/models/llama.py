@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.layers import Attention, Block, Rotary, read_together
+from inrank_dist.models.layers import Attention, Block, Cross, Rotary, alone, read_together
 from inrank_dist.models.settings import ModelSettings
 
 
@@ -19,10 +19,10 @@ class GatedMLP(nn.Module):
         self.up = nn.Linear(hidden_size, mlp_size, bias=False)
         self.down = nn.Linear(mlp_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cross: Cross = alone) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         gate, up = read_together((self.gate, self.up), x)
-        return self.down(F.silu(gate) * up)
+        return cross("down", self.down(F.silu(cross("gate", gate)) * cross("up", up)))
 
 
 class Llama(LanguageModel):
