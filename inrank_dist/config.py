@@ -149,6 +149,11 @@ class Config:
 
         Keys with their default value are left out: the ``config.yaml`` of a run gives a value to all.
         """
+        idle = self.idle()
+        return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given) & self.changed().keys())]
+
+    def idle(self) -> dict[str, str]:
+        """Dotted keys that do nothing in this configuration, each with the reason."""
         idle = {f"lowrank.{key}": why for key, why in self.lowrank.without_effect()}
 
         def no_effect(why: str, section: str, *keys: str) -> None:
@@ -182,7 +187,7 @@ class Config:
             no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
         if source == "stdlib":
             no_effect("data.source is stdlib", "data", "text_column", "join_rows")
-        return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given) & self.changed().keys())]
+        return idle
 
 
 def key_of(setting: "dataclasses.Field[Any]") -> str:
@@ -209,20 +214,26 @@ MOST = 2**53
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, set[str]]:
     """Read a YAML file and apply ``--section.key VALUE`` overrides.
 
+    A file with ``base: FILE`` takes the settings of that file, named relative to its own folder, and changes some of
+    them. Settings of the base that have no effect any more are left at their defaults.
+
     Args:
         file: path of the YAML file, or None: defaults and overrides only.
         overrides: command-line words, ``--section.key VALUE`` or ``--section.key=VALUE``.
 
     Returns:
-        The configuration and the dotted keys that were given a value.
+        The configuration and the dotted keys that were given a value, by the file itself or an override.
 
     Raises:
         UserError: whatever is wrong, in one line.
     """
-    values = dict(_read_yaml(Path(file))) if file is not None else {}
+    inherited, values = _read_yaml(Path(file)) if file is not None else ({}, {})
     for key, text in _split(overrides):
         values[key] = _parse(text, SETTINGS[key])
-    return _build(values), set(values)
+    config = _build(inherited | values)
+    if idle := config.idle().keys() & inherited.keys() - values.keys():
+        config = _build({key: value for key, value in (inherited | values).items() if key not in idle})
+    return config, set(values)
 
 
 def _build(values: dict[str, Any]) -> Config:
@@ -264,11 +275,31 @@ def default_of(key: "dataclasses.Field[Any]") -> Any:
     return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
 
 
-def _read_yaml(file: Path) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; every name is checked."""
+def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Dotted keys and their values: those of the file's base, and its own.
+
+    Args:
+        above: the files whose base this is, one of the other.
+    """
     tree = yaml_text.read(file)
     if not isinstance(tree, dict) or not tree:
         raise UserError(f"{file} holds no settings; write sections such as 'model:' with keys below them")
+    if "base" not in tree:
+        return {}, dict(_read_sections(file, tree))
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise UserError(
+            f"{file}: base is {shown(base)}; write the file whose settings it takes, such as quickstart.yaml"
+        )
+    above = (*above, file.resolve())
+    if (file.parent / base).resolve() in above:
+        raise UserError(f"{file}: base {base} is based on this file itself; write another base, or remove it")
+    inherited, own = _read_yaml(file.parent / base, above)
+    return inherited | own, dict(_read_sections(file, tree))
+
+
+def _read_sections(file: Path, tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; every name is checked."""
     for section, content in tree.items():
         if section not in SECTIONS:
             raise UserError(f"{file}: unknown section {shown(section)}{nearest(str(section), SECTIONS)}")

@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sharing import slow
 
 from inrank_dist.commands.main import main
 from inrank_dist.config import SECTIONS, SETTINGS, Config, load_config
 from inrank_dist.errors import UserError
+from inrank_dist.lowrank.convert import LayerLayout, convert
+from inrank_dist.lowrank.settings import LowRankSettings
+from inrank_dist.models import flops_per_token
 from inrank_dist.train.changes import HARMLESS
+from inrank_dist.train.start import dense_skeleton, layer_shapes
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PUBLISHED = {
@@ -18,8 +23,18 @@ PUBLISHED = {
     "medium": ("354.8M", 1.5e-4, "fp32"),
     "large": ("774.0M", 1.5e-4, "fp32"),
 }
+RECOMMENDED = {f"gpt2-{size}": count for size, (count, _, _) in PUBLISHED.items()}
+RECOMMENDED |= {"llama-130m": "134.1M", "llama-350m": "368.0M", "llama-1b": "1339.1M"}
+DRY_RUN = [path if path.stem in ("quickstart", "gpt2-small-inrank") else slow(path) for path in CONFIGS]
 MODEL = [f"--model.{key}={value}" for key, value in (("num_layers", 1), ("num_heads", 2), ("hidden_size", 16))]
 MODEL += ["--model.max_seq_len=8", "--lowrank.initial_rank=2"]
+
+
+PUBLISHED_FILE = next(path for path in CONFIGS if path.stem == "gpt2-small-published")
+
+
+def config_named(name: str) -> Config:
+    return load_config(next(path for path in CONFIGS if path.stem == name))[0]
 
 
 def made(*overrides: str) -> Config:
@@ -39,12 +54,14 @@ def refused_file(folder: Path, text: str) -> str:
     return str(caught.value)
 
 
-def test_the_published_sizes_are_there_in_both_modes() -> None:
+def test_every_size_is_there_with_its_controls() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names >= {f"gpt2-{size}-{mode}" for size in PUBLISHED for mode in ("full", "efficient")}
+    published = {f"gpt2-{size}-published{mode}" for size in PUBLISHED for mode in ("", "-dense")}
+    recommended = {f"{size}-{mode}" for size in RECOMMENDED for mode in ("inrank", "dense", "dense-flops")}
+    assert names == published | recommended | {"quickstart"}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DRY_RUN, ids=lambda path: path.stem)
 def test_every_config_dry_runs(
     path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -58,16 +75,15 @@ def test_every_config_dry_runs(
         assert main(["train", "--config", str(path), "--dry-run"]) == 0
     assert not caplog.records
     assert not list(tmp_path.iterdir())
-    size = path.stem.split("-")[1] if path.stem.startswith("gpt2-") else None
-    if size:
-        assert f"{PUBLISHED[size][0]} parameters" in capsys.readouterr().out
+    if path.stem != "quickstart":
+        size = "-".join(path.stem.split("-")[:2])
+        assert f"{RECOMMENDED[size]} parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_published_recipe(size: str) -> None:
     """The recipe of arXiv 2306.11250; full rank and InRank-Efficient differ in the low-rank section alone."""
-    both = {path.stem.split("-")[2]: load_config(path)[0] for path in CONFIGS if path.stem.startswith(f"gpt2-{size}-")}
-    full, efficient = both["full"], both["efficient"]
+    full, efficient = (config_named(f"gpt2-{size}-published{mode}") for mode in ("-dense", ""))
     _, lr, precision = PUBLISHED[size]
     assert full.train.global_batch_size * full.model.max_seq_len == 524_288
     assert (full.train.steps, full.schedule.name, full.schedule.warmup_steps) == (22_500, "linear", 225)
@@ -77,8 +93,31 @@ def test_the_published_recipe(size: str) -> None:
     low = efficient.lowrank
     assert (low.mode, low.targets, low.initial_rank, low.buffer, low.threshold) == ("efficient", ["mlp"], 2, 100, 0.9)
     assert (low.base, low.init, low.measure, low.criterion) == ("none", "kaiming", "product", "variance")
-    efficient.lowrank, efficient.run = full.lowrank, full.run
+    full.lowrank, full.run = efficient.lowrank, efficient.run
     assert efficient == full
+
+
+@pytest.mark.parametrize("size", RECOMMENDED)
+def test_the_twins_of_a_recommended_config(size: str) -> None:
+    """Equal in all but what is compared; at equal operations the dense one has fewer steps."""
+    ours, tokens, flops = (config_named(f"{size}-{mode}") for mode in ("inrank", "dense", "dense-flops"))
+    assert len({config.run.folder for config in (ours, tokens, flops)}) == 3
+    assert (ours.optimizer.name, tokens.optimizer.name, tokens.lowrank.mode) == ("lora_muon", "muon", "full")
+    assert 19 <= ours.train.steps * 2**19 / (float(RECOMMENDED[size][:-1]) * 1e6) <= 21  # tokens a parameter
+    assert 4.5 <= (ours.data.max_bytes or 0) / (ours.train.steps * 2**19) <= 5  # bytes of English a token
+    skeleton = dense_skeleton(ours.model, ours.tokenizer.vocab_size)
+    rank, dense_steps = ours.lowrank.initial_rank, ours.lowrank.dense_steps(ours.train.steps)
+    layout = {name: LayerLayout(rank, rank, base=False) for name in layer_shapes(skeleton, ours.lowrank)}
+    low_rank = convert(skeleton, layout)
+    parameters = [sum(p.numel() for p in model.blocks.parameters()) for model in (low_rank, skeleton)]
+    assert 0.45 < parameters[0] / parameters[1] < 0.55
+    each = [flops_per_token(model, ours.model.max_seq_len) for model in (low_rank, skeleton)]
+    used = (ours.train.steps - dense_steps) * each[0] + dense_steps * each[1]
+    assert flops.train.steps * each[1] == pytest.approx(used, rel=0.01)
+    flops.train.steps, flops.run = tokens.train.steps, tokens.run
+    assert flops == tokens
+    tokens.lowrank, tokens.run, tokens.optimizer.name = ours.lowrank, ours.run, ours.optimizer.name
+    assert tokens == ours
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -286,7 +325,7 @@ def test_the_config_of_a_run_brings_no_warnings(path: Path, tmp_path: Path) -> N
 
 def test_the_command_warns_of_settings_without_effect(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        main(["train", "--config", str(CONFIGS[0]), "--print-config", "--schedule.decay_fraction", "0.3"])
+        main(["train", "--config", str(PUBLISHED_FILE), "--print-config", "--schedule.decay_fraction", "0.3"])
     assert [r.getMessage() for r in caplog.records] == [
         "warning: schedule.decay_fraction has no effect: schedule.name is linear"
     ]
@@ -327,3 +366,31 @@ def test_changed_settings_are_those_that_are_not_the_default() -> None:
     assert before["lowrank.threshold"] == 0.95 and "lowrank.base" not in before  # decay is the default
     after = load_config(path, ["--lowrank.base=frozen", "--optimizer.beta1=0.9"])[0].changed()
     assert after == before | {"lowrank.base": "frozen"}
+
+
+def test_a_file_changes_settings_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "first.yaml").write_text(made("--optimizer.lr=0.5", "--train.steps=700").to_yaml())
+    (tmp_path / "configs/second.yaml").write_text("base: ../first.yaml\noptimizer: {name: muon}\n")
+    (tmp_path / "third.yaml").write_text("base: configs/second.yaml\ntrain: {steps: 900}\nlowrank: {mode: full}\n")
+    config, given = load_config(tmp_path / "third.yaml", ["--run.seed=3"])
+    assert (config.optimizer.lr, config.optimizer.name, config.train.steps) == (0.5, "muon", 900)
+    assert given == {"train.steps", "lowrank.mode", "run.seed"}  # a full model is not told of its base's ranks
+    assert load_config(tmp_path / "first.yaml")[0].train.steps == 700
+    (tmp_path / "fourth.yaml").write_text("base: first.yaml\nlowrank: {mode: fixed, base: none}\n")
+    (tmp_path / "fifth.yaml").write_text("base: fourth.yaml\nlowrank: {mode: full}\n")
+    assert load_config(tmp_path / "fifth.yaml")[0].lowrank == LowRankSettings(mode="full")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: [a]\n", "base is [a]; write the file whose settings it takes"),
+        ("base: none.yaml\n", "none.yaml cannot be read"),
+        ("base: config.yaml\n", "base config.yaml is based on this file itself"),
+        ("base: other.yaml\n", "other.yaml: base config.yaml is based on this file itself"),
+    ],
+)
+def test_bases_that_are_none(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "other.yaml").write_text("base: config.yaml\n")
+    assert says in refused_file(tmp_path, text)

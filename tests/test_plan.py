@@ -132,7 +132,7 @@ def test_every_engine_sends_what_the_formula_says(
 )
 def test_published_sizes(size: str, rank: int, dense: str, frozen: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The parameter counts of arXiv 2306.11250, without the hardware."""
-    words = ["--config", str(CONFIGS / f"gpt2-{size}-efficient.yaml"), "--rank", str(rank)]
+    words = ["--config", str(CONFIGS / f"gpt2-{size}-published.yaml"), "--rank", str(rank)]
     assert main(["plan", *words, "--world-size", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     counts = [line.split()[1:] for line in lines if line.startswith("parameters")]
