@@ -3,7 +3,7 @@
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
 #   parity  every engine, precision and way to run against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
-#   study   dense AdamW, dense Muon, LoRA-Muon at low rank, dense first and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
+#   study   dense AdamW, dense Muon, LoRA-Muon at low rank, growing and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
 #           Text: FOLDER/train/**/*.txt, validated on FOLDER/valid/**/*.txt; without --data the source of Python's own library
 #   --toy   the same in small shapes, which a CPU does in minutes
 # With the python3 on PATH where that has what it needs; else it makes the environment.
@@ -67,7 +67,7 @@ eval: {interval: 8, batches: 1, sample_tokens: 0}"
         wide="model.hidden_size: 48" rank=8
     fi
     settings+="
-optimizer: {lr: 2.0e-3}
+optimizer: {lr: 6.0e-3}
 schedule: {name: cosine, warmup_steps: 4, min_lr_ratio: 0.1}
 checkpoint: {interval: 0}
 log: {interval: 10}"
@@ -79,7 +79,7 @@ data: {source: files, paths: ['$data/train/**/*.txt'], validation_paths: ['$data
 data: {source: stdlib, cache_dir: '$out/cache', max_bytes: $([ "$toy" ] && echo 400000 || echo null)}"
     fi
     echo "$settings" >"$out/base.yaml"
-    local fixed="lowrank.mode: fixed, lowrank.base: none, lowrank.initial_rank: $rank"
+    local fixed="lowrank.mode: fixed, lowrank.base: none, lowrank.init: spectral, lowrank.initial_rank: $rank"
     cat >"$out/gpu-study.yaml" <<END
 base: base.yaml
 dir: $out/study
@@ -90,19 +90,19 @@ variants:
     settings: {lowrank.mode: full, optimizer.lr: 1.0e-3}
   Muon dense:
     control: AdamW dense
-    settings: {lowrank.mode: full, optimizer.name: muon, optimizer.matrix_lr: 0.02}
-  LoRA-Muon, fixed rank:
+    settings: {lowrank.mode: full, optimizer.name: muon}
+  Muon dense, crossing:
     control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.init: spectral}
-  LoRA-Muon, dense first:
-    control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $fixed, lowrank.dense_fraction: 0.3}
-  LoRA-Muon, InRank:
-    control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02}
-  LoRA-Muon, InRank, wider:
-    control: Muon dense
-    settings: {optimizer.name: lora_muon, optimizer.matrix_lr: 0.02, $wide}
+    settings: {lowrank.mode: full, optimizer.name: muon, model.layer_crossing: true}
+  LoRA-Muon, crossing, fixed rank:
+    control: Muon dense, crossing
+    settings: {optimizer.name: lora_muon, model.layer_crossing: true, $fixed}
+  LoRA-Muon, crossing, InRank:
+    control: Muon dense, crossing
+    settings: {optimizer.name: lora_muon, model.layer_crossing: true}
+  LoRA-Muon, crossing, fixed rank, wider:
+    control: Muon dense, crossing
+    settings: {optimizer.name: lora_muon, model.layer_crossing: true, $fixed, $wide}
 END
     python3 -m inrank_dist study "$out/gpu-study.yaml"
 }

@@ -74,7 +74,7 @@ def test_one_script_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert all(case["holds"] for case in json.loads((out / "parity.json").read_text())["cases"].values())
     assert "full rank, compiled" in (out / "speed.txt").read_text()
     (tokens, _) = json.loads((out / "study/study.json").read_text()).values()
-    assert [row["control"] for row in tokens] == [None, "AdamW dense", *["Muon dense"] * 4]
+    assert [row["control"] for row in tokens] == [None, "AdamW dense", "Muon dense", *["Muon dense, crossing"] * 3]
     assert all(loss < 6.3 for row in tokens for loss in row["losses"])  # a uniform guess of 512 tokens: 6.24
 
 

@@ -81,6 +81,7 @@ def _engine(name: str, **more: str) -> dict[str, str]:
 
 _FULL = {"lowrank.mode": "full", "optimizer.name": "muon"}
 _FACTORS = {"optimizer.name": "lora_muon"}
+_CROSSING = {"model.layer_crossing": "true"}
 
 CASES = (
     Case("local"),
@@ -95,6 +96,7 @@ CASES = (
     Case("lora_muon, fsdp", {**_FACTORS, **_engine("fsdp")}, _FACTORS),
     Case("activation checkpointing", {"train.activation_checkpointing": "true"}),
     Case("compiled", {"train.compile": "true"}),
+    Case("layer crossing, compiled, fsdp", {**_CROSSING, "train.compile": "true", **_engine("fsdp")}, _CROSSING),
     Case("compiled, CUDA graphs", {"train.compile": "true", "train.cuda_graph": "true", "train.micro_batch_size": "8"},
          gpu=True),
     Case("zero2, optimizer on the CPU", _engine("zero2", parallel__offload_optimizer="true"), gpu=True),
