@@ -245,6 +245,16 @@ def test_every_mode_is_the_same_sharded(pool: Pool, corpus: Path, engine: str, v
         assert not any(base for _, _, base in reference.table.values())
 
 
+def test_the_columns_of_a_weight_are_no_modes(corpus: Path) -> None:
+    """``slice`` keeps nothing of the moments of a weight that becomes factors; ``transport`` does."""
+    losses = {}
+    for rule in ("slice", "reset", "transport"):
+        losses[rule] = trained_once(
+            short_config(corpus, **VARIANTS["dense, then fixed"], optimizer__moments_on_event=rule)
+        ).losses()
+    assert losses["slice"] == losses["reset"] != losses["transport"]
+
+
 ZERO_SETTINGS = {
     "sgd": ("zero2", {"optimizer__name": "sgd", "optimizer__lr": 0.1}),
     "frobenius decay": ("zero2", {"lowrank__frobenius_decay": 0.5}),

@@ -263,9 +263,13 @@ class Engine:
         """
         tensors, moments = self._rows()
         settings = self.optimizer_settings
-        betas, rule = (settings.beta1, settings.beta2), settings.moments_on_event
+        betas = (settings.beta1, settings.beta2)
         for layer, event in events.items():
-            of_weight = None if layer in self.layout else self._as_factors(layer, tensors, moments)
+            rule = settings.moments_on_event
+            of_weight = None
+            if layer not in self.layout:
+                of_weight = self._as_factors(layer, tensors, moments)
+                rule = "reset" if rule == "slice" else rule  # the columns of a weight are no modes
             names = {factor: f"{layer}.{factor}" for factor in "UV"}
             U, V = (tensors[name] for name in names.values())
             Z = None

@@ -33,7 +33,7 @@ class OptimizerSettings:
     """Added to the square root of the second moment (adamw)."""
     moments_on_event: MomentRule = "transport"
     """What becomes of the moments of factors at a rank event: transport moves them with the maps; slice keeps the first
-    columns, as the published code does; reset starts from zero."""
+    columns, as the published code does, but none where a dense weight becomes factors; reset starts from zero."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "matrix_lr", "eps"):
