@@ -45,6 +45,7 @@ ATTENTION = [f"blocks.{i}.self_attn.{leaf}" for i in (0, 1) for leaf in ("q_proj
         (["mlp"], MLP),
         (["attention"], ATTENTION),
         (["all"], ATTENTION[:2] + MLP[:2] + ATTENTION[2:] + MLP[2:]),
+        (["inner"], ATTENTION[2:] + MLP[2:]),
         (["attention", "mlp"], ATTENTION[:2] + MLP[:2] + ATTENTION[2:] + MLP[2:]),
         ([r"blocks\.1\..*down$"], ["blocks.1.mlp.down"]),
         ([r"up$", r"q_proj$"], ["blocks.0.self_attn.q_proj", MLP[0], "blocks.1.self_attn.q_proj", MLP[2]]),
@@ -66,9 +67,9 @@ def test_targets_are_found_once_each_in_the_models_order(
 def test_targets_of_our_own_models(name: str) -> None:
     with torch.device("meta"):
         model = build_model(ModelSettings(name=name, num_layers=2, num_heads=2, hidden_size=16, max_seq_len=8), 32)
-    counts = {target: len(find_targets(model, [target])) for target in ("mlp", "attention", "all")}
+    counts = {target: len(find_targets(model, [target])) for target in ("mlp", "attention", "all", "inner")}
     mlp = {"gpt2": 4, "llama": 6}[name]
-    assert counts == {"mlp": mlp, "attention": 8, "all": mlp + 8}
+    assert counts == {"mlp": mlp, "attention": 8, "all": mlp + 8, "inner": mlp // 2 + 4}
 
 
 @pytest.mark.parametrize(

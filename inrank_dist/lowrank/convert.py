@@ -16,6 +16,7 @@ NAMED_TARGETS = {
     "mlp": r"(^|\.)mlp\.",
     "attention": r"(^|\.)(attention|attn|self_attn)\.",
     "all": r"(^|\.)(mlp|attention|attn|self_attn)\.",
+    "inner": r"(^|\.)(?!0\.)\d+\.(mlp|attention|attn|self_attn)\.",
 }
 
 
@@ -42,7 +43,8 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Linea
     """The ``nn.Linear`` modules that are to be factored, in the model's order.
 
     Args:
-        targets: ``mlp``, ``attention``, ``all`` (both), or regular expressions searched in the module's name.
+        targets: ``mlp``, ``attention``, ``all`` (both), ``inner`` (both, but not in the first block), or regular
+            expressions searched in the module's name.
 
     Raises:
         ValueError: a target that is no valid expression or that matches no linear layer.

@@ -25,7 +25,8 @@ class LowRankSettings:
     """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows
     during the warm-up and is then frozen, at the smallest rank that reaches the threshold."""
     targets: list[str] = field(default_factory=lambda: ["mlp"])
-    """Layers to factor: mlp, attention, all, or regular expressions searched in the layer's name."""
+    """Layers to factor: mlp, attention, all, inner (all but those of the first block), or regular expressions searched
+    in the layer's name."""
     initial_rank: int = 8
     """Active rank r at the start (in mode fixed: the rank)."""
     dense_fraction: float = 0.0
