@@ -53,7 +53,7 @@ study() {
     local settings="run: {seed: 0}
 model: {name: gpt2, num_layers: 8, num_heads: 8, hidden_size: 512, max_seq_len: 512}
 train: {steps: 400, global_batch_size: 32, micro_batch_size: 32, precision: bf16}
-lowrank: {interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
+lowrank: {targets: [inner], interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
 tokenizer: {vocab_size: 8192}
 eval: {interval: 200, batches: 8, sample_tokens: 0}"
     local wide="model.hidden_size: 768, model.num_heads: 12" rank=128
@@ -61,7 +61,7 @@ eval: {interval: 200, batches: 8, sample_tokens: 0}"
         settings="run: {seed: 0}
 model: {name: gpt2, num_layers: 2, num_heads: 2, hidden_size: 32, max_seq_len: 32}
 train: {steps: 16, global_batch_size: 8, micro_batch_size: 8}
-lowrank: {interval: 4, warmup_steps: 8, initial_rank: 2, buffer: 2, multiple_of: 1}
+lowrank: {targets: [inner], interval: 4, warmup_steps: 8, initial_rank: 2, buffer: 2, multiple_of: 1}
 tokenizer: {vocab_size: 512}
 eval: {interval: 8, batches: 1, sample_tokens: 0}"
         wide="model.hidden_size: 48" rank=8
