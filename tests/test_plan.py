@@ -170,7 +170,7 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     dense = ["--lowrank.mode", "fixed", "--lowrank.base", "none", "--lowrank.dense_fraction", "0.25"]
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *dense]) == 0
     out = capsys.readouterr().out
-    assert "after step 125" in out and "at the start" not in out
+    assert "after step 100" in out and "at the start" not in out
 
 
 LONG = WIDE | {"model__max_seq_len": 96, "train__global_batch_size": 4, "train__micro_batch_size": 4}
