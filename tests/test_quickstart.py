@@ -30,7 +30,7 @@ def test_quickstart_learns_grows_and_freezes(tmp_path: Path, steps: int) -> None
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (summary,) = [record for record in records if record["kind"] == "summary"]
     assert summary["validation_loss"] < summary["unigram_entropy"] - 1.0
-    assert summary["parameters"] < 0.5 * summary["parameters_dense"]
+    assert summary["parameters"] < 0.65 * summary["parameters_dense"]
     assert {record["action"] for record in records if record["kind"] == "rank_event"} == {"grow", "freeze"}
     assert (tmp_path / "run/report.html").is_file()
     assert "sample" in done.stdout
