@@ -279,7 +279,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     """Dotted keys and their values: those of the file's base, and its own.
 
     Args:
-        above: the files whose base this is, one of the other.
+        above: files already read on the way here; none of them may come again.
     """
     tree = yaml_text.read(file)
     if not isinstance(tree, dict) or not tree:

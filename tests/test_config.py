@@ -30,11 +30,12 @@ MODEL = [f"--model.{key}={value}" for key, value in (("num_layers", 1), ("num_he
 MODEL += ["--model.max_seq_len=8", "--lowrank.initial_rank=2"]
 
 
-PUBLISHED_FILE = next(path for path in CONFIGS if path.stem == "gpt2-small-published")
+def file_named(name: str) -> Path:
+    return next(path for path in CONFIGS if path.stem == name)
 
 
 def config_named(name: str) -> Config:
-    return load_config(next(path for path in CONFIGS if path.stem == name))[0]
+    return load_config(file_named(name))[0]
 
 
 def made(*overrides: str) -> Config:
@@ -325,7 +326,8 @@ def test_the_config_of_a_run_brings_no_warnings(path: Path, tmp_path: Path) -> N
 
 def test_the_command_warns_of_settings_without_effect(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        main(["train", "--config", str(PUBLISHED_FILE), "--print-config", "--schedule.decay_fraction", "0.3"])
+        config = str(file_named("gpt2-small-published"))
+        main(["train", "--config", config, "--print-config", "--schedule.decay_fraction", "0.3"])
     assert [r.getMessage() for r in caplog.records] == [
         "warning: schedule.decay_fraction has no effect: schedule.name is linear"
     ]
@@ -356,12 +358,12 @@ def test_what_a_resumed_run_cannot_change_exists() -> None:
     ],
 )
 def test_a_rank_that_is_not_of_the_data_is_told(words: str, told: bool) -> None:
-    config, _ = load_config(next(path for path in CONFIGS if path.stem == "quickstart"), words.split())
+    config, _ = load_config(file_named("quickstart"), words.split())
     assert bool(config.cautions()) == told
 
 
 def test_changed_settings_are_those_that_are_not_the_default() -> None:
-    path = next(path for path in CONFIGS if path.stem == "quickstart")
+    path = file_named("quickstart")
     before = load_config(path)[0].changed()
     assert before["lowrank.threshold"] == 0.95 and "lowrank.base" not in before  # decay is the default
     after = load_config(path, ["--lowrank.base=frozen", "--optimizer.beta1=0.9"])[0].changed()

@@ -43,7 +43,7 @@ class ModelSettings:
     """Base of the rotary frequencies, llama only. Left out: 10000."""
     layer_crossing: bool = False
     """Each linear layer of a block adds the output of the same layer in the block before; no parameters, next to no
-    operations (after LaX, arXiv 2505.21732). It pays with dense layers, and more with low-rank ones.
+    operations (after LaX, arXiv 2505.21732). It helps dense layers, and low-rank ones more.
     train.activation_checkpointing then keeps these outputs too."""
     norm_eps: float = 1e-5
     """Added to the variance (gpt2) or mean square (llama) inside every norm."""
