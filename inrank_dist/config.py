@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from .data.settings import DataSettings, TokenizerSettings
 from .engine.settings import ParallelSettings
-from .errors import UserError
-from .lowrank.settings import LowRankSettings
+from .method.settings import LowRankSettings
 from .models import ModelSettings
 from .optim.settings import OptimizerSettings
 from .runtime import yaml_text
+from .runtime.errors import UserError
 from .runtime.home import expand_home
 from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings

@@ -8,10 +8,10 @@ from runs import train
 from torch import Tensor
 
 from inrank_dist.config import Config
-from inrank_dist.engine.context import Disagreement
 from inrank_dist.lowrank import spectrum
 from inrank_dist.lowrank.linear import set_joining
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
+from inrank_dist.runtime.context import Disagreement
 from inrank_dist.train.loop import Trainer
 
 

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
 from inrank_dist.engine.activations import micro_batch_activations
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.cost import held_bytes, most_bytes, sent_bytes
 from inrank_dist.engine.engine import Engine, chunk
 from inrank_dist.lowrank.convert import convert
 from inrank_dist.lowrank.division import Processes
 from inrank_dist.lowrank.spectrum import Factors, measure_spectra
+from inrank_dist.runtime.context import Context
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.memory import peak_extra_bytes
 from inrank_dist.train.start import cost_setup

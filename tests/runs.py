@@ -13,8 +13,8 @@ from sharing import made_once
 
 from inrank_dist.config import Config, load_config
 from inrank_dist.data import prepare
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.settings import ParallelSettings
+from inrank_dist.runtime.context import Context
 from inrank_dist.train.checkpoint import Checkpoint, list_checkpoints, resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors

@@ -11,7 +11,7 @@ from inrank_dist.bench.decision import ModelShape, Result, Workload, measure_dec
 from inrank_dist.bench.decision_table import as_record, notes
 from inrank_dist.commands import bench as command
 from inrank_dist.commands.main import main
-from inrank_dist.engine.context import Context
+from inrank_dist.runtime.context import Context
 from inrank_dist.train.memory import peak_extra_bytes
 
 TINY = ModelShape("tiny", 3, 33)

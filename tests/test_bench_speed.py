@@ -10,8 +10,8 @@ from runs import Fails
 from inrank_dist.bench.speed import ABLATION, STANDARD, Form, Outcome, Row, Shape, measure_speed, pays_from
 from inrank_dist.bench.speed_table import conclusion, verdict
 from inrank_dist.commands.main import main
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.cost import Held
+from inrank_dist.runtime.context import Context
 from inrank_dist.train.speed import Peak
 
 TINY = Shape(hidden=64, layers=1, vocab=320, seq=16, batch=1, targets="all", rank=12, buffer=4)

@@ -9,8 +9,8 @@ import pytest
 from runs import Fails, the_error
 
 from inrank_dist.config import load_config
-from inrank_dist.errors import UserError
 from inrank_dist.runtime import yaml_text
+from inrank_dist.runtime.errors import UserError
 
 MODEL = "model:\n  num_layers: 2\n  num_heads: 2\n  hidden_size: 32\n  max_seq_len: 16\n"
 

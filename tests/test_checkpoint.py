@@ -9,7 +9,7 @@ from pool import Pool
 from runs import short_config, small_config, tensor_bytes, train
 from sharing import nightly, slow
 
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
 
 STEPS = 30

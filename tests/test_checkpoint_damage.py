@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from inrank_dist.commands.main import main
 from inrank_dist.data import Tokenizer
-from inrank_dist.engine.context import Context
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.context import Context
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, folder_of, list_checkpoints, peek_checkpoint, resumable
 from inrank_dist.train.checkpoint.folder import begin
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from runs import small_config, train
 
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import folder, folder_of, list_checkpoints
 from inrank_dist.train.checkpoint.folder import begin, commit, recover, retain, seal
 from inrank_dist.train.loop import Trainer
@@ -123,7 +123,7 @@ def test_a_kill_while_a_checkpoint_takes_the_place_of_another_loses_neither(
 
 
 def test_a_run_keeps_what_its_settings_say(corpus: Path, tmp_path: Path) -> None:
-    """After every save: ephemeral ones give way to the next, lasting ones leave but for every twelfth step."""
+    """After every save: ephemeral ones give way to the next, permanent ones leave but for every twelfth step."""
     config = small_config(
         corpus, run__dir=tmp_path, train__steps=18, lowrank__warmup_steps=18, checkpoint__interval=4,
         checkpoint__ephemeral_interval=3, checkpoint__keep=1, checkpoint__keep_every=12,

@@ -17,9 +17,9 @@ from runs import small_config, train, trainer_of
 from safetensors import safe_open
 
 from inrank_dist.data.hashing import hash_file
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.engine import SavedRows
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.context import Context
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
 from inrank_dist.train.checkpoint.shard import _bytes_of, shard_name, stage, write_shard
 from inrank_dist.train.loop import Trainer

@@ -10,10 +10,10 @@ from sharing import slow
 
 from inrank_dist.commands.main import main
 from inrank_dist.config import SECTIONS, SETTINGS, Config, load_config
-from inrank_dist.errors import UserError
 from inrank_dist.lowrank.convert import LayerLayout, convert
-from inrank_dist.lowrank.settings import LowRankSettings
+from inrank_dist.method.settings import LowRankSettings
 from inrank_dist.models import flops_per_token
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.changes import HARMLESS
 from inrank_dist.train.start import dense_skeleton, layer_shapes
 

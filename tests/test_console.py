@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 WORK = """
 import logging, subprocess, sys
 from pathlib import Path
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.runtime import console
 
 console.guard(outlive=sys.argv[1] == "outlive")

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 from cluster_tools import free_port, listens_beyond_loopback
 
-from inrank_dist.engine.context import name_attempt
-from inrank_dist.engine.patient_store import PatientStore, StoreSilent
+from inrank_dist.runtime.context import name_attempt
+from inrank_dist.runtime.patient_store import PatientStore, StoreSilent
 from inrank_dist.runtime.store import join_store, serve_store
 
 

@@ -14,7 +14,7 @@ from runs import small_config
 from inrank_dist.commands.main import main
 from inrank_dist.data import DataSettings, TokenizerSettings, find_prepared, prepare
 from inrank_dist.data.preparation import Prepared
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from inrank_dist.data import hashing
 from inrank_dist.data.corpus import open_source
 from inrank_dist.data.documents import Corpus, choose_documents
 from inrank_dist.data.settings import DataSettings
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 
 def read(tmp_path: Path, **settings: Any) -> Corpus:

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from inrank_dist.data.loader import IGNORED, Loader, LoaderState, MicroBatch, validation_batches
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 BLOCK = 4
 

@@ -13,7 +13,7 @@ from datasets import Dataset, are_progress_bars_disabled
 
 from inrank_dist.data import DataSettings, Prepared, Tokenizer, TokenizerSettings, prepare
 from inrank_dist.data.packing import pack, unigram_entropy
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 BLOCK = 16
 

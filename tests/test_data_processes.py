@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from inrank_dist.data import DataSettings, TokenizerSettings, prepare, store
-from inrank_dist.errors import UserError
+from inrank_dist.data import DataSettings, TokenizerSettings, prepare
+from inrank_dist.runtime import files
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.runtime.lock import Lock
 
 WORLD_SIZE = 3
@@ -92,7 +93,7 @@ def test_a_builder_that_lost_its_lock(tmp_path: Path) -> None:
         lock = Lock(tmp_path / ".made.lock")
         assert lock._create(2), "as a process on another machine does when the lease is over"
         lock.release()
-        store.make_once(tmp_path / "made", fast)
+        files.make_once(tmp_path / "made", fast)
         assert not work.exists()
         (work / "file").write_text("too late")
 
@@ -100,7 +101,7 @@ def test_a_builder_that_lost_its_lock(tmp_path: Path) -> None:
         built.set()
         (work / "file").write_text("in time")
 
-    store.make_once(tmp_path / "made", slow)
+    files.make_once(tmp_path / "made", slow)
     assert built.is_set() and (tmp_path / "made" / "file").read_text() == "in time"
     assert not list(tmp_path.glob(".*.tmp-*")) and not list(tmp_path.glob(".*.failed"))
 
@@ -126,16 +127,16 @@ def test_one_that_waited_repeats_the_reason(tmp_path: Path) -> None:
 
     try:
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(store.make_once, tmp_path / "made", fail)
+            first = pool.submit(files.make_once, tmp_path / "made", fail)
             assert building.wait(30)
-            second = pool.submit(store.make_once, tmp_path / "made", never)
+            second = pool.submit(files.make_once, tmp_path / "made", never)
             for one in (first, second):
                 with pytest.raises(UserError, match=r"^data.this is wrong$"):
                     one.result(30)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    store.make_once(tmp_path / "made", lambda work: (work / "file").touch())
+    files.make_once(tmp_path / "made", lambda work: (work / "file").touch())
     assert sorted(path.name for path in tmp_path.iterdir() if ".lock." not in path.name) == ["made"]
 
 
@@ -166,7 +167,7 @@ def abandoned(folder: Path, name: str, content: str | None = None) -> Path:
     private.mkdir()
     (private / "half").write_text("text")
     content = json.dumps({"made_by": "inrank_dist", "name": name}) if content is None else content
-    (private / store.MARKER).write_text(content)
+    (private / files.MARKER).write_text(content)
     return private
 
 
@@ -189,7 +190,7 @@ def test_only_what_is_ours_and_abandoned_is_removed(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "elsewhere")
     (tmp_path / ".made.failed").write_text("[1, not JSON")
     (tmp_path / "hashes.json").write_text("[1]")
-    store.make_once(tmp_path / "made", lambda work: (work / "file").touch())
+    files.make_once(tmp_path / "made", lambda work: (work / "file").touch())
     lock.release()
     assert (tmp_path / "made" / "file").is_file()
     assert not any(path.exists() for path in gone)
@@ -203,7 +204,7 @@ def build_behind_a_barrier(final: Path, building: Event, done: Event) -> None:
         assert done.wait(60)
         assert (work / "file").read_text() == "whole"
 
-    store.make_once(final, build)
+    files.make_once(final, build)
 
 
 def test_a_neighbour_in_another_pid_namespace(tmp_path: Path) -> None:
@@ -212,8 +213,8 @@ def test_a_neighbour_in_another_pid_namespace(tmp_path: Path) -> None:
     process = SPAWN.Process(target=build_behind_a_barrier, args=(tmp_path / "first", building, done))
     process.start()
     assert building.wait(60)
-    second = "from pathlib import Path; from inrank_dist.data import store; import sys; "
-    second += "store.make_once(Path(sys.argv[1]), lambda work: (work / 'file').touch())"
+    second = "from pathlib import Path; from inrank_dist.runtime import files; import sys; "
+    second += "files.make_once(Path(sys.argv[1]), lambda work: (work / 'file').touch())"
     command = [sys.executable, "-c", second, str(tmp_path / "second")]
     if os.geteuid() == 0 and shutil.which("unshare"):
         command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
@@ -235,7 +236,7 @@ def test_what_vanished_is_not_published(tmp_path: Path) -> None:
         (work / "part").stat()
 
     with pytest.raises(UserError, match=r"data\.cache_dir is .*cannot be used \(No such file"):
-        store.make_once(tmp_path / "made", build, check)
+        files.make_once(tmp_path / "made", build, check)
     assert not (tmp_path / "made").exists()
 
 
@@ -247,5 +248,5 @@ def test_a_bug_in_the_building_leaves_nothing(tmp_path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        store.make_once(tmp_path / "made", build)
+        files.make_once(tmp_path / "made", build)
     assert all(".lock." in path.name for path in tmp_path.iterdir())

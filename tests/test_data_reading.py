@@ -17,7 +17,7 @@ from inrank_dist.data.globs import find_files
 from inrank_dist.data.readers import SUFFIXES, read_file
 from inrank_dist.data.settings import DataSettings
 from inrank_dist.data.stored import store
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 
 def put(path: Path, content: str | bytes) -> Path:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inrank_dist.data.settings import TokenizerSettings
 from inrank_dist.data.tokenizer import SEPARATOR, Tokenizer, load_tokenizer, train_tokenizer
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 TEXTS = [Path(str(source.__file__)).read_text() for source in (pickle, pytest, sentencepiece)]
 

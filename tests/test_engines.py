@@ -7,7 +7,7 @@ from pool import Pool
 from runs import assert_same_run, short_config, small_config, train, trained_once
 from sharing import nightly, slow
 
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 
 GATHERED_EACH_TIME = "{zero_optimization: {stage3_param_persistence_threshold: 0}}"
 """ZeRO-3 as with large layers; it would keep small ones gathered."""

@@ -19,9 +19,9 @@ from runs import bytes_of, small_config, tensor_bytes
 from sharing import nightly, slow
 
 from inrank_dist.data.corpus import _load
-from inrank_dist.engine.watch import farewell
+from inrank_dist.runtime.stop import Stopped, StopRequest
+from inrank_dist.runtime.watch import farewell
 from inrank_dist.train.checkpoint import list_checkpoints, named_folders, open_checkpoint, step_of
-from inrank_dist.train.stop import Stopped, StopRequest
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server, from which all processes are forked
 

@@ -12,7 +12,7 @@ from runs import Fails, small_config, train
 from torch import Tensor
 
 from inrank_dist.commands.main import main
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.sampling import NotFinite, sample_tokens

@@ -11,8 +11,8 @@ from pool import Pool
 from runs import small_config, train
 from sharing import nightly, slow
 
-from inrank_dist.engine.context import Context
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.context import Context
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, folder, list_checkpoints, step_of
 from inrank_dist.train.health import WINDOW, Health
 from inrank_dist.train.loop import Trainer

@@ -8,8 +8,8 @@ import pytest
 from runs import small_config
 
 from inrank_dist.bench.nodes import Node, Report, ring
-from inrank_dist.errors import UserError
 from inrank_dist.launcher import network, torchrun
+from inrank_dist.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

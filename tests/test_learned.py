@@ -9,7 +9,7 @@ from runs import small_config, train
 
 from inrank_dist.lowrank.division import ALONE
 from inrank_dist.lowrank.spectrum import Factors, Learned, measure_spectra
-from inrank_dist.train import ranks
+from inrank_dist.method import controller
 from inrank_dist.train.loop import Trainer
 
 NO_BASE = {"lowrank__base": "none", "lowrank__measure": "update"}
@@ -63,7 +63,7 @@ def test_a_decision_draws_no_factor_again_and_measures_only_products_that_change
         rows.append(trainer.ranks._born_rows)
 
     rows: list = []
-    monkeypatch.setattr(ranks, "measure_spectra", measure)
+    monkeypatch.setattr(controller, "measure_spectra", measure)
     recorder, table = train(small_config(corpus, **NO_BASE, lowrank__threshold=0.9), hook=watch)
     layers = list(table)
     assert sorted(drawn) == sorted(layers), "once each"

@@ -4,12 +4,12 @@ import pytest
 import reference
 import torch
 
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.engine import BuildOptions, Engine
 from inrank_dist.lowrank.convert import LayerLayout
 from inrank_dist.lowrank.spectrum import Factors, gram_matrices
 from inrank_dist.models import ModelSettings, build_model
 from inrank_dist.optim import OptimizerSettings
+from inrank_dist.runtime.context import Context
 
 
 def half_square(W: torch.Tensor) -> torch.Tensor:

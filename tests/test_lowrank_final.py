@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inrank_dist.lowrank.final import (
+from inrank_dist.lowrank.allocation import (
     budget_ranks,
     fitting_multiple,
     least_fraction,

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from inrank_dist.lowrank.policy import RankPolicy
-from inrank_dist.lowrank.settings import LowRankSettings
+from inrank_dist.method.policy import RankPolicy
+from inrank_dist.method.settings import LowRankSettings
 
 NAN = float("nan")
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from inrank_dist.errors import UserError
 from inrank_dist.models import (
     InitRule,
     LanguageModel,
@@ -20,6 +19,7 @@ from inrank_dist.models import (
     flops_per_token,
     parameter_count,
 )
+from inrank_dist.runtime.errors import UserError
 
 VOCAB = 1001  # odd on purpose: nothing may assume a padded vocabulary
 

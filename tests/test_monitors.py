@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from inrank_dist.errors import UserError
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.monitors import (
     ConsoleMonitor,
     JsonlMonitor,

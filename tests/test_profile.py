@@ -10,10 +10,10 @@ import torch
 from pool import Pool
 from runs import small_config, train
 
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.cost import Held
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
 from inrank_dist.models import flops_per_token
+from inrank_dist.runtime.context import Context
 from inrank_dist.train import speed
 from inrank_dist.train.monitors import ConsoleMonitor
 from inrank_dist.train.profiling import StepProfiler, memory_split
@@ -88,7 +88,7 @@ def test_a_profiled_step_may_take_long(corpus: Path, tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
 
     def hook(trainer: Any) -> None:
-        trainer.beat = lambda doing, patience, *_: told.append((doing, patience))
+        trainer.heartbeat = lambda doing, patience, *_: told.append((doing, patience))
 
     config = small_config(corpus, train__profile="[10]", run__dir=tmp_path, parallel__step_timeout_seconds=7)
     train(config, hook=hook)

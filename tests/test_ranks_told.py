@@ -11,11 +11,11 @@ import pytest
 from runs import small_config
 
 from inrank_dist.commands.main import main
+from inrank_dist.report import write_report
+from inrank_dist.report.heatmap import COLUMNS, HeatMap, row_height, spans
+from inrank_dist.report.history import History, Layer
 from inrank_dist.train.monitors import ConsoleMonitor
 from inrank_dist.train.monitors.ranks import RankTable
-from inrank_dist.train.report import write_report
-from inrank_dist.train.report.heatmap import COLUMNS, HeatMap, row_height, spans
-from inrank_dist.train.report.history import History, Layer
 
 NAMES = [f"blocks.{block}.mlp.{leaf}" for block in range(2) for leaf in ("up", "down")]
 

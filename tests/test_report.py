@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inrank_dist.errors import UserError
-from inrank_dist.train.report import write_report
-from inrank_dist.train.report.plot import linear_ticks, log_ticks, smoothed, thinned, tick_labels
+from inrank_dist.report import write_report
+from inrank_dist.report.plot import linear_ticks, log_ticks, smoothed, thinned, tick_labels
+from inrank_dist.runtime.errors import UserError
 
 NAMES = [f"blocks.{block}.{kind}" for block in range(2) for kind in ("attn.q", "mlp.up")]
 CONFIG = "run:\n  name: first run\nlowrank:\n  mode: efficient\n  threshold: 0.9\n"

@@ -11,8 +11,8 @@ from runs import small_config
 
 from inrank_dist.commands import train
 from inrank_dist.commands.main import main
-from inrank_dist.engine import watch
-from inrank_dist.train.report import write_report
+from inrank_dist.report import write_report
+from inrank_dist.runtime import watch
 
 LAYERS = [f"blocks.{block}.mlp.{leaf}" for block in range(6) for leaf in ("up", "down")]
 

@@ -15,11 +15,11 @@ from sharing import nightly, slow
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from inrank_dist.config import Config, load_config
-from inrank_dist.engine.context import Context
 from inrank_dist.engine.engine import Engine
 from inrank_dist.lowrank.convert import LayerLayout, Layout
 from inrank_dist.lowrank.event import RankEvent, grow
 from inrank_dist.lowrank.init import generator_for
+from inrank_dist.runtime.context import Context
 from inrank_dist.train.start import build_engine, dense_skeleton, layer_shapes, start_layout
 
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK, BUFFER = 2048, 5504, 24, 32_000, 128, 32

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..config import Config
 from ..data import Prepared
-from ..engine.context import Context
+from ..runtime.context import Context
 from ..train.checkpoint import list_checkpoints
 from ..train.loop import Trainer
 from .common import spread

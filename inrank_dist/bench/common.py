@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..engine.context import Context
+from ..runtime.context import Context
 
 MIB = 2**20
 

@@ -16,10 +16,11 @@ from typing import TypeVar
 
 import torch
 
-from ..engine.context import Context
 from ..lowrank.criterion import Decision, RankRule
+from ..lowrank.division import Processes
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import Factors, measure_spectra
+from ..runtime.context import Context
 from ..train.memory import peak_extra_bytes
 
 log = logging.getLogger("inrank_dist")
@@ -144,7 +145,9 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
     sample = sample_layers(list(layers), workload.dense_layers)
 
     def ours(names: Iterable[str]) -> dict[str, int]:
-        spectra = measure_spectra({name: rows[name] for name in names}, context.processes)
+        spectra = measure_spectra(
+            {name: rows[name] for name in names}, Processes(context.rank, context.world_size, context.sum)
+        )
         decisions = {
             name: workload.rule.decide(sigma, workload.rank, min(layers[name])) for name, sigma in spectra.sigma.items()
         }

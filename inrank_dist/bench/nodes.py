@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engine.context import Context
+from ..runtime.context import Context
 from .common import MIB
 
 REDUCED_BYTES, EXCHANGED_BYTES = MIB, 4 * MIB

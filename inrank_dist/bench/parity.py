@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..config import load_config
-from ..errors import error_line
+from ..runtime.errors import error_line
 from ..train.checkpoint import named_folders, step_of
 from ..train.monitors.jsonl import read_metrics
 

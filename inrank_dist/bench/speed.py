@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from ..config import Config, load_config
-from ..engine.context import Context
 from ..engine.cost import Held, held_bytes, sent_bytes
 from ..engine.engine import Batches, Engine, Values
 from ..engine.settings import Kind
+from ..lowrank.allocation import fitting_multiple
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
-from ..lowrank.final import fitting_multiple
 from ..lowrank.init import generator_for
 from ..lowrank.linear import set_activation, set_joining
 from ..models import LanguageModel, flops_per_token
+from ..runtime.context import Context
 from ..train.memory import peak_extra_bytes
 from ..train.speed import Peak, peak_of
 from ..train.start import build_engine, cost_setup, dense_skeleton

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..engine.context import Context
+from ..runtime.context import Context
 from .common import MIB, spread, surroundings
 from .speed import SENDERS, Form, Outcome, Row, pays_from
 

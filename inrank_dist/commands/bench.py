@@ -11,8 +11,8 @@ from ..bench.decision import SHAPES, ModelShape, Result, Workload, measure_decis
 from ..bench.decision_table import as_record, as_table, notes
 from ..config import Config, load_config
 from ..data import check_batch_sizes
-from ..engine.context import Context
-from ..errors import UserError
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
 from . import bench_nodes, bench_parity, bench_speed
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     context = Context()
     context.start(TIMEOUT_SECONDS)
     results = [measure_decision(shape, workload, context) for shape in shapes]
-    context.main_does(_show, [result for result in results if result], workload, context, arguments.json)
+    context.on_rank_zero(_show, [result for result in results if result], workload, context, arguments.json)
     context.stop()
 
 
@@ -121,7 +121,7 @@ def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
     context.start(config.parallel.timeout_seconds, always=engine != "local")
     data = prepare(config.data, config.tokenizer, config.model.max_seq_len)
     cost = measure_checkpoints(config, context, data, interval=arguments.interval, rounds=arguments.rounds)
-    context.main_does(_show_cost, cost, config, context)
+    context.on_rank_zero(_show_cost, cost, config, context)
     context.stop()
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ..bench.common import MIB, spread, surroundings
 from ..bench.nodes import EXCHANGED_BYTES, REDUCED_BYTES, Report, measure_nodes
-from ..engine.context import Context
+from ..runtime.context import Context
 from .common import at_least_one, console
 
 log = logging.getLogger("inrank_dist")
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     context = Context()
     context.start(arguments.timeout)
     report = measure_nodes(context, arguments.repeats)
-    context.main_does(_show, report, context)
+    context.on_rank_zero(_show, report, context)
     context.stop()
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from ..bench.parity import CASES, Bench, Parity, possible
-from ..errors import Lost, UserError
+from ..runtime.errors import Lost, UserError
 from ..runtime.home import path_argument
 from .common import at_least_one, console, refuse_unwritable, write_record
 

@@ -8,9 +8,9 @@ from ..bench.decision import SHAPES
 from ..bench.speed import ABLATION, STANDARD, Form, Outcome, Shape, measure_speed
 from ..bench.speed_table import as_record, as_table, conclusion, notes, title, verdict
 from ..data.settings import MIN_VOCABULARY
-from ..engine.context import Context
 from ..engine.settings import Kind, ParallelSettings
-from ..errors import UserError
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
 from .common import at_least_one, console, refuse_unwritable, write_record
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> None:
             rounds=arguments.rounds,
         )
         outcomes.append(outcome)
-        context.main_does(_show, outcome)
-    context.main_does(_conclude, outcomes, context, arguments)
+        context.on_rank_zero(_show, outcome)
+    context.on_rank_zero(_conclude, outcomes, context, arguments)
     context.stop()
 
 

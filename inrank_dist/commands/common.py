@@ -14,11 +14,11 @@ from rich.console import Console
 
 from ..config import Config, load_config
 from ..data import Tokenizer
-from ..data.store import write_atomically
-from ..errors import UserError
 from ..lowrank.convert import convert
 from ..lowrank.linear import set_activation, set_base_scale
 from ..models import LanguageModel
+from ..runtime.errors import UserError
+from ..runtime.files import write_atomically
 from ..runtime.home import path_argument
 from ..train.checkpoint import Checkpoint, find_checkpoint, load_parameters
 from ..train.start import dense_skeleton

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from ..data import DataSettings, Prepared, find_prepared, prepare, validation_batches
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..train.loop import perplexity
 from .common import TrainedModel, add_run_arguments, device, load_trained, no_overrides
 

@@ -4,8 +4,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from ..errors import UserError
 from ..lowrank.init import generator_for
+from ..runtime.errors import UserError
 from ..train.sampling import sample_tokens
 from .common import add_run_arguments, device, load_trained, no_overrides
 

@@ -12,8 +12,8 @@ from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import Lost, UserError
 from ..runtime import console
+from ..runtime.errors import Lost, UserError
 from ..runtime.parent import watch_launcher
 from ..runtime.place import speaks as speaks_for_node
 from ..runtime.signals import leaving_at_once
@@ -107,7 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         return _leave(1, _tell(error))
     except BaseException as error:
-        stop = sys.modules.get("inrank_dist.train.stop")
+        stop = sys.modules.get("inrank_dist.runtime.stop")
         if stop is None or not isinstance(error, stop.Stopped):
             raise
         if speaks:
@@ -145,7 +145,7 @@ def _tell(error: Exception) -> str:
     first = watch.failure_of_another(wait_seconds=2.0 if echo else 0.0) if watch else None
     rank = os.environ.get("RANK", "0")
     if first:
-        watch.leave(first[1], sys.modules["inrank_dist.engine.watch"].farewell(rank, first))
+        watch.leave(first[1], sys.modules["inrank_dist.runtime.watch"].farewell(rank, first))
     if echo:
         print(
             f"process {rank} lost another process, which was killed, or whose machine or network is gone ({line})",
@@ -181,7 +181,7 @@ def _leave(status: int, line: str = "") -> int:
 
 
 def _watch() -> Any:
-    module = sys.modules.get("inrank_dist.engine.watch")
+    module = sys.modules.get("inrank_dist.runtime.watch")
     return module.current() if module is not None else None
 
 

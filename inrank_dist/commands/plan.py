@@ -11,10 +11,10 @@ from ..bench.common import MIB
 from ..config import Config
 from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
-from ..errors import UserError
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..lowrank.linear import set_activation
 from ..models import LanguageModel, flops_per_token
+from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.checkpoint import peek_checkpoint
 from ..train.start import cost_setup, dense_skeleton, factored_layout, layer_shapes

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from ..engine.cost import Setup
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..train.speed import VENDOR_TFLOPS
 
 USABLE = 0.92

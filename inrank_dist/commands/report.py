@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from ..report import write_report
 from ..runtime.home import path_argument
-from ..train.report import write_report
 from .common import no_overrides
 
 

@@ -15,21 +15,21 @@ from ..config import SETTINGS, Config, load_config
 from ..data import Prepared, Tokenizer, prepare
 from ..data.corpus import open_source
 from ..data.tokenizer import load_tokenizer
-from ..engine.context import Context
 from ..engine.settings import zero_stage
-from ..engine.watch import Watch, interrupt
-from ..errors import UserError
+from ..report import write_report
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..runtime.signals import NOTHING_LOST
+from ..runtime.stop import Stopped, StopRequest
+from ..runtime.watch import Watch, interrupt
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
 from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
-from ..train.report import write_report
 from ..train.run_folder import RunFolder, refuse_unwritable
 from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
-from ..train.stop import Stopped, StopRequest
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 
@@ -152,30 +152,30 @@ def _train(
     allowed: Sequence[str],
 ) -> bool:
     """Train to the end; False if the run was complete already."""
-    watch.beat("taking the run folder", config.parallel.timeout_seconds)
-    context.main_does(folder.take_if_present)
-    watch.beat("reading the checkpoint", config.parallel.timeout_seconds)
+    watch.heartbeat("taking the run folder", config.parallel.timeout_seconds)
+    context.on_rank_zero(folder.take_if_present)
+    watch.heartbeat("reading the checkpoint", config.parallel.timeout_seconds)
     checkpoint = resumable(config.run.folder, context)
     if checkpoint is None and start.source:
         checkpoint = branch_point(start.source, start.step, context)
-    changes = context.together(lambda: refuse_changes(config, checkpoint, allowed) if checkpoint else [])
+    changes = context.on_all_ranks(lambda: refuse_changes(config, checkpoint, allowed) if checkpoint else [])
     if checkpoint and checkpoint.state.step >= config.train.steps and not checkpoint.state.evaluation_due:
         more = "a larger train.steps with --allow-change train.steps trains on"
         log.info("%s is complete at step %d; %s", config.run.folder, checkpoint.state.step, more)
         return False
-    watch.beat("preparing the data", math.inf)
+    watch.heartbeat("preparing the data", math.inf)
     data = _prepare(config, stop, checkpoint)
     watch.meet("prepared")
-    watch.beat("building the model", config.parallel.timeout_seconds)
+    watch.heartbeat("building the model", config.parallel.timeout_seconds)
     asked = any(context.gather(data is None or stop.signal is not None))
     if data is None or asked:
         raise Stopped(NOTHING_LOST)
     # Rank events collect garbage; what is there by now (half a million objects of torch alone) is none, look no more.
     gc.collect()
     gc.freeze()
-    trainer = Trainer(config, context, data, checkpoint, stop=stop, beat=watch.beat, before_save=folder.check)
+    trainer = Trainer(config, context, data, checkpoint, stop=stop, heartbeat=watch.heartbeat, before_save=folder.check)
     # Only now, when nothing is left to complain of, is the run folder touched.
-    monitors = context.main_does(folder.open, config, checkpoint) or Monitors()
+    monitors = context.on_rank_zero(folder.open, config, checkpoint) or Monitors()
     _tell_start(config, checkpoint, changes)
     try:
         trainer.run(monitors)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.checkpoint import Finding, check_run_folder, examine
 from .common import console, no_overrides

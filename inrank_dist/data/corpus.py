@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..runtime.home import expand_home
 from .globs import find_files
 from .hashing import Hashed, hash_files, refuse_change

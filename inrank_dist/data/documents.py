@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .corpus import Texts
 from .permutation import stable_permutation
 from .settings import DataSettings

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..runtime.home import expand_home
 
 

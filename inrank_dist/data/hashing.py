@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..runtime.errors import UserError
+from ..runtime.files import write_atomically
 from .readers import decode_utf8, read_blocks
-from .store import write_atomically
 
 #: Files from this size on are not hashed again while their inode, size and times stand still.
 REMEMBER_FROM_BYTES = 16 << 20

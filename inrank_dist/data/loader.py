@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .permutation import stable_permutation
 
 if TYPE_CHECKING:  # seconds to import

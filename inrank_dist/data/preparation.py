@@ -11,7 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset
 
-from ..errors import UserError
+from ..runtime.errors import UserError
+from ..runtime.files import MARKER, make_once
 from ..runtime.home import expand_home
 from .corpus import Source, open_source
 from .documents import Corpus, choose_documents
@@ -19,7 +20,6 @@ from .hashing import hash_files
 from .packing import pack, unigram_entropy
 from .progress import phase, quiet_datasets
 from .settings import DataSettings, TokenizerSettings
-from .store import MARKER, make_once
 from .stored import Documents
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 log = logging.getLogger("inrank_dist.preparation")
 

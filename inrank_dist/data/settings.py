@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300

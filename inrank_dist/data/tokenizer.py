@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from ..errors import UserError
+from ..runtime.errors import UserError
+from ..runtime.files import write_atomically
 from ..runtime.home import expand_home
 from .parts import META_SPACE, Cutter, neighbours
 from .settings import MIN_VOCABULARY, TokenizerSettings
-from .store import write_atomically
 
 #: The piece between documents. Text that spells it out is ordinary text and never becomes this token.
 SEPARATOR = "<|endoftext|>"

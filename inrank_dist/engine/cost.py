@@ -178,9 +178,9 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
         reduce = times * shards * reduced + 2 * replicas * reduced / S
         return A * shards * gathered + reduce + _orthogonalising_bytes(module, setup, S)
     if setup.kind == "zero3":
-        lasting = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
+        persistent = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
         times = 1 if P < FLOAT * REUSED else 2
-        return ring * (lasting + A * times * (P - lasting) + A * T)
+        return ring * (persistent + A * times * (P - persistent) + A * T)
     return ring * T * (3 if setup.kind == "zero1" else 2 * A + 1)
 
 

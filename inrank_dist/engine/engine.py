@@ -28,7 +28,7 @@ from ..optim import (
     moments_of_right_factor,
     parameter_kinds,
 )
-from .context import Context
+from ..runtime.context import Context
 
 Values = Callable[[str], Tensor]
 """Parameter name -> its whole start value on CPU, the same on every process."""

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 from ..lowrank.convert import Layout
 from ..models import LanguageModel
 from ..optim import HeldRows, OptimizerSettings
-from .context import Context
+from ..runtime.context import Context
 from .engine import BuildOptions, Engine, Values, chunk
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from . import zero_settings
 
 Kind = Literal["local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]

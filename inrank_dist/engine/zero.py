@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
-from ..errors import UserError
 from ..lowrank.convert import Layout
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from ..optim import OptimizerSettings, build_optimizer, moment_names
-from .context import Context
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 from .engine import BuildOptions, Engine, Values, chunk
 from .fsdp import as_dtensor
 from .kernels import use_own_builds

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 OURS = {
     "train_batch_size": "train.global_batch_size",

@@ -16,9 +16,9 @@ from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from ..engine.patient_store import PatientStore
-from ..errors import EXIT_MISTAKE, Lost
 from ..runtime import console
+from ..runtime.errors import EXIT_MISTAKE, Lost
+from ..runtime.patient_store import PatientStore
 from .common import Outcome
 from .torchrun_job import Job
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..commands.main import Parser
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 SHUTDOWN_SECONDS = 180
 """How long processes that were asked to leave may take: longer than ``checkpoint.grace_seconds``, after which they

@@ -23,8 +23,8 @@ from urllib.parse import quote, unquote
 
 import psutil
 
-from ..errors import EXIT_MISTAKE, UserError
 from ..runtime import console
+from ..runtime.errors import EXIT_MISTAKE, UserError
 from ..runtime.parent import LAUNCH, LAUNCHER
 from ..runtime.signals import EXIT_STOPPED, stop_signals
 from .common import SHUTDOWN_SECONDS, killed

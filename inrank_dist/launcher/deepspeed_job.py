@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ..commands.main import Parser
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .common import read_words
 from .network import PORT, is_here, resolve, split_endpoint
 

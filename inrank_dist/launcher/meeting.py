@@ -13,8 +13,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..engine.patient_store import PatientStore
-from ..errors import Lost, UserError
+from ..runtime.errors import Lost, UserError
+from ..runtime.patient_store import PatientStore
 from ..runtime.store import serve_store
 from .network import LOOPBACK, is_here, reachable
 from .torchrun_job import Job

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 PORT = 29400
 """Where the nodes of a job meet unless they are told another port; torchrun's own default."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from ..errors import EXIT_MISTAKE, Lost, UserError
 from ..runtime import console
 from ..runtime.console import say
+from ..runtime.errors import EXIT_MISTAKE, Lost, UserError
 from ..runtime.signals import EXIT_STOPPED, STOP_SIGNALS, stop_signals
 from .common import SHUTDOWN_SECONDS, Outcome, killed
 from .network import LOOPBACK, address_towards, resolve, settings_for, shown

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..commands.main import Parser
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .common import read_words
 from .network import PORT, split_endpoint
 

@@ -1,10 +1,10 @@
 """Dense GPT-2 and Llama language models in plain PyTorch."""
 
-from inrank_dist.models.build import build_model
-from inrank_dist.models.count import flops_per_token, parameter_count
-from inrank_dist.models.init import InitRule
-from inrank_dist.models.language_model import IGNORED_TARGET, LanguageModel
-from inrank_dist.models.settings import ModelSettings
+from .build import build_model
+from .count import flops_per_token, parameter_count
+from .init import InitRule
+from .language_model import IGNORED_TARGET, LanguageModel
+from .settings import ModelSettings
 
 __all__ = [
     "IGNORED_TARGET",

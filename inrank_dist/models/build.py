@@ -1,9 +1,9 @@
 """From settings to a model."""
 
-from inrank_dist.models.gpt2 import GPT2
-from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.llama import Llama
-from inrank_dist.models.settings import ModelSettings
+from .gpt2 import GPT2
+from .language_model import LanguageModel
+from .llama import Llama
+from .settings import ModelSettings
 
 
 def build_model(settings: ModelSettings, vocab_size: int) -> LanguageModel:

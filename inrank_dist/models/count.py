@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from inrank_dist.models.build import build_model
-from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.settings import ModelSettings
+from .build import build_model
+from .language_model import LanguageModel
+from .settings import ModelSettings
 
 
 def parameter_count(settings: ModelSettings, vocab_size: int) -> int:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.layers import Attention, Block, Cross, alone
-from inrank_dist.models.settings import ModelSettings
+from .language_model import LanguageModel
+from .layers import Attention, Block, Cross, alone
+from .settings import ModelSettings
 
 
 class GeluMLP(nn.Module):

@@ -6,9 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.models.init import InitRule, init_rule
-from inrank_dist.models.layers import Block, Rotary
-from inrank_dist.models.settings import ModelSettings
+from .init import InitRule, init_rule
+from .layers import Block, Rotary
+from .settings import ModelSettings
 
 IGNORED_TARGET = -100
 

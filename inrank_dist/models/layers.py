@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.models.settings import ModelSettings
+from .settings import ModelSettings
 
 Cross = Callable[[str, Tensor], Tensor]
 """Name of a linear layer within its block and its output -> the output that the block goes on with."""

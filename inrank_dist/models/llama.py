@@ -5,9 +5,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.models.language_model import LanguageModel
-from inrank_dist.models.layers import Attention, Block, Cross, Rotary, alone, read_together
-from inrank_dist.models.settings import ModelSettings
+from .language_model import LanguageModel
+from .layers import Attention, Block, Cross, Rotary, alone, read_together
+from .settings import ModelSettings
 
 
 class GatedMLP(nn.Module):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from inrank_dist.errors import UserError
+from ..runtime.errors import UserError
 
 LARGEST = {
     "num_layers": 2_048,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 MomentRule = Literal["transport", "slice", "reset"]
 

@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
-from ..errors import UserError
+from .errors import UserError
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE)
 """Nobody will ever read there again; EIO is what a closed terminal answers."""

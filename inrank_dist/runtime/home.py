@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ..errors import UserError
+from .errors import UserError
 
 
 def expand_home(path: str | Path, setting: str) -> Path:

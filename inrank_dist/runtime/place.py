@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from ..errors import UserError
+from .errors import UserError
 
 OTHER_LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "srun",  # of the step; SLURM_NTASKS is of the allocation, also in its interactive shell

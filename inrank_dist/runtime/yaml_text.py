@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError
+from .errors import UserError
 
 MOST_BYTES = 1 << 20
 MOST_DEPTH = 50

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ..data.store import write_atomically
-from ..errors import UserError
+from ..report.style import page
+from ..runtime.errors import UserError
+from ..runtime.files import write_atomically
 from ..train.monitors.text import amount, fixed, operations, plural, size
-from ..train.report.style import page
 from .results import Comparison, Row
 from .settings import Study, Unit
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import SETTINGS, Config, load_config, nearest
-from ..errors import UserError
 from ..runtime import yaml_text
+from ..runtime.errors import UserError
 from ..runtime.yaml_text import shown
 
 Unit = Literal["tokens", "flops", "seconds"]

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from ..errors import EXIT_MISTAKE, UserError, error_line
+from ..runtime.errors import EXIT_MISTAKE, UserError, error_line
 from ..runtime.lock import Lock, LockHeld
 from ..runtime.signals import EXIT_STOPPED, handling_stop_signals
+from ..runtime.stop import Stopped
 from ..train.monitors.jsonl import read_metrics
-from ..train.stop import Stopped
 from .settings import Point, Study, Unit, Variant
 
 log = logging.getLogger("inrank_dist")

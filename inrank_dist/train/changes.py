@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import SETTINGS, Config, load_config
-from ..errors import UserError
+from ..runtime.errors import UserError
 from ..runtime.yaml_text import shown
 from .checkpoint import Checkpoint, misfit, named_folders, step_of
 from .schedule import decay_begins, learning_rate

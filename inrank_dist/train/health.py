@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.context import Context
-from ..errors import UserError
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 from .settings import TrainSettings
 
 WINDOW = 64

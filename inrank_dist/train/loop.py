@@ -13,14 +13,16 @@ import torch
 from .. import __version__
 from ..config import Config
 from ..data import Loader, LoaderState, Prefetcher, Prepared
-from ..engine.context import Context
 from ..engine.cost import held_bytes
 from ..engine.engine import Batches
-from ..engine.watch import STEP_TIMEOUT, TIMEOUT
-from ..errors import UserError
 from ..lowrank.convert import Layout, convert
 from ..lowrank.init import generator_for
+from ..method.controller import RankEvents
 from ..models import LanguageModel, flops_per_token
+from ..runtime.context import Context
+from ..runtime.errors import UserError
+from ..runtime.stop import Stopped, StopRequest
+from ..runtime.watch import STEP_TIMEOUT, TIMEOUT
 from .checkpoint import Checkpoint, CheckpointWriter, TrainState, load_tensors
 from .evaluation import validation_loss
 from .health import Health, Verdict
@@ -28,12 +30,10 @@ from .memory import peak_resident_bytes
 from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
-from .ranks import RankEvents
 from .sampling import NotFinite, sample_tokens
 from .schedule import learning_rate
 from .speed import known_peak
 from .start import StartValues, build_engine, cost_setup, dense_skeleton, fits, layer_shapes, start_layout
-from .stop import Stopped, StopRequest
 
 log = logging.getLogger("inrank_dist")
 
@@ -47,7 +47,7 @@ class Trainer:
         data: the prepared data.
         checkpoint: where to continue, or None.
         stop: asks this process to stop.
-        beat: told what is done next, how many seconds that may take, and by which setting (``Watch.beat``).
+        heartbeat: told what is done next, how many seconds that may take, and by which setting (``Watch.heartbeat``).
         before_save: called by process 0 before each checkpoint; what it raises is raised by all.
 
     Raises:
@@ -62,11 +62,11 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         *,
         stop: StopRequest | None = None,
-        beat: Callable[..., None] = lambda *doing: None,
+        heartbeat: Callable[..., None] = lambda *doing: None,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.context, self.data, self.monitors = config, context, data, Monitors()
-        self.stop, self.beat, self._before_save = stop or StopRequest(), beat, before_save
+        self.stop, self.heartbeat, self._before_save = stop or StopRequest(), heartbeat, before_save
         saved = checkpoint.state if checkpoint else None
         loader = Loader(
             data.train,
@@ -142,7 +142,7 @@ class Trainer:
             is_profiled = self.step + 1 in self.profiler.steps
             if is_profiled and patience < self.config.parallel.timeout_seconds:
                 patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
-            self.beat(f"step {self.step + 1}", patience, setting)
+            self.heartbeat(f"step {self.step + 1}", patience, setting)
             began = time.perf_counter()
             stop, reshaped = self._train_one_step(clock)
             seconds = time.perf_counter() - began
@@ -154,7 +154,7 @@ class Trainer:
             patience, setting = max(float(self.config.parallel.step_timeout_seconds), 5 * longest), STEP_TIMEOUT
             if reshaped and patience < self.config.parallel.timeout_seconds:
                 patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
-        self.beat("the end of the run", float(self.config.parallel.timeout_seconds))
+        self.heartbeat("the end of the run", float(self.config.parallel.timeout_seconds))
         self._refuse_lost()  # no text comes out of such a model, and no summary describes it
         if self.config.eval.sample_tokens:
             self._sample()
@@ -168,7 +168,7 @@ class Trainer:
         (batches, verdict, rate), write = self.profiler.run(self.step + 1, self.take_step)
         if write:
             with clock.stopped():
-                self.beat(f"writing the trace of step {self.step}", self.config.parallel.timeout_seconds)
+                self.heartbeat(f"writing the trace of step {self.step}", self.config.parallel.timeout_seconds)
                 self._tell_profile(write())
         if verdict.reason or verdict.spike is not None:
             self.monitors.write(_notice(verdict, self.step, self.health.skipped))
@@ -176,7 +176,7 @@ class Trainer:
             self.writer.finish()  # raises
         before = self.engine.layout
         if self.ranks.due(self.step):
-            self.beat(f"the rank event after step {self.step}", self.config.parallel.timeout_seconds)
+            self.heartbeat(f"the rank event after step {self.step}", self.config.parallel.timeout_seconds)
         # A gradient that is not a number shows no direction.
         records = self.ranks.after_step(self.step, None if verdict.reason else batches, self._tokens_per_step)
         self.seconds = clock.seconds
@@ -198,18 +198,18 @@ class Trainer:
     def _between_steps(self, clock: "_Clock", stop: bool) -> None:
         """Validation and checkpoint, where they are due; or the end, where it was asked for."""
         last = self.step == self.config.train.steps
-        lasting = self._saves(self.config.checkpoint.interval)
-        passing = self._saves(self.config.checkpoint.ephemeral_interval)
+        permanent_due = self._saves(self.config.checkpoint.interval)
+        ephemeral_due = self._saves(self.config.checkpoint.ephemeral_interval)
         with clock.stopped():
             if self.evaluation_due and not stop:
                 stop = not self._evaluate()
             if stop and (self.evaluation_due or not last):
                 if self.step != self._resumed_at:
-                    self.save(ephemeral=not lasting)
+                    self.save(ephemeral=not permanent_due)
                 self.writer.finish()
                 raise Stopped(f"saved at step {self.step} and stopped; the same command goes on from there")
-            if (lasting or passing) and not last and self.step != self._resumed_at:
-                self.save(ephemeral=not lasting)
+            if (permanent_due or ephemeral_due) and not last and self.step != self._resumed_at:
+                self.save(ephemeral=not permanent_due)
 
     def _saves(self, interval: int) -> bool:
         return interval > 0 and self.step > 0 and self.step % interval == 0
@@ -311,7 +311,7 @@ class Trainer:
         return True
 
     def _anyone_stops(self) -> bool:
-        self.beat(f"the validation after step {self.step}", self.config.parallel.timeout_seconds)
+        self.heartbeat(f"the validation after step {self.step}", self.config.parallel.timeout_seconds)
         asked = torch.tensor(float(self.stop.signal is not None), device=self.engine.device)
         self.context.sum(asked)
         return bool(asked)
@@ -323,8 +323,8 @@ class Trainer:
             UserError: it could not be written, or the model is lost: a checkpoint of it would push out the sound ones.
         """
         self._refuse_lost()
-        self.beat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
-        self.context.main_does(self._before_save)
+        self.heartbeat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
+        self.context.on_rank_zero(self._before_save)
         state = TrainState(
             step=self.step,
             optimizer_steps=self.engine.optimizer_steps,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch.profiler import profile
 
-from ..engine.context import Context
 from ..engine.cost import Held
+from ..runtime.context import Context
 from .memory import cuda_peak, peak_in, profiled
 
 log = logging.getLogger("inrank_dist")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..data.store import write_atomically
-from ..errors import UserError
+from ..runtime.errors import UserError
+from ..runtime.files import write_atomically
 from ..runtime.lock import Lock, LockHeld, LockLost
 from .checkpoint import Checkpoint, named_folders
 from .monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 
 class NotFinite(UserError):

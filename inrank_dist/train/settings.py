@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 
 def _at_least(section: str, settings: object, least: float, *names: str) -> None:

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..data import check_batch_sizes
-from ..engine.context import Context
 from ..engine.cost import Setup
 from ..engine.engine import BuildOptions, DDPEngine, Engine, Values
 from ..engine.fsdp import FSDPEngine
 from ..engine.settings import zero_stage
-from ..errors import UserError
+from ..lowrank.allocation import least_fraction
 from ..lowrank.convert import LayerLayout, Layout, find_targets
-from ..lowrank.final import least_fraction
 from ..lowrank.init import generator_for, start_base, start_factors
-from ..lowrank.settings import LowRankSettings
 from ..lowrank.spectrum import Factors
+from ..method.settings import LowRankSettings
 from ..models import LanguageModel, ModelSettings, build_model
+from ..runtime.context import Context
+from ..runtime.errors import UserError
 
 
 def dense_skeleton(settings: ModelSettings, vocab_size: int) -> LanguageModel:

@@ -71,7 +71,7 @@ def arm(fault: Fault) -> None:
     import torch
 
     from inrank_dist.engine import engine
-    from inrank_dist.train import ranks
+    from inrank_dist.method import controller
     from inrank_dist.train.checkpoint import folder, shard
     from inrank_dist.train.loop import Trainer
 
@@ -167,7 +167,7 @@ def arm(fault: Fault) -> None:
             result.checksums[next(iter(result.checksums))] += 1
             return result
 
-        around(ranks, "measure_spectra", tilt)
+        around(controller, "measure_spectra", tilt)
     elif fault.phase == "reshape":
         around(engine, "map_factors")
     elif fault.phase == "save-data":

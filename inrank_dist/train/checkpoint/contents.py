@@ -9,10 +9,10 @@ from torch import nn
 
 from ...config import Config, load_config
 from ...data import Tokenizer
-from ...errors import UserError
 from ...lowrank.convert import convert
 from ...models import LanguageModel
 from ...optim import moment_names, parameter_kinds
+from ...runtime.errors import UserError
 from ...runtime.paths import is_plain_file, status
 from ..start import dense_skeleton
 from .folder import MANIFEST, MARKER, read_manifest, verify

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...data.hashing import hash_file
-from ...data.store import flush_path
+from ...runtime.files import flush_path
 from ...runtime.paths import content_of, is_plain_file, status
 from .listing import Damaged, Unreadable, leftovers, named_folders, step_of, trouble, unlisted
 
@@ -220,7 +220,7 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
 
 
 def recover(run_folder: Path) -> None:
-    """Give a checkpoint its name back that was killed between giving it up and passing it to its successor.
+    """Give a checkpoint its name back that was killed between giving it up and handing it to its successor.
 
     Raises:
         Unreadable: whether there is one cannot be told, or it cannot be renamed.

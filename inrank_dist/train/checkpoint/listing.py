@@ -4,7 +4,7 @@ import errno
 import re
 from pathlib import Path
 
-from ...errors import UserError
+from ...runtime.errors import UserError
 from ...runtime.paths import content_of, is_folder
 
 

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from ...engine.context import Context
-from ...errors import UserError
+from ...runtime.context import Context
+from ...runtime.errors import UserError
 from .contents import Checkpoint, check_contents
 from .folder import newest_sound, recover, verify
 from .listing import check_run_folder, named_folders, step_of
@@ -75,8 +75,8 @@ def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
         Damaged: there are some, and all are damaged.
         Unreadable: whether there are any, or what is in one, cannot be told.
     """
-    context.main_does(recover, run_folder)
-    folders = context.gather(context.main_does(named_folders, run_folder))[0]
+    context.on_rank_zero(recover, run_folder)
+    folders = context.gather(context.on_rank_zero(named_folders, run_folder))[0]
     return _sound(run_folder, folders, context) if folders else None
 
 
@@ -92,7 +92,7 @@ def branch_point(run_folder: Path, step: int | None, context: Context) -> Checkp
         check_run_folder(run_folder)
         return _of_step(run_folder, step)
 
-    folders = context.gather(context.main_does(find))[0]
+    folders = context.gather(context.on_rank_zero(find))[0]
     return _check_together(folders[0], context) if step is not None else _sound(run_folder, folders, context)
 
 
@@ -114,4 +114,4 @@ def _check_together(folder: Path, context: Context) -> Checkpoint:
             check_contents(found)
         return found
 
-    return context.together(look)
+    return context.on_all_ranks(look)

@@ -8,9 +8,9 @@ from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
-from ...engine.context import Context
 from ...engine.engine import Engine, SavedRows
-from ...errors import UserError
+from ...runtime.context import Context
+from ...runtime.errors import UserError
 from ..settings import CheckpointSettings
 from . import folder as folders
 from . import shard
@@ -114,7 +114,7 @@ class CheckpointWriter:
             with _Told(final):
                 return work()
 
-        return self.context.together(told, self._group)
+        return self.context.on_all_ranks(told, self._group)
 
 
 class _Told:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from inrank_dist.errors import UserError
-from inrank_dist.train.monitors.console import ConsoleMonitor
-from inrank_dist.train.monitors.jsonl import JsonlMonitor, read_metrics
-from inrank_dist.train.monitors.tensorboard import TensorBoardMonitor
+from ...runtime.errors import UserError
+from .console import ConsoleMonitor
+from .jsonl import JsonlMonitor, read_metrics
+from .tensorboard import TensorBoardMonitor
 
 __all__ = ["ConsoleMonitor", "JsonlMonitor", "Monitor", "Monitors", "TensorBoardMonitor", "read_metrics"]
 

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from inrank_dist.train.monitors.ranks import RankTable, mean
-from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural, size
+from .ranks import RankTable, mean
+from .text import amount, duration, fixed, number, perplexity_of, plural, size
 
 SMOOTHING = 0.9
 """Weight of the past in the smoothed step time."""

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from inrank_dist.errors import UserError
+from ...runtime.errors import UserError
 
 LASTING_KINDS = ("start", "resume")
 """Records that tell the history of the run, kept when its curve is cut back."""

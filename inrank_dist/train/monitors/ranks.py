@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from inrank_dist.train.monitors.text import number, plural
+from .text import number, plural
 
 NULL_TOLERANCE = 0.02
 """A rank within this fraction of its null rank counts as the null rank."""

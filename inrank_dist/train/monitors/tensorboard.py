@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import RankTable, mean
-from inrank_dist.train.monitors.text import number
+from .ranks import RankTable, mean
+from .text import number
 
 STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu", "mfu_dense", "parameters", "tokens")
 EVAL_TAGS = ("loss", "perplexity")

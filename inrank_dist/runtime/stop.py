@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from ..runtime.console import say
-from ..runtime.signals import EXIT_STOPPED, NOTHING_LOST, STOP_SIGNALS, stop_signals
+from .console import say
+from .signals import EXIT_STOPPED, NOTHING_LOST, STOP_SIGNALS, stop_signals
 
 
 class Stopped(BaseException):

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..runtime.console import flush, say
-from ..runtime.place import speaks
+from .console import flush, say
 from .context import Context
 from .patient_store import PatientStore
+from .place import speaks
 
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 3.0
@@ -61,7 +61,7 @@ class Watch:
 
     def __init__(self, context: Context, folder: Path, on_stop: Callable[[], None]) -> None:
         self.context, self.folder, self._on_stop = context, folder, on_stop
-        self._doing, self._since, self._patience = "starting", time.monotonic(), float("inf")
+        self._activity, self._since, self._timeout = "starting", time.monotonic(), float("inf")
         self._setting = TIMEOUT
         self._off, self._leaving = threading.Event(), threading.Lock()
         self._told_stop, self.spoken = False, False
@@ -88,9 +88,20 @@ class Watch:
         self._off.set()
         self._thread.join()
 
-    def beat(self, doing: str, patience: float, setting: str = TIMEOUT) -> None:
-        """The main thread is alive and now does something that takes at most ``patience`` seconds, says ``setting``."""
-        self._doing, self._since, self._patience, self._setting = doing, time.monotonic(), patience, setting
+    def heartbeat(self, activity: str, timeout_seconds: float, setting: str = TIMEOUT) -> None:
+        """Report that the main thread is alive and starts an activity.
+
+        Args:
+            activity: for the message if it hangs.
+            timeout_seconds: the longest that it may take.
+            setting: the setting that says so.
+        """
+        self._activity, self._since, self._timeout, self._setting = (
+            activity,
+            time.monotonic(),
+            timeout_seconds,
+            setting,
+        )
 
     def meet(self, name: str) -> None:
         """Wait for all processes, however long they take; no collective, which would time out.
@@ -176,7 +187,7 @@ class Watch:
             if news and not stop_heard and self._get("stop"):
                 stop_heard = True
                 self._on_stop()
-            late = time.monotonic() - self._since > self._patience
+            late = time.monotonic() - self._since > self._timeout
             setting = self._setting if late else self._get("hang") if news else None
             if setting and not self._off.is_set():
                 self._hang(setting)
@@ -185,7 +196,7 @@ class Watch:
         """Everyone tells how many collectives it has entered and how long its main thread has been silent; process 0
         finds who is behind. ``setting`` is what allows for more time."""
         self._tell("hang", setting)
-        rank, doing, seconds = self.context.rank, self._doing, time.monotonic() - self._since
+        rank, doing, seconds = self.context.rank, self._activity, time.monotonic() - self._since
         place = dump(self.folder / f"process-{rank}"), seconds, doing
         self._set(f"hang/{rank}", json.dumps(place))
         if rank == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import accumulate
 
-from inrank_dist.train.report.history import Points
+from .history import Points
 
 Scale = Callable[[float], float]
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 40

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from ..engine.engine import Batches, Engine
-from ..errors import UserError
+from ..lowrank.allocation import budget_ranks, random_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
+from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
-from ..lowrank.final import budget_ranks, random_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
-from ..lowrank.policy import Action
-from ..lowrank.settings import LowRankSettings
 from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
+from ..runtime.errors import UserError
+from ..train.start import StartValues
 from .directions import aim_at_gradient
-from .start import StartValues
+from .policy import Action
+from .settings import LowRankSettings
 
 Record = dict[str, Any]
 
@@ -49,7 +50,7 @@ class RankEvents:
         self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
         self.multiple = settings.final_multiple(engine.device.type)
-        self.processes = engine.context.processes
+        self.processes = Processes(engine.context.rank, engine.context.world_size, engine.context.sum)
         self.measures_update = settings.measures_update
         self._born = self._draw_born
         if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from inrank_dist.train.monitors.text import fixed, plural
-from inrank_dist.train.report.history import Layer, Points
-from inrank_dist.train.report.plot import BOTTOM, Mark, legend_entry, vertical_mark, x_axis
+from ..train.monitors.text import fixed, plural
+from .history import Layer, Points
+from .plot import BOTTOM, Mark, legend_entry, vertical_mark, x_axis
 
 LEVELS = 7
 """Colours of the scale, ``--h1`` (low) to ``--h7`` (high); ``--h0`` is the rank that the layers started with."""

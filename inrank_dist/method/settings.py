@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from .criterion import Criterion, RankRule
-from .final import Final
-from .init import Init
-from .linear import Activation
+from ..lowrank.allocation import Final
+from ..lowrank.criterion import Criterion, RankRule
+from ..lowrank.init import Init
+from ..lowrank.linear import Activation
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}

@@ -8,16 +8,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from inrank_dist.errors import UserError
-from inrank_dist.runtime import yaml_text
-from inrank_dist.train.checkpoint import check_run_folder
-from inrank_dist.train.monitors.jsonl import read_metrics
-from inrank_dist.train.monitors.text import amount, number, plural
-from inrank_dist.train.report import sections
-from inrank_dist.train.report.curves import dynamics_figures, loss_figure, rank_figures, threshold_of
-from inrank_dist.train.report.history import History
-from inrank_dist.train.report.reading import mode_of, reading
-from inrank_dist.train.report.style import page
+from ..runtime import yaml_text
+from ..runtime.errors import UserError
+from ..train.checkpoint import check_run_folder
+from ..train.monitors.jsonl import read_metrics
+from ..train.monitors.text import amount, number, plural
+from . import sections
+from .curves import dynamics_figures, loss_figure, rank_figures, threshold_of
+from .history import History
+from .reading import mode_of, reading
+from .style import page
 
 
 def write_report(run_folder: Path, report: Path | None = None) -> Path:

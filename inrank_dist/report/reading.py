@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import mean
-from inrank_dist.train.monitors.text import amount, fixed, number, plural
-from inrank_dist.train.report.history import History
+from ..train.monitors.ranks import mean
+from ..train.monitors.text import amount, fixed, number, plural
+from .history import History
 
 
 def reading(history: History, settings: dict[str, Any]) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import RankChange, RankTable, mean
-from inrank_dist.train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
-from inrank_dist.train.report.history import History, Layer, last
+from ..train.monitors.ranks import RankChange, RankTable, mean
+from ..train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
+from .history import History, Layer, last
 
 HTML = str
 

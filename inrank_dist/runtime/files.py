@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..runtime.lock import Lock, LockHeld, LockLost
+from .errors import UserError
+from .lock import Lock, LockHeld, LockLost
 
 logger = logging.getLogger("inrank_dist")
 

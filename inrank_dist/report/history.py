@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from inrank_dist.train.monitors.ranks import RankChange, RankTable, mean
-from inrank_dist.train.monitors.text import number
+from ..train.monitors.ranks import RankChange, RankTable, mean
+from ..train.monitors.text import number
 
 Points = list[tuple[float, float | None]]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from inrank_dist.train.monitors.text import fixed, number, plural
-from inrank_dist.train.report.heatmap import HeatMap
-from inrank_dist.train.report.history import History
-from inrank_dist.train.report.plot import Line, Mark, Plot, Reference, figure, smoothed
+from ..train.monitors.text import fixed, number, plural
+from .heatmap import HeatMap
+from .history import History
+from .plot import Line, Mark, Plot, Reference, figure, smoothed
 
 WIDE, HALF, NARROW = 1020, 490, 350
 MARK_STYLE = {"grow": ("growth", "--c2", "2 3"), "freeze": ("freeze", "--c0", "")}

@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import Lost, UserError
-from ..lowrank.division import Processes
-from ..runtime.place import read_place, whole_number
-from ..runtime.store import join_store
+from .errors import Lost, UserError
+from .place import read_place, whole_number
+from .store import join_store
 
 Result = TypeVar("Result")
 
@@ -61,11 +60,6 @@ class Context:
     def is_distributed(self) -> bool:
         """Whether the process group is up."""
         return dist.is_initialized()
-
-    @property
-    def processes(self) -> Processes:
-        """All processes, as those who solve the small problems of a rank decision together."""
-        return Processes(self.rank, self.world_size, self.sum)
 
     def start(self, timeout_seconds: int, *, always: bool = False) -> None:
         """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``.
@@ -121,7 +115,7 @@ class Context:
         if dist.is_initialized():
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
-    def main_does(self, work: Callable[..., Result], *arguments: object) -> Result | None:
+    def on_rank_zero(self, work: Callable[..., Result], *arguments: object) -> Result | None:
         """Process 0 does something that may fail; if it fails, every process raises the same error.
 
         Returns:
@@ -148,7 +142,7 @@ class Context:
         dist.all_gather_object(values, value, group=group)
         return values
 
-    def together(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    def on_all_ranks(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
         """Every process does something in which the user's mistake may show in some; all then raise the first one's.
 
         Returns:
