@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import spectrum
-from inrank_dist.lowrank.linear import set_joining
+from inrank_dist.lowrank.layer import set_joining
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
 from inrank_dist.runtime.context import Disagreement
 from inrank_dist.train.loop import Trainer

@@ -10,7 +10,8 @@ from runs import small_config, tensor_bytes, train
 from torch import Tensor, nn
 
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
-from inrank_dist.lowrank.linear import LowRankLinear, set_base_scale, set_joining
+from inrank_dist.lowrank.layer import set_base_scale, set_joining
+from inrank_dist.lowrank.linear import LowRankLinear
 from inrank_dist.models import LanguageModel, ModelSettings, build_model
 from inrank_dist.models.layers import read_together
 

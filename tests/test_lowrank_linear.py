@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrank_dist.lowrank.linear import LowRankLinear, set_activation, set_base_scale
+from inrank_dist.lowrank.layer import set_activation, set_base_scale
+from inrank_dist.lowrank.linear import LowRankLinear
 
 
 def filled(*, bias: bool = True, base: bool = True, modes: int = 3) -> LowRankLinear:

@@ -25,7 +25,7 @@ from ..engine.settings import Kind
 from ..lowrank.allocation import fitting_multiple
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
 from ..lowrank.init import generator_for
-from ..lowrank.linear import set_activation, set_joining
+from ..lowrank.layer import set_activation, set_joining
 from ..models import LanguageModel, flops_per_token
 from ..runtime.context import Context
 from ..train.memory import peak_extra_bytes

@@ -15,7 +15,7 @@ from rich.console import Console
 from ..config import Config, load_config
 from ..data import Tokenizer
 from ..lowrank.convert import convert
-from ..lowrank.linear import set_activation, set_base_scale
+from ..lowrank.layer import set_activation, set_base_scale
 from ..models import LanguageModel
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ..lowrank.criterion import effective_rank
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layer import LowRankLayer
 from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
 from ..train.monitors.ranks import RankTable
@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     table.add_column("")
     for name, layer in state.layout.items():
         module = trained.model.get_submodule(name)
-        assert isinstance(module, LowRankLinear)
-        shape = (module.out_features, module.in_features)
+        assert isinstance(module, LowRankLayer)
+        shape = module.shape
         grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
         sigma = singular_values(grams[name])
         null_rank = null.of(shape) if null.checks else None

@@ -12,7 +12,7 @@ from ..config import Config
 from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
 from ..lowrank.convert import LayerLayout, Layout, convert
-from ..lowrank.linear import set_activation
+from ..lowrank.layer import set_activation
 from ..models import LanguageModel, flops_per_token
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..lowrank.convert import Layout, convert
 from ..lowrank.event import RankEvent, map_factors
-from ..lowrank.linear import Activation, set_activation, set_base_scale, set_joining
+from ..lowrank.layer import Activation, set_activation, set_base_scale, set_joining
 from ..lowrank.spectrum import DenseRows, Factors, gram_matrices, identity_rows
 from ..models import LanguageModel
 from ..optim import (

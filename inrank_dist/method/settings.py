@@ -6,7 +6,7 @@ from typing import Literal
 from ..lowrank.allocation import Final
 from ..lowrank.criterion import Criterion, RankRule
 from ..lowrank.init import Init
-from ..lowrank.linear import Activation
+from ..lowrank.layer import Activation
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}

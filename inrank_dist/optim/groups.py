@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..lowrank.linear import LowRankLinear
+from ..lowrank.layer import LowRankLayer
 from .matrices import FactorMaps, HeldRows, MatrixOptimizer, Pair
 from .orthogonal import lora_muon_maps, spectron_maps
 from .settings import OptimizerSettings
@@ -29,7 +29,7 @@ def parameter_kinds(model: nn.Module, blocks: Iterable[nn.Module], settings: Opt
     if settings.orthogonalises:
         inside = {id(module) for block in blocks for module in block.modules()}
         for module in model.modules():
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, LowRankLayer):
                 kinds |= {id(module.U): "factor", id(module.V): "factor"}
             elif isinstance(module, nn.Linear) and id(module) in inside:
                 kinds[id(module.weight)] = "dense"

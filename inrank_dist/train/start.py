@@ -17,6 +17,7 @@ from ..engine.settings import zero_stage
 from ..lowrank.allocation import least_fraction
 from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.init import generator_for, start_base, start_factors
+from ..lowrank.kinds import matrix_shape
 from ..lowrank.spectrum import Factors
 from ..method.settings import LowRankSettings
 from ..models import LanguageModel, ModelSettings, build_model
@@ -42,14 +43,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
         targets = find_targets(skeleton, settings.targets)
     except ValueError as error:
         raise UserError(f"lowrank.targets: {error}") from None
-    embedding = skeleton.get_submodule("tok_embed").weight
-    for name, layer in targets.items():
-        if layer.weight is embedding:
-            raise UserError(
-                f"lowrank.targets {settings.targets} match {name}, which is tied to the embedding and cannot be "
-                "factored; write targets that leave it out, or model.tie_embeddings: false"
-            )
-    shapes = {name: (layer.out_features, layer.in_features) for name, layer in targets.items()}
+    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
     for name, shape in shapes.items():
         limit = settings.rule.cap(min(shape)) if settings.grows else min(shape)
         if settings.initial_rank > limit:
