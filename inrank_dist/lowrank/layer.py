@@ -114,7 +114,8 @@ class LowRankLayer(nn.Module):
 class LayerKind(Generic[Dense]):
     """What has to be known of one type of dense layer, for a low-rank layer to stand for it.
 
-    A subclass sets ``dense`` and defines ``shape`` and ``make``; ``register_layer_kind`` makes it known.
+    A subclass sets ``dense`` and defines ``shape`` and ``make``; ``register_layer_kind`` makes it known. The dense
+    layer has a parameter ``weight``, may have ``bias: (out,)``, and has no others.
 
     Attributes:
         dense: the type of the dense layer, or its qualified name where its package is not to be imported.
@@ -146,7 +147,7 @@ class LayerKind(Generic[Dense]):
         own: Any = next(cls for cls in type(module).__mro__ if self.dense in (cls, qualified_name(cls)))
         if type(module).forward is not own.forward or "forward" in vars(module):
             return f"is a {type(module).__name__} with a forward of its own"
-        if module._parameters.keys() != {"weight", "bias"}:
+        if not {"weight"} <= module._parameters.keys() <= {"weight", "bias"}:
             return "has a weight that is computed from other parameters"
         weight = module._parameters["weight"]
         if weight is None or not weight.is_floating_point():
