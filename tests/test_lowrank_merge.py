@@ -136,6 +136,10 @@ def _missing(model: nn.Module) -> None:
     del model.batch_norm
 
 
+def _no_attribute(model: nn.Module) -> None:
+    model.shift = None
+
+
 def _surplus(model: nn.Module) -> None:
     model.extra = nn.Linear(2, 2)
 
@@ -168,6 +172,7 @@ def _other_size(model: nn.Module) -> None:
     [
         (_activation, r"blocks\.0\.mlp\.0 cannot be merged: a layer with silu between"),
         (_missing, r"the model has no batch_norm, which"),
+        (_no_attribute, r"the model has no tensor shift"),
         (_surplus, r"the skeleton has no extra\.weight"),
         (_surplus_bias, r"the skeleton has no head\.bias"),
         (_on_meta, r"blocks\.1\.mlp\.0\.U is on meta"),

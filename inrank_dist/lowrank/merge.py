@@ -30,8 +30,8 @@ def merge(model: nn.Module, skeleton: Model) -> Model:
             gradients is as it says.
 
     Returns:
-        A copy of the skeleton that shares no memory with the model. Peak extra memory: the dense model, and one weight
-        in float64.
+        A copy of the skeleton that shares no memory with the model. Peak extra memory: the dense model, and up to four
+        copies of the largest weight in float64.
 
     Raises:
         ValueError: a layer has an activation between its factors, or a tensor is missing, too many, not whole, or not
@@ -49,9 +49,14 @@ def merge(model: nn.Module, skeleton: Model) -> Model:
             module.training = counterpart.training
             for attribute, value in vars(module).items():
                 held = vars(counterpart).get(attribute)
-                if isinstance(value, Tensor) and isinstance(held, Tensor):
-                    _check(_joined(name, attribute), held)
-                    vars(module)[attribute] = made.setdefault((id(held), False), held.detach().clone())
+                if not isinstance(value, Tensor):
+                    continue
+                if not isinstance(held, Tensor):
+                    raise ValueError(f"the model has no tensor {_joined(name, attribute)}, which the skeleton has")
+                _check(_joined(name, attribute), held)
+                if (id(held), False) not in made:
+                    made[id(held), False] = _copied(held)
+                vars(module)[attribute] = made[id(held), False]
     return dense
 
 
