@@ -1,3 +1,56 @@
-"""Pre-train language models whose weights grow in rank as they learn, sharded over any number of processes."""
+"""Pre-train language models whose weights grow in rank as they learn, sharded over any number of processes.
+
+The library, for models and training loops of your own::
+
+    import inrank_dist as inrank
+
+    run = inrank.LowRankRun(make_model, inrank.InRank(["mlp"], freeze_step=1000), make_optimizer)
+
+Names are imported when they are first used, so that ``import inrank_dist`` itself imports nothing slow.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .library import FixedRank as FixedRank
+    from .library import InRank as InRank
+    from .library import LowRankRun as LowRankRun
+    from .library import PretrainThenFactorise as PretrainThenFactorise
+    from .library import Published as Published
+    from .lowrank.convert import LayerLayout as LayerLayout
+    from .lowrank.convert import convert as convert
+    from .lowrank.convert import find_targets as find_targets
+    from .lowrank.kinds import register_layer_kind as register_layer_kind
+    from .lowrank.merge import merge as merge
+    from .models.plan import ModelPlan as ModelPlan
+    from .runtime.errors import UserError as UserError
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    "FixedRank": "library",
+    "InRank": "library",
+    "LowRankRun": "library",
+    "PretrainThenFactorise": "library",
+    "Published": "library",
+    "LayerLayout": "lowrank.convert",
+    "convert": "lowrank.convert",
+    "find_targets": "lowrank.convert",
+    "register_layer_kind": "lowrank.kinds",
+    "merge": "lowrank.merge",
+    "ModelPlan": "models.plan",
+    "UserError": "runtime.errors",
+}
+
+__all__ = ["__version__", *sorted(_PLACES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,7 +11,7 @@ from inrank_dist.config import Config
 from inrank_dist.lowrank import spectrum
 from inrank_dist.lowrank.layer import set_joining
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
-from inrank_dist.runtime.context import Disagreement
+from inrank_dist.runtime.agreement import Disagreement
 from inrank_dist.train.loop import Trainer
 
 
@@ -170,7 +170,7 @@ def aims_at_the_gradient(config: Config) -> float:
             assert logits is not None
             torch.testing.assert_close(function_of(trainer)["logits"], logits, rtol=0, atol=1e-6)
             tensors = engine.tensors()
-            dense = dense_gradients(trainer, list(grown), *batch)
+            dense = dense_gradients(trainer, list(grown), *batch[0].args)
             for name in grown:
                 old = before[name]
                 U, V = (whole(tensors[f"{name}.{factor}"]).double() for factor in "UV")

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from inrank_dist.bench.traffic import Collectives, Counted
 from inrank_dist.config import Config
 from inrank_dist.engine.activations import micro_batch_activations
 from inrank_dist.engine.cost import held_bytes, most_bytes, sent_bytes
-from inrank_dist.engine.engine import Engine, chunk
+from inrank_dist.engine.engine import Engine
+from inrank_dist.engine.placement import chunk
 from inrank_dist.lowrank.convert import convert
 from inrank_dist.lowrank.division import Processes
 from inrank_dist.lowrank.spectrum import Factors, measure_spectra
@@ -386,7 +388,7 @@ def held_and_sent(config: Config, steps: int) -> tuple[int, int, float, float]:
         trainer = trainer_of(config, context)
         for _ in range(steps):
             batches, _, _ = trainer.take_step()
-            trainer.ranks.after_step(trainer.step, batches, 1)
+            trainer.ranks.after_step(trainer.step, partial(trainer.engine.factor_gradients, batches, 1))
         engine, setup = trainer.engine, cost_setup(config, context.world_size)
         module = convert(engine.skeleton, engine.layout)
         trainer.take_step()  # ZeRO-3 takes note of what comes when after a rank event
@@ -491,6 +493,6 @@ def fetched_in_a_step(config: Config) -> int:
     for _ in range(2):
         with Operations(torch.ops.aten._local_scalar_dense) as fetches:
             trainer.take_step()
-            trainer.ranks.after_step(trainer.step, None, 1)
+            trainer.ranks.after_step(trainer.step, None)
     trainer.loader.close()
     return fetches.count

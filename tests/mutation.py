@@ -50,22 +50,22 @@ FAULTS = [
     Fault(
         "a second moment not mapped",
         "optim/moments.py",
-        'map_second_moment(event, moments["exp_avg"], moment, factor, step=step, betas=betas)',
-        "torch.nn.functional.pad(moment, (0, event.modes))[:, : event.modes].contiguous()",
+        'map_second_moment(event, moments["exp_avg"], moments[name], factor, step=step, betas=betas)',
+        "torch.nn.functional.pad(moments[name], (0, event.modes))[:, : event.modes].contiguous()",
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
         "a collective without its group",
-        "engine/fsdp.py",
-        "torch.distributed.all_reduce(tensor, group=self.shard_group)",
-        "torch.distributed.all_reduce(tensor)",
+        "engine/placement.py",
+        "dist.all_reduce(tensor, group=self.group)",
+        "dist.all_reduce(tensor)",
         (f"{ENGINES}[fsdp-4-2-1]",),
     ),
     Fault(
         "a row counted twice",
-        "engine/engine.py",
-        "return chunk(size, self.context.rank, self.context.world_size)",
-        "return self.rows(size)",
+        "engine/placement.py",
+        "return RowPlacement(replica=rank, replicas=world_size)",
+        "return RowPlacement()",
         (f"{ENGINES}[ddp-2-None-2]",),
     ),
     Fault(
@@ -80,7 +80,7 @@ FAULTS = [
     ),
     Fault(
         "a folder's names not flushed",
-        "data/store.py",
+        "runtime/files.py",
         "        os.fsync(descriptor)\n",
         "        pass\n",
         (f"{FLUSHED}[False]", "tests/test_flushed.py::test_prepared_data_is_on_the_disk_before_it_has_its_name"),
@@ -101,10 +101,9 @@ FAULTS = [
     ),
     Fault(
         "stale parameters: the optimizer holds those of before the rank event",
-        "engine/engine.py",
-        "self.optimizer = self._build_optimizer(dict(module.named_parameters()), decayed)",
-        "self.optimizer = getattr(self, 'stale', None) or self._build_optimizer("
-        "dict(module.named_parameters()), decayed); self.stale = self.optimizer",
+        "engine/sharded.py",
+        "self.optimizer = self._make_optimizer(module)",
+        "self.optimizer = getattr(self, 'stale', None) or self._make_optimizer(module); self.stale = self.optimizer",
         ("tests/test_engines.py::test_every_parameter_moves_after_every_event[fsdp-3]",),
     ),
     Fault(
@@ -137,7 +136,7 @@ FAULTS = [
     ),
     Fault(
         "the base fades a step early",
-        "lowrank/policy.py",
+        "method/policy.py",
         "1.0 - step / self.decay_steps",
         "1.0 - (step + 1) / self.decay_steps",
         (f"{STEP}[gpt2-local-1]",),
@@ -179,7 +178,7 @@ FAULTS = [
     ),
     Fault(
         "ranks that differ between processes pass",
-        "engine/context.py",
+        "runtime/agreement.py",
         "if extremes[0] == -extremes[1]:",
         "if True:",
         ("tests/test_engines.py::test_processes_that_see_different_spectra_stop[ddp]",),

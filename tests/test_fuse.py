@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
 from inrank_dist.lowrank.layer import set_base_scale, set_joining
 from inrank_dist.lowrank.linear import LowRankLinear
+from inrank_dist.lowrank.materialize import materialize
 from inrank_dist.models import LanguageModel, ModelSettings, build_model
 from inrank_dist.models.layers import read_together
 
@@ -29,8 +30,9 @@ def low_rank(settings: ModelSettings, *, base: bool, dtype: torch.dtype = torch.
         skeleton = build_model(settings, 61)
     names = find_targets(skeleton, ["all"])
     layout = {name: LayerLayout(2 + index % 5, 2 + index % 5, base) for index, name in enumerate(names)}
-    model = convert(skeleton, layout).to_empty(device="cpu").to(dtype)
-    model.reset_buffers()
+    model = convert(skeleton, layout)
+    materialize(model, skeleton.initial_values(0).buffer, torch.device("cpu"))
+    model.to(dtype)
     set_base_scale(model, 0.5)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():

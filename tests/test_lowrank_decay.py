@@ -4,7 +4,8 @@ import pytest
 import reference
 import torch
 
-from inrank_dist.engine.engine import BuildOptions, Engine
+from inrank_dist.engine.engine import Engine
+from inrank_dist.engine.options import BuildOptions
 from inrank_dist.lowrank.convert import LayerLayout
 from inrank_dist.lowrank.spectrum import Factors, gram_matrices
 from inrank_dist.models import ModelSettings, build_model

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from inrank_dist.lowrank.materialize import materialize
 from inrank_dist.models import (
     InitRule,
     LanguageModel,
@@ -268,15 +269,13 @@ def test_rotary_positions_survive_a_cast() -> None:
 
 
 @BOTH
-def test_meta_then_empty_gives_the_model_built_directly(settings: ModelSettings) -> None:
+def test_meta_then_materialised_gives_the_model_built_directly(settings: ModelSettings) -> None:
     """Engines build on meta; an unset rotary table or a head no longer tied would train, only worse."""
     direct = built(settings)
     model = on_meta(settings)
     assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    model = copy.deepcopy(model).to_empty(device="cpu")
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data.fill_(float("nan"))
-    model.reset_buffers()
+    model = copy.deepcopy(model)
+    materialize(model, model.initial_values(0).buffer, torch.device("cpu"))
     fill_by_rule(model).eval()
     assert (model.head.weight is model.tok_embed.weight) == settings.tied
     assert model.state_dict().keys() == direct.state_dict().keys()

@@ -19,8 +19,9 @@ from inrank_dist.engine.engine import Engine
 from inrank_dist.lowrank.convert import LayerLayout, Layout
 from inrank_dist.lowrank.event import RankEvent, grow
 from inrank_dist.lowrank.init import generator_for
+from inrank_dist.method.start import layer_shapes, start_layout
 from inrank_dist.runtime.context import Context
-from inrank_dist.train.start import build_engine, dense_skeleton, layer_shapes, start_layout
+from inrank_dist.train.start import build_engine, dense_skeleton
 
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK, BUFFER = 2048, 5504, 24, 32_000, 128, 32
 SHAPES = dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.out"), (HIDDEN, HIDDEN))
@@ -143,8 +144,8 @@ def test_one_process_of_many_holds_its_share_through_growth_and_freeze(
     held.append(check(engine, rank, world_size, R + F, base=True))
     # From factors of zeros, the fresh columns are this process's rows of the random directions.
     layer = f"blocks.{LAYERS - 1}.mlp.down"
-    fresh = directions(layer)[slice(*engine.rows(MLP))].double() @ from_new
-    torch.testing.assert_close(engine.held_rows(layer).V[:, R:], fresh.float())
+    fresh = directions(layer)[slice(*engine.placement(layer).rows(MLP))].double() @ from_new
+    torch.testing.assert_close(engine.held_rows([layer])[layer].V[:, R:], fresh.float())
 
     began = time.perf_counter()
     reshape(engine, LayerLayout(RANK, RANK, base=False), RankEvent(maps[0], maps[1]))

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..config import Config, load_config
 from ..engine.cost import Held, held_bytes, sent_bytes
-from ..engine.engine import Batches, Engine, Values
+from ..engine.engine import Batches, Engine
 from ..engine.settings import Kind
+from ..engine.sharded import Values
 from ..lowrank.allocation import fitting_multiple
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
 from ..lowrank.init import generator_for

@@ -16,6 +16,7 @@ from ..config import Config, load_config
 from ..data import Tokenizer
 from ..lowrank.convert import convert
 from ..lowrank.layer import set_activation, set_base_scale
+from ..lowrank.materialize import materialize
 from ..models import LanguageModel
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
@@ -77,8 +78,8 @@ def load_trained(arguments: argparse.Namespace) -> TrainedModel:
     config, _ = load_config(checkpoint.config_file)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
     skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
-    model = convert(skeleton, checkpoint.state.layout).to_empty(device="cpu")
-    model.reset_buffers()
+    model = convert(skeleton, checkpoint.state.layout)
+    materialize(model, skeleton.initial_values(0).buffer, torch.device("cpu"))
     load_parameters(checkpoint.folder, {name: p.detach() for name, p in model.named_parameters()})
     set_activation(model, config.lowrank.activation)
     set_base_scale(model, config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step))

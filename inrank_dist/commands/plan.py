@@ -13,11 +13,12 @@ from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..lowrank.layer import set_activation
+from ..method.start import factored_layout, layer_shapes
 from ..models import LanguageModel, flops_per_token
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.checkpoint import peek_checkpoint
-from ..train.start import cost_setup, dense_skeleton, factored_layout, layer_shapes
+from ..train.start import cost_setup, dense_skeleton
 from .common import add_config_arguments, at_least_one, console, read_config
 from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
 

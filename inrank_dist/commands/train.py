@@ -16,6 +16,7 @@ from ..data import Prepared, Tokenizer, prepare
 from ..data.corpus import open_source
 from ..data.tokenizer import load_tokenizer
 from ..engine.settings import zero_stage
+from ..method.start import layer_shapes
 from ..report import write_report
 from ..runtime.context import Context
 from ..runtime.errors import UserError
@@ -29,7 +30,7 @@ from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable
-from ..train.start import cost_setup, dense_skeleton, layer_shapes, zero_config
+from ..train.start import cost_setup, dense_skeleton, zero_config
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 

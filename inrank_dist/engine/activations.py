@@ -85,8 +85,9 @@ def micro_batch_activations(
     """
     run = partial(_peaks, module, batch_size, seq_len, bf16, checkpointing, on_gpu)
     measured: dict[tuple[object, ...], tuple[tuple[int, int], tuple[int, int]]] = {}
-    kinds = [tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters()) for block in module.blocks]
-    for kind, block in zip(kinds, module.blocks, strict=True):
+    all_blocks = module.plan.block_modules(module)
+    kinds = [tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters()) for block in all_blocks]
+    for kind, block in zip(kinds, all_blocks, strict=True):
         if kind not in measured:
             measured[kind] = run([block]), run([block, block])
     peaks = [
@@ -106,19 +107,22 @@ def _peaks(
     blocks: Sequence[nn.Module],
 ) -> tuple[int, int]:
     """Most bytes in the forward and in the backward pass of the model with these blocks instead of its own."""
-    own = module.blocks
+    parent, _, attribute = module.plan.blocks[0].rpartition(".")[0].rpartition(".")
+    owner = module.get_submodule(parent)
+    own = getattr(owner, attribute)
     try:
-        module.blocks = nn.ModuleList()
+        setattr(owner, attribute, nn.ModuleList())
         model = copy.deepcopy(module)
     finally:
-        module.blocks = own
-    model.blocks = nn.ModuleList(copy.deepcopy(block) for block in blocks)
+        setattr(owner, attribute, own)
+    copies = nn.ModuleList(copy.deepcopy(block) for block in blocks)
+    setattr(model.get_submodule(parent), attribute, copies)
     for attention in model.modules():
         if on_gpu and isinstance(attention, Attention):
             attention.dropout = 0.0
     with FakeTensorMode():
         model = _faked(model).train()
-        for block in model.blocks:
+        for block in copies:
             if checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         inputs, targets = (torch.zeros(batch_size, seq_len, dtype=torch.int64) for _ in range(2))

@@ -49,7 +49,7 @@ from torch import nn
 from ..models import LanguageModel
 from ..optim import OptimizerSettings, moment_names, parameter_kinds
 from .activations import Activations
-from .engine import chunk
+from .placement import chunk
 from .settings import Kind, zero_stage
 
 FLOAT, BF16 = 4, 2
@@ -131,7 +131,7 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
 def remembered_parameters(module: LanguageModel, optimizer: OptimizerSettings) -> list[nn.Parameter]:
     """Each trained parameter of an unsharded model as often as the optimizer has moments of it."""
     parameters = dict(module.named_parameters())
-    kinds = parameter_kinds(module, module.blocks, optimizer)
+    kinds = parameter_kinds(module, module.plan.block_modules(module), optimizer)
     return [parameters[name] for name, kind in kinds.items() for _ in moment_names(optimizer, kind)]
 
 
@@ -146,11 +146,11 @@ def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) ->
     on_device = held.total - held.host
     if setup.kind == "local" and setup.accumulation == 1:
         return on_device - held.gradients + max(activations.peak, held.gradients + activations.one_block)
-    block = max(_size(each.parameters()) for each in module.blocks)
+    block = max(_size(each.parameters()) for each in module.plan.block_modules(module))
     every, trained = _size(module.parameters()), _size(p for p in module.parameters() if p.requires_grad)
     beside = 0
     if setup.kind == "fsdp" and (setup.shard_size or setup.processes) > 1:
-        rest = every - sum(_size(each.parameters()) for each in module.blocks)
+        rest = every - sum(_size(each.parameters()) for each in module.plan.block_modules(module))
         beside = (BF16 if setup.bf16 else FLOAT) * (rest + 2 * block) + 2 * FLOAT * max(block, rest)
     elif setup.kind.startswith("zero"):
         beside = held.gathered + FLOAT * min(trained, BUCKET)
@@ -171,7 +171,7 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
     if setup.kind == "fsdp":
         S = setup.shard_size or N
         shards, replicas = (S - 1) / S, (N // S - 1) / (N // S)
-        blocks = S * _cut(module.blocks.parameters(), S)
+        blocks = S * _cut((p for block in module.plan.block_modules(module) for p in block.parameters()), S)
         gathered = (2 if setup.bf16 else FLOAT) * (S * _cut(every, S) + blocks)
         reduced = FLOAT * S * _cut(trained, S)
         times = A if setup.reduce_each_micro_batch else 1
@@ -186,7 +186,7 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
 
 def _orthogonalising_bytes(module: LanguageModel, setup: Setup, S: int) -> float:
     parameters = dict(module.named_parameters())
-    kinds = parameter_kinds(module, module.blocks, setup.optimizer)
+    kinds = parameter_kinds(module, module.plan.block_modules(module), setup.optimizer)
     pairs = [parameters[name].shape[1] for name, kind in kinds.items() if kind == "factor" and name.endswith(".U")]
     dense = _size(parameters[name] for name, kind in kinds.items() if kind == "dense")
     grams = sum(16 * R * (R + 1) for R in pairs)

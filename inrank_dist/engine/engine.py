@@ -1,38 +1,35 @@
-"""An engine holds the model and its optimizer, in one piece or in shards. The training loop never asks which."""
+"""The trainer's engine: it takes optimizer steps and hands out what is saved. The training loop never asks which."""
 
-import gc
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
-from ..lowrank.convert import Layout, convert
-from ..lowrank.event import RankEvent, map_factors
-from ..lowrank.layer import Activation, set_activation, set_base_scale, set_joining
-from ..lowrank.spectrum import DenseRows, Factors, gram_matrices, identity_rows
+from ..lowrank.convert import Layout
+from ..lowrank.division import Processes
+from ..lowrank.layer import set_activation, set_joining
+from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from ..optim import (
     HeldRows,
     OptimizerSettings,
     build_optimizer,
     decayed_parameters,
-    map_moments,
     moment_names,
-    moments_of_right_factor,
     parameter_kinds,
 )
 from ..runtime.context import Context
-
-Values = Callable[[str], Tensor]
-"""Parameter name -> its whole start value on CPU, the same on every process."""
-
+from .options import BuildOptions
+from .parallelize import checkpoint_blocks, compile_blocks, shard_blocks, shard_mesh
+from .placement import RowPlacement, local_rows
+from .sharded import ShardedModel, Values
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Micro-batches of inputs and targets, each ``(B, T)`` int64."""
@@ -64,47 +61,28 @@ class SavedRows:
         return self.count * self.shape[1:].numel() * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """How the model is made to run.
-
-    Attributes:
-        bf16: compute in bfloat16 (weights, gradients and moments stay float32).
-        compile: compile each block and the loss: one graph for all ranks while they grow, static shapes after that.
-        cuda_graph: replay compiled blocks as CUDA graphs once shapes are static (GPUs only).
-        fuse: run factors that read the same input as one product.
-        activation: between the factors.
-        activation_checkpointing: recompute each block in the backward pass.
-        grad_clip: largest gradient norm; 0: none.
-        frobenius_decay: decoupled decay of ``|U V^T|_F^2 / 2``; 0: none.
-    """
-
-    bf16: bool = False
-    compile: bool = False
-    cuda_graph: bool = False
-    fuse: bool = True
-    activation: Activation = "none"
-    activation_checkpointing: bool = False
-    grad_clip: float = 1.0
-    frobenius_decay: float = 0.0
+def _counted(placement: RowPlacement, held: Callable[[], Tensor], size: int) -> Tensor:
+    return placement.counted(held(), size)
 
 
-class Engine:
-    """The model in one process. Subclasses override how parameters are placed and gradients are combined.
-
-    Reshaping is rebuilding: the model is converted again from the dense ``meta`` skeleton with the new layout, given
-    the old tensors (mapped where the rank changed), and gets a new optimizer with the old moments (mapped likewise).
+class Engine(ShardedModel):
+    """A language model in one process, in replicas (DDP), or sharded by rows (FSDP2).
 
     Attributes:
         bad_gradient: whether this process computed a gradient that is not finite in the last ``accumulate``; bool.
+        optimizer_steps: taken so far.
 
     Args:
-        skeleton: dense model on ``meta`` with ``tok_embed`` and ``blocks``; it is never changed.
-        layout: the low-rank layers as they start.
-        values: start values; None: zeros, to be read into.
+        skeleton: dense model on ``meta``; it is never changed.
+        layout: the low-rank layers at initialisation.
+        values: initial values; None: zeros, to be read into.
+        kind: of engine.
+        shard_size: with fsdp, processes that share one copy of the model; None: all.
     """
 
-    name = "local"
+    name: str
+    skeleton: LanguageModel
+    module: LanguageModel
 
     def __init__(
         self,
@@ -115,220 +93,84 @@ class Engine:
         context: Context,
         optimizer: OptimizerSettings,
         options: BuildOptions,
+        kind: Literal["local", "ddp", "fsdp"] = "local",
+        shard_size: int | None = None,
     ) -> None:
-        self.skeleton, self.context, self.device = skeleton, context, context.device
+        self.context, self.name, self.plan = context, kind, skeleton.plan
         self.optimizer_settings, self.options = optimizer, options
+        self.mesh = shard_mesh(context.device.type, context.world_size, shard_size) if kind == "fsdp" else None
         self.optimizer_steps = 0
         self.bad_gradient = torch.zeros((), dtype=torch.bool, device=context.device)
-        self._base_scale, self._compiled_for_growth = 1.0, False
-
-        def start(name: str, parameter: nn.Parameter) -> Tensor:
-            if values is None:
-                first, end = self.rows(parameter.shape[0])
-                return torch.zeros(end - first, *parameter.shape[1:], device=self.device)
-            # A copy of the rows: a view would keep the whole tensor alive.
-            return values(name)[slice(*self.rows(parameter.shape[0]))].to(self.device, copy=True).contiguous()
-
-        self._build(layout, start)
-
-    # How parameters are held: what a sharding engine overrides.
-
-    def rows(self, size: int) -> tuple[int, int]:
-        """First row and end of the rows that this process holds of a parameter with ``size`` rows."""
-        return 0, size
-
-    def counted_rows(self, size: int) -> tuple[int, int]:
-        """The part of ``rows`` that this process alone counts: over all processes every row exactly once."""
-        return self.rows(size)
-
-    def _shard(self, module: LanguageModel) -> None:
-        """Shard a module on ``meta``, in place."""
-
-    def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
-        """Make the tensor that stands for a whole one of this shape from this process's rows of it."""
-        return local
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        """This process's rows of a parameter, gradient or moment; shares memory with it."""
-        return tensor.detach()
-
-    def _assign(self, module: LanguageModel, rows: Callable[[str, nn.Parameter], Tensor]) -> None:
-        """Give a module on ``meta`` its parameters, from this process's rows of them."""
-        placed: dict[int, nn.Parameter] = {}
-        state = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            if id(parameter) not in placed:  # tied parameters stay one object
-                wrapped = self._wrap(rows(name, parameter), parameter.shape)
-                placed[id(parameter)] = nn.Parameter(wrapped, requires_grad=parameter.requires_grad)
-            state[name] = placed[id(parameter)]
-        module.load_state_dict(state, assign=True)
-
-    def _callable(self, module: LanguageModel) -> nn.Module:
-        """What is called in place of the module, whose optimizer is made."""
-        return module
-
-    def release(self) -> None:
-        """Let go of the model and its optimizer; without a build there is no more use for this engine."""
-        del self.module, self.model, self.optimizer
-        gc.collect()  # a model is a web of cycles; its memory is wanted at once
-
-    def _sum_over_shards(self, tensor: Tensor) -> None:
-        """Sum in place over the processes that hold different rows of the same replica."""
-
-    def _settle(self) -> None:
-        """Give up what a forward pass without a backward pass left gathered."""
-
-    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
-        """Context of one micro-batch; gradients are combined over processes in the last one only."""
-        return nullcontext()
+        self._compiled_for_growth = False
+        super().__init__(
+            skeleton,
+            layout,
+            values,
+            skeleton.initial_values(0).buffer,
+            device=context.device,
+            processes=Processes(context.rank, context.world_size, context.sum, context.agree),
+            moments_on_event=optimizer.moments_on_event,
+        )
 
     # Building.
 
-    def _build(self, layout: Layout, local: Callable[[str, nn.Parameter], Tensor]) -> None:
-        module = convert(self.skeleton, layout)
+    def _prepare(self, module: nn.Module, layout: Layout) -> None:
+        # By shapes, which ZeRO-3 takes from parameters.
+        self._kinds = parameter_kinds(module, self.plan.block_modules(module), self.optimizer_settings)
+        self._decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
         set_joining(module, self.options.fuse)
         set_activation(module, self.options.activation)
-        for block in module.blocks:
-            if self.options.activation_checkpointing:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if self.options.activation_checkpointing:
+            checkpoint_blocks(module, self.plan)
         if self.options.compile:
-            self._compile(module, growing=any(layer.modes > layer.rank for layer in layout.values()))
-        module.tok_embed.register_forward_hook(self._observe)
-        decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
-        self._kinds = parameter_kinds(module, module.blocks, self.optimizer_settings)
-        self._shard(module)
-        self._assign(module, local)
-        for owner in module.modules():
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                owner.register_buffer(name, torch.empty_like(buffer, device=self.device), persistent=False)
-        module.reset_buffers()
-        set_base_scale(module, self._base_scale)
-        self.layout = dict(layout)
-        self.module = module
-        self.optimizer = self._build_optimizer(dict(module.named_parameters()), decayed)
-        self.model = self._callable(module)
+            growing = any(layer.modes > layer.rank for layer in layout.values())
+            if self._compiled_for_growth and not growing:
+                torch.compiler.reset()  # what was compiled for growth is of no more use
+            self._compiled_for_growth = growing
+            graphs = self.options.cuda_graph and not growing and self.device.type == "cuda"
+            compile_blocks(module, self.plan, dynamic=growing, cuda_graphs=graphs)
+        if self.plan.bottom is not None:
+            module.get_submodule(self.plan.bottom).register_forward_hook(self._observe)
 
-    def _compile(self, module: LanguageModel, *, growing: bool) -> None:
-        """Have the blocks and the loss compiled when they are first called.
+    def _parallelize(self, module: nn.Module) -> None:
+        if self.mesh is not None:
+            shard_blocks(module, self.plan, self.mesh, bf16=self.options.bf16)
 
-        While ranks grow they are symbols: the second rank that a graph meets makes it one for all (four blocks with 24
-        ranks and three growths took three compilations). After that each block has the shapes that it keeps. On two CPU
-        cores compiling takes a tenth off the peak memory of GPT-2 small, and nothing off the time (README).
-        """
-        from torch import _dynamo  # slow to import, and of use here alone
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        if self.name != "ddp":
+            return module
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # The newest torch calls it forward_sync_buffers; the oldest that we support knows only this name.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return DistributedDataParallel(
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
-        # Blocks share their code, so each layout of a block, in train and in eval mode, is one more compilation of the
-        # same function; past torch's limits it would go on without compiling, and say so to nobody.
-        limit = 4 * len(module.blocks) + 16
-        _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, limit)
-        _dynamo.config.accumulated_recompile_limit = max(_dynamo.config.accumulated_recompile_limit, limit)
-        # Parameters are taken for static unless told otherwise; without growth `dynamic=False` says that they are.
-        _dynamo.config.force_parameter_static_shapes = False
-        _dynamo.config.force_nn_module_property_static_shapes = False
-        if self._compiled_for_growth and not growing:
-            torch.compiler.reset()  # what was compiled for growth is of no more use
-        self._compiled_for_growth = growing
-        dynamic = None if growing else False
-        graphs = self.options.cuda_graph and not growing and self.device.type == "cuda"
-        for block in module.blocks:
-            block.compile(dynamic=dynamic, mode="reduce-overhead" if graphs else None)
-        module.token_loss.compile(dynamic=dynamic)
-
-    def _build_optimizer(self, parameters: Mapping[str, nn.Parameter], decayed: Set[str]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         dtype = torch.bfloat16 if self.options.bf16 else torch.float32
-        return build_optimizer(
-            parameters, self._kinds, decayed, self.optimizer_settings, rows=self._held_rows(), matrix_dtype=dtype
-        )
+        return self._optimizer_of(module, matrix_dtype=dtype)
 
-    def _held_rows(self) -> HeldRows:
-        """How parameters are held, for the optimizer."""
-        return HeldRows(self._local, self._sum_over_shards, lambda size: [size])
+    def _optimizer_of(self, module: nn.Module, **options: Any) -> torch.optim.Optimizer:
+        placement = self._uniform_placement
+        rows = HeldRows(local_rows, placement.sum_over_shards, placement.split, placement.shard, placement.group)
+        parameters = dict(module.named_parameters())
+        return build_optimizer(parameters, self._kinds, self._decayed, self.optimizer_settings, rows=rows, **options)
 
-    def reshape(
-        self,
-        layout: Layout,
-        events: Mapping[str, RankEvent],
-        directions: Callable[[str], Tensor],
+    @property
+    def _uniform_placement(self) -> RowPlacement:
+        """All parameters of a language model are divided alike."""
+        return next(iter(self._placements.values()))
+
+    def _set_state(
+        self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
     ) -> None:
-        """Change the shapes of layers; only this process's rows are touched.
+        if "exp_avg" in moments:
+            extras = {"step": torch.tensor(float(self.optimizer_steps), device=self.device)}
+        super()._set_state(name, parameter, moments, extras)
 
-        Nothing travels, unless dense layers become factors: then one all-reduce a layer, of ``8 in R`` bytes for each
-        of its moments.
-
-        Args:
-            layout: all low-rank layers as they shall be.
-            events: the maps of those whose rank changes, and of dense layers that become factors, whose weight is
-                taken for ``U`` and the identity for ``V``.
-            directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
-        """
-        tensors, moments = self._rows()
-        settings = self.optimizer_settings
-        betas = (settings.beta1, settings.beta2)
-        for layer, event in events.items():
-            rule = settings.moments_on_event
-            of_weight = None
-            if layer not in self.layout:
-                of_weight = self._as_factors(layer, tensors, moments)
-                rule = "reset" if rule == "slice" else rule  # the columns of a weight are no modes
-            names = {factor: f"{layer}.{factor}" for factor in "UV"}
-            U, V = (tensors[name] for name in names.values())
-            Z = None
-            if event.fresh:
-                Z = directions(layer)[slice(*self.rows(self._in_features(layer)))].to(self.device)
-            factors = map_factors(event, U, V, Z)
-            tensors[names["U"]], tensors[names["V"]] = factors.U, factors.V
-            for factor, name in names.items():
-                if moments[name]:
-                    moments[name] = map_moments(
-                        event, factor, moments[name], step=self.optimizer_steps, betas=betas, rule=rule
-                    )
-            if of_weight:
-                size = len(tensors[names["V"]])
-                moments[names["V"]] = {name: factors.V.new_zeros(size, event.modes) for name in of_weight}
-                if rule == "transport":
-                    moments[names["V"]] = self._moments_of_right_factor(layer, of_weight, factors.U, betas)
-        self.release()
-        self._build(layout, lambda name, _: tensors[name])
-        for name, parameter in self.parameters().items():
-            self._set_moments(parameter, moments[name])
-        self.check()
-
-    def _as_factors(
-        self, layer: str, tensors: dict[str, Tensor], moments: dict[str, dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Rename a dense layer's weight to ``U`` and add the identity as ``V``; returns the moments of the weight."""
-        weight, in_features = f"{layer}.weight", self._in_features(layer)
-        tensors[f"{layer}.U"] = tensors.pop(weight)
-        tensors[f"{layer}.V"] = identity_rows(*self.rows(in_features), in_features, self.device)
-        moments |= {f"{layer}.U": moments.pop(weight), f"{layer}.V": {}}
-        return moments[f"{layer}.U"]
-
-    def _moments_of_right_factor(
-        self, layer: str, of_weight: Mapping[str, Tensor], U: Tensor, betas: tuple[float, float]
-    ) -> dict[str, Tensor]:
-        """This process's rows of the moments of ``V`` after the layer was dense."""
-        out_features = cast(nn.Linear, self.skeleton.get_submodule(layer)).out_features
-        counted = {name: self.counted(moment, out_features) for name, moment in of_weight.items()}
-        rows = slice(*self.rows(self._in_features(layer)))
-        whole = moments_of_right_factor(
-            counted, self.counted(U, out_features), self.context.sum, step=self.optimizer_steps, betas=betas
-        )
-        return {name: moment[rows].clone() for name, moment in whole.items()}
-
-    def _in_features(self, layer: str) -> int:
-        return cast(nn.Linear, self.skeleton.get_submodule(layer)).in_features
-
-    def _rows(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """This process's rows of every parameter, and of what the optimizer remembers of it."""
-        parameters = self.parameters()
-        moments = {name: self._moments(parameter) for name, parameter in parameters.items()}
-        return {name: self._local(parameter) for name, parameter in parameters.items()}, moments
-
-    def check(self) -> None:
-        """Assert that the optimizer's parameters are the model's, every one of them."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        present = {id(p) for p in self.parameters().values() if p.requires_grad}
-        assert held == present, "the optimizer holds other parameters than the model"
+    def _step_and_betas(self, extras: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
+        return self.optimizer_steps, (self.optimizer_settings.beta1, self.optimizer_settings.beta2)
 
     # One optimizer step.
 
@@ -354,6 +196,17 @@ class Engine:
             total += loss.detach()
         return total
 
+    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """Context of one micro-batch; gradients are combined over processes in the last one only."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last or self.options.reduce_each_micro_batch)
+            # Replicas need the sum of all micro-batches only: what is reduced within a copy travels between copies
+            # once.
+            self.module.set_requires_all_reduce(last)
+        return nullcontext()
+
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
@@ -373,8 +226,8 @@ class Engine:
         return logits
 
     def _observe(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        """See whether the gradient that comes out at the bottom of this process's own batch is finite: once gradients
-        are combined, nobody can tell whose was not."""
+        """Note whether the gradient at the bottom of this process's own batch is finite: once gradients are combined,
+        nobody can tell whose was not."""
         if output.requires_grad:
             output.register_hook(self._note)
 
@@ -393,14 +246,18 @@ class Engine:
         """Every parameter and moment, as far as this process holds it."""
         return (self._local(tensor) for tensor in self.tensors().values())
 
+    def _sum_over_shards(self, tensor: Tensor) -> None:
+        """Sum in place over the processes that hold different rows of the same replica."""
+        self._uniform_placement.sum_over_shards(tensor)
+
     @torch.no_grad()
     def gradient_norm(self) -> tuple[Tensor, Tensor]:
         """Norm of the gradient over all parameters, and of what this process holds of it; float32 scalars on the
         device."""
-        mine = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
-        norm = mine.square()
+        local = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
+        norm = local.square()
         self._sum_over_shards(norm)
-        return norm.sqrt(), mine
+        return norm.sqrt(), local
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor) -> None:
@@ -435,40 +292,10 @@ class Engine:
         """``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``: the gradient of ``|U V^T|_F^2 / 2`` (arXiv
         2209.13569)."""
         grams = gram_matrices(self.factors(), self.context.sum)
-        parameters = self.parameters()
-        for layer, gram in grams.items():
-            U, V = (self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")
-            U -= rate * (U @ gram.V.to(U.dtype))
-            V -= rate * (V @ gram.U.to(V.dtype))
-
-    # Factors and tensors.
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are held between steps, by name; tied ones once."""
-        self._settle()
-        return dict(self.module.named_parameters())
-
-    def set_base_scale(self, scale: float) -> None:
-        """Set the factor ``a`` of every base."""
-        if scale != self._base_scale:
-            self._base_scale = scale
-            set_base_scale(self.module, scale)
-
-    def factors(self) -> dict[str, Factors]:
-        """Rows of every low-rank layer's factors that this process alone counts."""
-        parameters = self.parameters()
-        return {
-            layer: Factors(*(self._counted(parameters[f"{layer}.{factor}"]) for factor in "UV"))
-            for layer in self.layout
-        }
-
-    def dense_factors(self, layers: Iterable[str]) -> dict[str, DenseRows]:
-        """The weights of dense layers as factors: rows that this process alone counts."""
-        parameters = self.parameters()
-        return {
-            layer: DenseRows(self._counted(parameters[f"{layer}.weight"]), *self.counted_rows(self._in_features(layer)))
-            for layer in layers
-        }
+        for layer, held in self.held_rows(self.layout).items():
+            U, V = held.U, held.V
+            U -= rate * (U @ grams[layer].V.to(U.dtype))
+            V -= rate * (V @ grams[layer].U.to(V.dtype))
 
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
         """Gradients of every layer's factors on a global batch, all rows that this process holds; nothing is moved."""
@@ -486,25 +313,7 @@ class Engine:
         assert parameter.grad is not None
         return self._local(parameter.grad).clone()
 
-    @torch.no_grad()
-    def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
-        """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""
-        parameters = self.parameters()
-        for factor, columns in (("U", U), ("V", V)):
-            self._local(parameters[f"{layer}.{factor}"])[:, first:] = columns
-
-    def held_rows(self, layer: str) -> Factors:
-        """All rows of a layer's factors that this process holds, counted or not; they share memory with the engine."""
-        parameters = self.parameters()
-        return Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV"))
-
-    def counted(self, rows: Tensor, size: int) -> Tensor:
-        """Of the rows that this process holds of something with ``size`` rows, those that it alone counts."""
-        offset, (start, end) = self.rows(size)[0], self.counted_rows(size)
-        return rows[start - offset : end - offset]
-
-    def _counted(self, parameter: nn.Parameter) -> Tensor:
-        return self.counted(self._local(parameter), self._shape(parameter)[0])
+    # What is saved.
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of a parameter as a whole."""
@@ -515,10 +324,10 @@ class Engine:
         ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They may share memory with the engine."""
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
-            shape = self._shape(parameter)
-            saved[name] = self._wrap(self._local(parameter), shape)
+            shape, placement = self._shape(parameter), self._placements[name]
+            saved[name] = placement.wrap(self._local(parameter), shape)
             for moment, rows in self._moments(parameter).items():
-                saved[f"optimizer.{moment}.{name}"] = self._wrap(rows, shape)
+                saved[f"optimizer.{moment}.{name}"] = placement.wrap(rows, shape)
         return saved
 
     def saved_rows(self) -> list[SavedRows]:
@@ -527,17 +336,15 @@ class Engine:
         Nothing is fetched or copied yet. The names, and their order, are the same on every process.
         """
         saved: list[SavedRows] = []
-
-        def save(name: str, parameter: nn.Parameter, held: Callable[[], Tensor]) -> None:
-            shape = self._shape(parameter)
-            first, end = self.counted_rows(shape[0])
-            fetch = partial(lambda held, size: self.counted(held(), size), held, shape[0])
-            saved.append(SavedRows(name, shape, parameter.dtype, first, end - first, fetch))
-
         for name, parameter in self.parameters().items():
-            save(name, parameter, partial(self._local, parameter))
+            shape, placement = self._shape(parameter), self._placements[name]
+            first, end = placement.counted_rows(shape[0])
+            sources = {name: partial(self._local, parameter)}
             for moment in self._moment_names(parameter):
-                save(f"optimizer.{moment}.{name}", parameter, partial(self._moment, parameter, moment))
+                sources[f"optimizer.{moment}.{name}"] = partial(self._moment, parameter, moment)
+            for key, held in sources.items():
+                fetch = partial(_counted, placement, held, shape[0])
+                saved.append(SavedRows(key, shape, parameter.dtype, first, end - first, fetch))
         return saved
 
     def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
@@ -553,27 +360,8 @@ class Engine:
             for name, kind in self._kinds.items():
                 local = self._local(parameters[name])
                 moments = moment_names(self.optimizer_settings, kind)
-                self._set_moments(parameters[name], {moment: torch.zeros_like(local) for moment in moments})
+                self._set_state(name, parameters[name], {moment: torch.zeros_like(local) for moment in moments}, {})
         read(self.tensors())
-
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """This process's rows of everything that the optimizer remembers of a parameter."""
-        return {name: self._moment(parameter, name) for name in self._moment_names(parameter)}
-
-    def _moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """What the optimizer remembers of a parameter by now."""
-        state = self.optimizer.state.get(parameter, {})
-        return tuple(name for name, moment in state.items() if name != "step" and moment is not None)
-
-    def _moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return self._local(self.optimizer.state[parameter][name])
-
-    def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-        if moments:
-            state = {name: self._wrap(moment, parameter.shape) for name, moment in moments.items()}
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(float(self.optimizer_steps), device=self.device)
-            self.optimizer.state[parameter] = state
 
     def parameter_count(self) -> int:
         """Parameters of the model as it is now, a fading or frozen base included."""
@@ -582,30 +370,3 @@ class Engine:
     def facts(self) -> dict[str, str]:
         """What a user would want to know of how this engine runs here, for the log."""
         return {}
-
-
-class DDPEngine(Engine):
-    """A replica in each process; gradients are averaged by DistributedDataParallel."""
-
-    name = "ddp"
-
-    def counted_rows(self, size: int) -> tuple[int, int]:
-        return chunk(size, self.context.rank, self.context.world_size)
-
-    def _callable(self, module: LanguageModel) -> nn.Module:
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # The newest torch calls it forward_sync_buffers; the oldest that we support knows only this name.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return DistributedDataParallel(
-                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-
-    def _accumulating(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last else cast(DistributedDataParallel, self.model).no_sync()
-
-
-def chunk(size: int, index: int, count: int) -> tuple[int, int]:
-    """Rows of part ``index`` when ``size`` rows are cut as ``torch.chunk`` cuts them; trailing parts may be empty."""
-    rows = -(-size // count)
-    return min(index * rows, size), min((index + 1) * rows, size)

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -28,12 +28,14 @@ from torch.distributed.tensor import Shard
 from ..lowrank.convert import Layout
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
-from ..optim import OptimizerSettings, build_optimizer, moment_names
+from ..optim import OptimizerSettings, moment_names
 from ..runtime.context import Context
 from ..runtime.errors import UserError
-from .engine import BuildOptions, Engine, Values, chunk
-from .fsdp import as_dtensor
+from .engine import Engine
 from .kernels import use_own_builds
+from .options import BuildOptions
+from .placement import RowPlacement
+from .sharded import Rows, Values
 from .zero_settings import merge
 
 MOST_IN_A_BUCKET = 50_000_000
@@ -138,12 +140,14 @@ class ZeroEngine(Engine):
         self.utils = self.deepspeed.utils
         self.passed_on = passed_on
         os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # without a launcher; DeepSpeed insists
-        self.name, self.stage = f"zero{stage}", stage
+        self.stage = stage
         self.offload = config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-        self.mesh = init_device_mesh(context.device.type, (context.world_size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(context.device.type, (context.world_size,), mesh_dim_names=("shard",))
+        self.row_placement = RowPlacement(context.rank, context.world_size, mesh=mesh, placements=(Shard(0),))
         self.config = config
         self._optimizer_kind = self._find_optimizer(context, optimizer, self.offload)
         super().__init__(skeleton, layout, values, context=context, optimizer=optimizer, options=options)
+        self.name = f"zero{stage}"
 
     @property
     def _plain_moments(self) -> tuple[str, ...]:
@@ -151,15 +155,15 @@ class ZeroEngine(Engine):
 
     # Building.
 
-    def rows(self, size: int) -> tuple[int, int]:
-        return chunk(size, self.context.rank, self.context.world_size)
-
-    def _shard(self, module: LanguageModel) -> None:
+    def _parallelize(self, module: nn.Module) -> None:
         if self.stage == 3:
             # A block is gathered as one, not layer by layer: fewer and larger collectives, and layers may run together.
-            self.utils.set_z3_leaf_modules(module, list({type(block) for block in module.blocks}))
+            self.utils.set_z3_leaf_modules(module, list({type(block) for block in self.plan.block_modules(module)}))
 
-    def _assign(self, module: LanguageModel, rows: Callable[[str, nn.Parameter], Tensor]) -> None:
+    def _find_placements(self, module: nn.Module) -> dict[str, RowPlacement]:
+        return {name: self.row_placement for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    def _assign(self, module: nn.Module, rows: Rows) -> None:
         placed: dict[int, nn.Parameter] = {}
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             if id(parameter) not in placed:
@@ -172,12 +176,10 @@ class ZeroEngine(Engine):
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, placed[id(parameter)])
 
-    def _build_optimizer(self, parameters: Mapping[str, nn.Parameter], decayed: Set[str]) -> torch.optim.Optimizer:
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         kind = self._optimizer_kind
         make = partial(kind, fused=True) if issubclass(kind, torch.optim.AdamW) else kind
-        return build_optimizer(
-            parameters, self._kinds, decayed, self.optimizer_settings, rows=self._held_rows(), kind=make
-        )
+        return self._optimizer_of(module, kind=make)
 
     @staticmethod
     def _find_optimizer(context: Context, settings: OptimizerSettings, offload: bool) -> type["_Gate"]:
@@ -199,7 +201,7 @@ class ZeroEngine(Engine):
         everywhere = all(context.gather(kind is not None))
         return _gated(kind if kind is not None and everywhere else torch.optim.AdamW)
 
-    def _callable(self, module: LanguageModel) -> nn.Module:
+    def _wrap(self, module: nn.Module) -> nn.Module:
         # DeepSpeed would reserve 2 GB for a bucket of gradients, whatever the size of the model.
         trained = sum(self._shape(p).numel() for p in module.parameters() if p.requires_grad)
         buckets = {"zero_optimization": {"reduce_bucket_size": min(trained, MOST_IN_A_BUCKET)}}
@@ -259,7 +261,7 @@ class ZeroEngine(Engine):
 
     def _cut(self, whole: Tensor) -> Tensor:
         """This process's rows, copied."""
-        return whole[slice(*self.rows(whole.shape[0]))].clone()
+        return whole[slice(*self.row_placement.rows(whole.shape[0]))].clone()
 
     def _part(self, whole: Tensor) -> Tensor:
         """This process's part of a flat tensor as stage 3 cuts it, filled up with zeros."""
@@ -298,6 +300,11 @@ class ZeroEngine(Engine):
             return self._cut(self.optimizer.state[parameter][name])
         return self._cut(self.utils.safe_get_full_optimizer_state(parameter, name))
 
+    def _set_state(
+        self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
+    ) -> None:
+        self._set_moments(parameter, moments)
+
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
         for name, rows in moments.items():
             whole = self._gather(rows, self._shape(parameter))
@@ -308,9 +315,6 @@ class ZeroEngine(Engine):
             else:
                 self.utils.safe_set_full_optimizer_state(parameter, whole, name)
 
-    def _wrap(self, local: Tensor, shape: torch.Size) -> Tensor:
-        return as_dtensor(local, self.mesh, [Shard(0)], shape)
-
     def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
         self.optimizer_steps = steps
         names = self._plain_moments if steps else ()
@@ -318,11 +322,11 @@ class ZeroEngine(Engine):
         wrapped: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
             shape = self._shape(parameter)
-            first, end = self.rows(shape[0])
+            first, end = self.row_placement.rows(shape[0])
             moments = names if parameter.requires_grad else ()
             for each in (name, *(f"optimizer.{moment}.{name}" for moment in moments)):
                 rows[each] = torch.zeros(end - first, *shape[1:], device=self.device)
-                wrapped[each] = self._wrap(rows[each], shape)
+                wrapped[each] = self.row_placement.wrap(rows[each], shape)
         read(wrapped)
         for state in self.optimizer.state.values():
             if "step" in state:

@@ -21,11 +21,13 @@ class Processes:
     Attributes:
         rank, count: of this process, and how many there are.
         sum: their all-reduce.
+        agree: checks that all processes hold the same answers, ``agree(what, {name: answer})``; raises otherwise.
     """
 
     rank: int
     count: int
     sum: AllReduce
+    agree: Callable[[str, Mapping[str, object]], None] = lambda what, answers: None
 
 
 ALONE = Processes(0, 1, lambda tensor: None)

@@ -9,25 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.engine import Batches, Engine
 from ..lowrank.allocation import budget_ranks, random_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision, explained_ratio
-from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
 from ..lowrank.init import generator_for, start_factors
 from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
 from ..runtime.errors import UserError
-from ..train.start import StartValues
-from .directions import aim_at_gradient
+from .directions import Gradients, aim_at_gradient
+from .holder import FactorHolder
 from .policy import Action
 from .settings import LowRankSettings
+from .start import StartValues
 
 Record = dict[str, Any]
 
 
-class RankEvents:
+class RankController:
     """Follows the calendar of ``lowrank.*`` and changes the engine's model when it says so.
 
     Attributes:
@@ -39,18 +38,20 @@ class RankEvents:
         frozen: whether the rank is frozen.
 
     Args:
-        engine: holds the model.
-        values: knows how factors were born (for ``measure: update`` without a base, and the null rank).
+        holder: holds the factors.
+        values: gives the factors at initialisation (for ``measure: update`` without a base, and the null rank).
         settings: section ``lowrank``.
         seed: of the run; fresh directions come from it.
         steps: of the run.
     """
 
-    def __init__(self, engine: Engine, values: StartValues, settings: LowRankSettings, seed: int, steps: int) -> None:
-        self.engine, self.values, self.settings, self.seed = engine, values, settings, seed
+    def __init__(
+        self, holder: FactorHolder, values: StartValues, settings: LowRankSettings, seed: int, steps: int
+    ) -> None:
+        self.holder, self.values, self.settings, self.seed = holder, values, settings, seed
         self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
-        self.multiple = settings.final_multiple(engine.device.type)
-        self.processes = Processes(engine.context.rank, engine.context.world_size, engine.context.sum)
+        self.multiple = settings.final_multiple(holder.device.type)
+        self.processes = holder.processes
         self.measures_update = settings.measures_update
         self._born = self._draw_born
         if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
@@ -71,20 +72,20 @@ class RankEvents:
         if not self.shapes or self.frozen:
             return None
         action = self.policy.action(step, self.quiet)
-        if not self.engine.layout:  # dense; also where a resumed run has fewer dense steps than it had
+        if not self.holder.layout:  # dense; also where a resumed run has fewer dense steps than it had
             return action if action == "freeze" or step < self.policy.dense_steps else "factorise"
         return None if action == "factorise" else action
 
     def before_step(self, step: int) -> None:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
-        self.engine.set_base_scale(self.policy.base_scale(step))
+        self.holder.set_base_scale(self.policy.base_scale(step))
 
-    def after_step(self, step: int, batches: Batches | None, tokens: int) -> list[Record]:
+    def after_step(self, step: int, gradients: Gradients | None) -> list[Record]:
         """Do what is due after ``step`` completed optimizer steps.
 
         Args:
-            batches, tokens: the global batch of that step, for ``growth_init: gradient``; None: its gradient is not a
-                number, and growth is random.
+            gradients: computes the gradients of all factors on the batch of that step, for ``growth_init: gradient``;
+                None: they are not finite, and growth is random.
 
         Returns:
             Records for the monitors, none when nothing was due.
@@ -95,7 +96,7 @@ class RankEvents:
         """
         began = time.perf_counter()
         action = self.due(step)
-        layout = dict(self.engine.layout)
+        layout = dict(self.holder.layout)
         was_dense = not layout
         removes_base = self.policy.removes_base(step) and any(layer.base for layer in layout.values())
         if removes_base:
@@ -107,11 +108,11 @@ class RankEvents:
             decisions, found, product = self._decide(action, step)
             layout = self._new_layout(layout, decisions, action)
             events = self._plan(layout, product, action, step)
-        if layout != self.engine.layout:
-            self.engine.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
+        if layout != self.holder.layout:
+            self.holder.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
             fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
-            if fresh and batches is not None and self.settings.growth_init == "gradient":
-                aim_at_gradient(self.engine, fresh, self.processes, batches, tokens)
+            if fresh and gradients is not None and self.settings.growth_init == "gradient":
+                aim_at_gradient(self.holder, fresh, gradients)
             if self.settings.growth_init == "published":
                 self._open_as_published(fresh, step)
         if action:
@@ -141,8 +142,8 @@ class RankEvents:
     def _decision(self, name: str, sigma: Tensor, action: Action) -> Decision:
         """What the rule says of a layer; in mode fixed the rank of the settings."""
         dimension = min(self.shapes[name])
-        if self.engine.layout:
-            rank, may_shrink = self.engine.layout[name].rank, self._may_shrink(action)
+        if self.holder.layout:
+            rank, may_shrink = self.holder.layout[name].rank, self._may_shrink(action)
             return self.rule.decide(sigma, rank, dimension, may_shrink=may_shrink)
         decision = self.rule.decide(sigma, dimension, dimension, may_shrink=True)
         if self.settings.grows:
@@ -160,7 +161,7 @@ class RankEvents:
 
     def _factors(self) -> Mapping[str, FactorRows]:
         """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
-        return self.engine.factors() if self.engine.layout else self.engine.dense_factors(self.shapes)
+        return self.holder.factors() if self.holder.layout else self.holder.dense_factors(self.shapes)
 
     def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
         try:
@@ -172,14 +173,14 @@ class RankEvents:
         """Check that all processes saw and decided the same, of the layers that were measured."""
         answers = {name: (decisions[name], checksum) for name, checksum in spectra.checksums.items()}
         if answers:
-            self.engine.context.agree(
+            self.processes.agree(
                 "the ranks",
                 {name: [seen, d.before, d.after, d.explained.hex()] for name, (d, seen) in answers.items()},
             )
 
     def _widens(self, decisions: Mapping[str, Decision], name: str) -> bool:
         """Whether growth gives a layer more modes; near the cap only its rank may rise."""
-        return self.rule.modes(decisions[name].after, min(self.shapes[name])) > self.engine.layout[name].modes
+        return self.rule.modes(decisions[name].after, min(self.shapes[name])) > self.holder.layout[name].modes
 
     def _final_ranks(self, product: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
         """Ranks of ``final``; at most each layer's cap. What is discarded is measured on the product, which the freeze
@@ -213,15 +214,15 @@ class RankEvents:
         if action != "grow":
             events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes)
         else:
-            modes = {name: (self.engine.layout[name].modes, layout[name].modes) for name in product.sigma}
+            modes = {name: (self.holder.layout[name].modes, layout[name].modes) for name in product.sigma}
             events = {name: grow(before, after) for name, (before, after) in modes.items() if after > before}
         directions = {}
         for name, event in events.items():
             if event.fresh:
-                rows = self.engine.counted_rows(self.shapes[name][1])
+                rows = self.holder.placement(name).counted_rows(self.shapes[name][1])
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
                 # A copy of the rows: a view would keep every layer's whole Z alive at once.
-                directions[name] = directions[name].to(self.engine.device, copy=True)
+                directions[name] = directions[name].to(self.holder.device, copy=True)
         return orthogonalise(events, self._factors(), product, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
@@ -234,17 +235,19 @@ class RankEvents:
         for name, count in fresh.items():
             generator = generator_for(self.seed, name, "published growth", step)
             whole = start_factors(*self.shapes[name], count, self.settings.init, self.values.std(name), generator)
-            U, V = (rows[slice(*self.engine.rows(len(rows)))].to(self.engine.device) for rows in (whole.U, whole.V))
-            self.engine.set_columns(name, self.engine.layout[name].modes - count, U, V)
+            held = self.holder.placement(name)
+            U, V = (rows[slice(*held.rows(len(rows)))].to(self.holder.device) for rows in (whole.U, whole.V))
+            self.holder.set_columns(name, self.holder.layout[name].modes - count, U, V)
 
     def _updates(self) -> dict[str, Learned]:
         """What was learned, where the factors were not born zero."""
-        return {name: Learned(now, self._born_rows(name)) for name, now in self.engine.factors().items()}
+        return {name: Learned(now, self._born_rows(name)) for name, now in self.holder.factors().items()}
 
     def _draw_born_rows(self, layer: str) -> Factors:
-        """The rows of ``engine.factors()`` as they were born."""
+        """The rows of ``holder.factors()`` as they were born."""
         whole = self.values.factors(layer)
-        return Factors(*(rows[slice(*self.engine.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
+        held = self.holder.placement(layer)
+        return Factors(*(rows[slice(*held.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
 
     def _draw_born(self, out_features: int, in_features: int, modes: int) -> Factors:
         """Factors of a shape as they are born; the explained ratio does not see their scale."""
@@ -329,7 +332,7 @@ class RankEvents:
                 "reached": self.explained.get(name),
                 "shape": list(self.shapes[name]),
             }
-            for name, layer in self.engine.layout.items()
+            for name, layer in self.holder.layout.items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,23 +9,24 @@ direction can miss it: on the tests' model the fresh columns hold 0.93 of the be
 ones 0.05) and 0.48 in the worst layer; a second step would make the average 0.95, for twice the cost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..engine.engine import Batches, Engine
-from ..lowrank.division import Processes, assign_owners, solve_once
+from ..lowrank.division import assign_owners, solve_once
 from ..lowrank.event import grow, map_factors, orthogonalise
 from ..lowrank.spectrum import Factors, gram_matrices, gram_root, measure_spectra
+from .holder import FactorHolder
+
+Gradients = Callable[[], Mapping[str, Factors]]
+"""Computes the gradients of every layer's factors, all rows that this process holds; nothing is moved."""
 
 RANDOM_SHARE = 1e-6
 """Weight of the random directions beside the gradient's: they decide only where the gradient has fewer than ``F``."""
 
 
-def aim_at_gradient(
-    engine: Engine, fresh: Mapping[str, int], processes: Processes, batches: Batches, tokens: int
-) -> None:
+def aim_at_gradient(holder: FactorHolder, fresh: Mapping[str, int], gradients: Gradients) -> None:
     """Turn the fresh columns of ``V`` to the top right singular directions of the gradient outside the span of the
     others.
 
@@ -35,16 +36,16 @@ def aim_at_gradient(
 
     Args:
         fresh: layer -> number ``F`` of fresh columns, the last ones; ``V`` is orthonormal there and ``U`` zero.
-        batches, tokens: a global batch.
+        gradients: of all factors on one global batch; called twice.
     """
-    first = {layer: engine.layout[layer].modes - count for layer, count in fresh.items()}
-    random = {layer: engine.held_rows(layer).V[:, first[layer] :].clone() for layer in fresh}
+    processes = holder.processes
+    first = {layer: holder.layout[layer].modes - count for layer, count in fresh.items()}
+    random = {layer: held.V[:, first[layer] :].clone() for layer, held in holder.held_rows(fresh).items()}
 
-    gradients = engine.factor_gradients(batches, tokens)
-    sketch = {layer: gradients[layer].U[:, first[layer] :].double() for layer in fresh}
-    shapes = {layer: _sizes(engine, layer) for layer in fresh}
-    mine = {layer: engine.counted(rows, shapes[layer][0]) for layer, rows in sketch.items()}
-    grams = gram_matrices({layer: Factors(rows, rows) for layer, rows in mine.items()}, processes.sum)
+    found = gradients()
+    sketch = {layer: found[layer].U[:, first[layer] :].double() for layer in fresh}
+    counted = {layer: holder.counted(layer, Factors(rows, found[layer].V)).U for layer, rows in sketch.items()}
+    grams = gram_matrices({layer: Factors(rows, rows) for layer, rows in counted.items()}, processes.sum)
 
     def solve(layer: str) -> list[Tensor]:
         inverse = gram_root(grams[layer].U.cpu()).inverse  # (F, k): k < F where the gradient's rank is less
@@ -54,35 +55,26 @@ def aim_at_gradient(
     inverses = solve_once({layer: [(count, count)] for layer, count in fresh.items()}, solve, owner, processes)
     for layer, rows in sketch.items():
         basis = rows @ inverses[layer][0].to(rows.device)
-        engine.set_columns(layer, first[layer], basis.to(random[layer].dtype), 0.0)
+        holder.set_columns(layer, first[layer], basis.to(random[layer].dtype), 0.0)
 
-    gradients = engine.factor_gradients(batches, tokens)
+    found = gradients()
     directions, scale = {}, {}
     for layer in fresh:
-        engine.set_columns(layer, first[layer], 0.0, random[layer])
-        directions[layer] = gradients[layer].V[:, first[layer] :].double()
-        scale[layer] = engine.counted(directions[layer], shapes[layer][1]).square().sum()
+        holder.set_columns(layer, first[layer], 0.0, random[layer])
+        directions[layer] = found[layer].V[:, first[layer] :].double()
+        scale[layer] = holder.counted(layer, Factors(found[layer].U, directions[layer])).V.square().sum()
     total = torch.stack(list(scale.values()))
     processes.sum(total)
     for layer, norm in zip(fresh, total.sqrt(), strict=True):
         directions[layer] = directions[layer] / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         directions[layer] += RANDOM_SHARE * random[layer]
 
-    held = {layer: engine.held_rows(layer) for layer in fresh}
+    held = holder.held_rows(fresh)
     old = {layer: Factors(rows.U[:, : first[layer]], rows.V[:, : first[layer]]) for layer, rows in held.items()}
-    counted = {
-        layer: Factors(engine.counted(rows.U, shapes[layer][0]), engine.counted(rows.V, shapes[layer][1]))
-        for layer, rows in old.items()
-    }
-    events = {layer: grow(first[layer], engine.layout[layer].modes) for layer in fresh}
-    spectra = measure_spectra(counted, processes)
-    overlapping = {layer: engine.counted(rows, shapes[layer][1]) for layer, rows in directions.items()}
-    for layer, event in orthogonalise(events, counted, spectra, overlapping, processes).items():
+    counted_old = {layer: holder.counted(layer, rows) for layer, rows in old.items()}
+    events = {layer: grow(first[layer], holder.layout[layer].modes) for layer in fresh}
+    spectra = measure_spectra(counted_old, processes)
+    overlapping = {layer: holder.counted(layer, Factors(old[layer].U, rows)).V for layer, rows in directions.items()}
+    for layer, event in orthogonalise(events, counted_old, spectra, overlapping, processes).items():
         turned = map_factors(event, old[layer].U, old[layer].V, directions[layer])
-        engine.set_columns(layer, first[layer], 0.0, turned.V[:, first[layer] :])
-
-
-def _sizes(engine: Engine, layer: str) -> tuple[int, int]:
-    weight = engine.skeleton.get_submodule(layer).weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0], weight.shape[1]
+        holder.set_columns(layer, first[layer], 0.0, turned.V[:, first[layer] :])

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .language_model import LanguageModel
+from .language_model import Decoder
 from .layers import Attention, Block, Cross, alone
 from .settings import ModelSettings
 
@@ -24,7 +24,7 @@ class GeluMLP(nn.Module):
         return cross("down", self.down(F.gelu(cross("up", self.up(x)), approximate="tanh")))
 
 
-class GPT2(LanguageModel):
+class GPT2(Decoder):
     """GPT-2 with separate q, k and v projections; `pos_embed` holds the learned positions."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:

@@ -3,14 +3,45 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..lowrank.init import generator_for
 from .init import InitRule, init_rule
 from .layers import Block, Rotary
+from .plan import InitialValues, ModelPlan
 from .settings import ModelSettings
 
 IGNORED_TARGET = -100
+
+
+class RuleValues:
+    """Values drawn for each parameter by itself, from the seed and its name, by the model's own rules.
+
+    Args:
+        model: may be on ``meta``.
+        rule: parameter name -> how it is drawn.
+    """
+
+    def __init__(self, model: "Decoder", rule: Callable[[str], InitRule], seed: int) -> None:
+        self._shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        self._model, self._rule, self._seed = model, rule, seed
+
+    def parameter(self, name: str) -> Tensor:
+        shape, rule = self._shapes[name], self._rule(name)
+        if rule.kind == "normal":
+            return torch.randn(shape, generator=generator_for(self._seed, name)) * rule.std
+        return torch.ones(shape) if rule.kind == "ones" else torch.zeros(shape)
+
+    def std(self, name: str) -> float:
+        return self._rule(name).std
+
+    def buffer(self, name: str) -> Tensor:
+        rotary = self._model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(rotary, Rotary)
+        table: Tensor = getattr(Rotary(rotary.head_dim, rotary.max_seq_len, rotary.base), name.rpartition(".")[2])
+        return table
 
 
 class TokenLoss(nn.Module):
@@ -24,6 +55,37 @@ class TokenLoss(nn.Module):
 
 
 class LanguageModel(nn.Module):
+    """What the trainer trains: logits of tokens, or the summed loss.
+
+    Attributes:
+        settings: with ``num_layers``, ``hidden_size`` and ``max_seq_len``.
+        vocab_size: number of logits of a token.
+    """
+
+    settings: ModelSettings
+    vocab_size: int
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the summed loss when `targets` are given.
+
+        `input_ids` and `targets`: (B, T) int64; `targets[:, t]` is the token that follows `input_ids[:, t]`,
+        or -100 where nothing is to be learned. Returns logits (B, T, vocab_size) in the compute dtype, or the
+        SUM of the token cross-entropies in nats, a float32 scalar: the caller divides by the global token
+        count. Raises ValueError if T is above `settings.max_seq_len`.
+        """
+        raise NotImplementedError
+
+    @property
+    def plan(self) -> ModelPlan:
+        """Where the parts of the model are."""
+        raise NotImplementedError
+
+    def initial_values(self, seed: int) -> InitialValues:
+        """Values of the dense model before training; the model may be on ``meta``."""
+        raise NotImplementedError
+
+
+class Decoder(LanguageModel):
     """A decoder-only transformer: `tok_embed`, `blocks`, `final_norm`, `head`.
 
     `head` has no bias; with `settings.tied` its weight is the Parameter of `tok_embed`, under whose name
@@ -46,7 +108,7 @@ class LanguageModel(nn.Module):
         if self.settings.tied:
             self.head.weight = self.tok_embed.weight
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LanguageModel":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Decoder":
         # torch replaces each module's parameter by itself when it leaves meta, which unties a shared one.
         super()._apply(fn, recurse)
         self._tie()
@@ -57,13 +119,6 @@ class LanguageModel(nn.Module):
         return self.tok_embed(input_ids)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the summed loss when `targets` are given.
-
-        `input_ids` and `targets`: (B, T) int64; `targets[:, t]` is the token that follows `input_ids[:, t]`,
-        or -100 where nothing is to be learned. Returns logits (B, T, vocab_size) in the compute dtype, or the
-        SUM of the token cross-entropies in nats, a float32 scalar: the caller divides by the global token
-        count. Raises ValueError if T is above `settings.max_seq_len`.
-        """
         length = input_ids.size(1)
         if length > self.settings.max_seq_len:
             raise ValueError(
@@ -82,11 +137,14 @@ class LanguageModel(nn.Module):
         loss: Tensor = self.token_loss(logits, targets)
         return loss
 
-    def reset_buffers(self) -> None:
-        """Recompute every non-persistent buffer on the device where it is, e.g. after `to_empty`."""
-        for module in self.modules():
-            if isinstance(module, Rotary):
-                module.reset()
+    @property
+    def plan(self) -> ModelPlan:
+        tied = self.head.weight is self.tok_embed.weight
+        blocks = tuple(f"blocks.{index}" for index in range(len(self.blocks)))
+        return ModelPlan(blocks, () if tied else ("tok_embed", "head"), "tok_embed", ("token_loss",))
+
+    def initial_values(self, seed: int) -> InitialValues:
+        return RuleValues(self, self.init_std, seed)
 
     def init_std(self, parameter_name: str) -> InitRule:
         """Initial values of a parameter of the dense model; by name only, so it needs no values and no shape.

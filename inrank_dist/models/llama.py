@@ -5,7 +5,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .language_model import LanguageModel
+from .language_model import Decoder
 from .layers import Attention, Block, Cross, Rotary, alone, read_together
 from .settings import ModelSettings
 
@@ -25,7 +25,7 @@ class GatedMLP(nn.Module):
         return cross("down", self.down(F.silu(cross("gate", gate)) * cross("up", up)))
 
 
-class Llama(LanguageModel):
+class Llama(Decoder):
     """Llama, optionally with fewer key and value heads than query heads."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:

@@ -1,14 +1,59 @@
 """What an optimizer remembers of each parameter, and how that follows a rank event."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..lowrank.division import AllReduce, sum_over_processes
 from ..lowrank.event import RankEvent, map_first_moment, map_second_moment
+from ..runtime.errors import UserError
 from .groups import Kind
 from .settings import MomentRule, OptimizerSettings
+
+
+def plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """What an optimizer remembers of a parameter that has not its shape, such as the number of steps."""
+    state = optimizer.state.get(parameter, {})
+    return {name: v for name, v in state.items() if not (torch.is_tensor(v) and v.shape == parameter.shape)}
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose state cannot follow a rank event.
+
+    It takes a step of its own kind with a small matrix, to see what it remembers.
+
+    Raises:
+        UserError: it remembers something for which there is no map.
+    """
+    kind = type(optimizer)
+    probe = torch.nn.Parameter(torch.ones(2, 3))
+    accepted = inspect.signature(kind.__init__).parameters
+    options = {key: value for key, value in optimizer.defaults.items() if key in accepted and key != "params"}
+    if "fused" in options:
+        options["fused"] = None
+    try:
+        twin = kind([probe], **options)
+        probe.grad = torch.ones_like(probe)
+        twin.step()
+    except Exception:  # somebody's own class with other arguments: found out at the first event
+        return
+    _refuse_unknown(kind, [name for name, value in twin.state[probe].items() if _is_moment(value, probe)])
+
+
+def _refuse_unknown(kind: type, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in STATE_MAPS:
+            raise UserError(
+                f"{kind.__name__} keeps {name!r} of each parameter, which cannot follow a change of rank; write an "
+                f"optimizer that keeps {', '.join(STATE_MAPS)}, or add a map to inrank_dist.optim.moments.STATE_MAPS"
+            )
+
+
+def _is_moment(value: object, parameter: Tensor) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0
 
 
 def moment_names(settings: OptimizerSettings, kind: Kind) -> tuple[str, ...]:
@@ -44,14 +89,28 @@ def map_moments(
         return {
             name: torch.nn.functional.pad(moment[:, :kept], (0, event.modes - kept)) for name, moment in moments.items()
         }
+    return {name: STATE_MAPS[name](event, factor, name, moments, step, betas) for name in moments}
+
+
+def _first(
+    event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
+) -> Tensor:
     other = event.M if factor == "U" else event.N
-    mapped = {}
-    for name, moment in moments.items():
-        if name == "exp_avg_sq":
-            mapped[name] = map_second_moment(event, moments["exp_avg"], moment, factor, step=step, betas=betas)
-        else:
-            mapped[name] = map_first_moment(event, moment, other)
-    return mapped
+    return map_first_moment(event, moments[name], other)
+
+
+def _second(
+    event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
+) -> Tensor:
+    return map_second_moment(event, moments["exp_avg"], moments[name], factor, step=step, betas=betas)
+
+
+StateMap = Callable[[RankEvent, str, str, Mapping[str, Tensor], float, tuple[float, float]], Tensor]
+"""Event, factor (``U`` or ``V``), name, all moments of the factor, steps so far and Adam's betas -> the moment after
+the event, ``(rows, modes)``."""
+
+STATE_MAPS: dict[str, StateMap] = {"exp_avg": _first, "momentum_buffer": _first, "exp_avg_sq": _second}
+"""Optimizer state, by torch's name -> how it follows a rank event. An optimizer with other state adds its own here."""
 
 
 def moments_of_right_factor(

@@ -1,8 +1,6 @@
 """Where this process stands among the others, and what they do together."""
 
 import gc
-import hashlib
-import json
 import os
 import sys
 import time
@@ -15,15 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import agree
 from .errors import Lost, UserError
 from .place import read_place, whole_number
 from .store import join_store
 
 Result = TypeVar("Result")
-
-
-class Disagreement(RuntimeError):
-    """Processes came to different answers where they must agree."""
 
 
 class Context:
@@ -159,27 +154,8 @@ class Context:
         return cast(Result, result)
 
     def agree(self, what: str, answers: Mapping[str, object]) -> None:
-        """Check that all processes hold the same answers, by hash; one small all-reduce when they do.
-
-        Args:
-            what: for the message.
-            answers: name -> JSON-able answer, exact.
-
-        Raises:
-            Disagreement: on every process, with the names that differ.
-        """
-        if not dist.is_initialized():
-            return
-        digest = _digest(answers)
-        extremes = torch.tensor([digest, -digest], device=self.device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-        if extremes[0] == -extremes[1]:
-            return
-        gathered = self.gather({name: _digest(answer) for name, answer in answers.items()})
-        names = sorted(
-            {name for each in gathered for name in each if any(other.get(name) != each[name] for other in gathered)}
-        )
-        raise Disagreement(f"processes disagree on {what} of: {', '.join(names)}")
+        """Check that all processes hold the same answers, as ``agreement.agree``."""
+        agree(what, answers, self.device)
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
@@ -209,8 +185,3 @@ def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds:
             raise dist.DistStoreError(f"only {store.add(f'{name} known', 0) + 1} of {world_size} processes came")
         time.sleep(0.01)
     return name
-
-
-def _digest(answer: object) -> int:
-    text = json.dumps(answer, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

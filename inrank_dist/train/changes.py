@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import SETTINGS, Config, load_config
+from ..method.start import fits, layer_shapes
 from ..runtime.errors import UserError
 from ..runtime.yaml_text import shown
 from .checkpoint import Checkpoint, misfit, named_folders, step_of
 from .schedule import decay_begins, learning_rate
-from .start import dense_skeleton, fits, layer_shapes
+from .start import dense_skeleton
 
 HARMLESS = (
     "run.name",

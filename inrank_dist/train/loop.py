@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from ..engine.cost import held_bytes
 from ..engine.engine import Batches
 from ..lowrank.convert import Layout, convert
 from ..lowrank.init import generator_for
-from ..method.controller import RankEvents
+from ..method.controller import RankController
+from ..method.start import StartValues, fits, layer_shapes, start_layout
 from ..models import LanguageModel, flops_per_token
 from ..runtime.context import Context
 from ..runtime.errors import UserError
@@ -33,7 +35,7 @@ from .randomness import seed_step
 from .sampling import NotFinite, sample_tokens
 from .schedule import learning_rate
 from .speed import known_peak
-from .start import StartValues, build_engine, cost_setup, dense_skeleton, fits, layer_shapes, start_layout
+from .start import build_engine, cost_setup, dense_skeleton
 
 log = logging.getLogger("inrank_dist")
 
@@ -81,7 +83,7 @@ class Trainer:
         self.loader = Prefetcher(loader, pin=context.device.type == "cuda")
         skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
         shapes = layer_shapes(skeleton, config.lowrank)
-        values = StartValues(skeleton, shapes, config.lowrank, config.run.seed)
+        values = StartValues(skeleton.initial_values(config.run.seed), shapes, config.lowrank, config.run.seed)
         layout = saved.layout if saved else start_layout(shapes, config.lowrank)
         if not fits(layout, shapes, config.lowrank):
             raise UserError(
@@ -89,7 +91,7 @@ class Trainer:
                 f"{config.lowrank.targets} makes {len(shapes)}: write those it was trained with, or another run.dir"
             )
         self.engine = build_engine(config, context, skeleton, layout, None if saved else values)
-        self.ranks = RankEvents(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
+        self.ranks = RankController(self.engine, values, config.lowrank, config.run.seed, config.train.steps)
         self.health = Health(context, config.train, config.optimizer.lr)
         self.parameters_dense = sum(parameter.numel() for parameter in skeleton.parameters())
         start = convert(skeleton, start_layout(shapes, config.lowrank))
@@ -177,8 +179,9 @@ class Trainer:
         before = self.engine.layout
         if self.ranks.due(self.step):
             self.heartbeat(f"the rank event after step {self.step}", self.config.parallel.timeout_seconds)
-        # A gradient that is not a number shows no direction.
-        records = self.ranks.after_step(self.step, None if verdict.reason else batches, self._tokens_per_step)
+        # A gradient that is not finite shows no direction.
+        gradients = None if verdict.reason else partial(self.engine.factor_gradients, batches, self._tokens_per_step)
+        records = self.ranks.after_step(self.step, gradients)
         self.seconds = clock.seconds
         if self._is_due(self.config.log.interval):
             self._log(verdict, rate, clock)

@@ -84,7 +84,7 @@ def misfit(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, make
     parameters = dict(model.named_parameters())
     moments = {
         f"optimizer.{moment}.{name}": parameters[name]
-        for name, kind in parameter_kinds(model, model.blocks, config.optimizer).items()
+        for name, kind in parameter_kinds(model, model.plan.block_modules(model), config.optimizer).items()
         if state.optimizer_steps > 0
         for moment in moment_names(config.optimizer, kind)
     }

@@ -1,0 +1,423 @@
+"""A model whose ranks grow in somebody's own training loop."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..engine.sharded import ShardedModel, Values
+from ..lowrank.conv1d import linearise
+from ..lowrank.convert import LayerLayout, Layout, convert
+from ..lowrank.division import Processes
+from ..lowrank.layer import set_activation, set_base_scale
+from ..lowrank.materialize import clean, materialize
+from ..lowrank.merge import merge
+from ..lowrank.spectrum import Factors
+from ..method.controller import RankController
+from ..method.settings import LowRankSettings
+from ..method.start import StartValues, layer_shapes, start_layout
+from ..models.plan import ModelValues, named_buffers
+from ..optim.groups import decayed_parameters
+from ..optim.moments import check_state
+from ..runtime.agreement import agree
+from ..runtime.errors import UserError
+
+STATE = "inrank.state"
+"""Name of the JSON text, as uint8, that a checkpoint holds beside tensors."""
+
+Groups = list[dict[str, Any]]
+
+
+class LowRankRun:
+    """A model with low-rank layers, its optimizer, and the rank events between optimizer steps.
+
+    The model may be anybody's ``nn.Module``. It is built on ``meta``, its target layers are replaced by low-rank ones,
+    it is sharded, and it gets its values. At a rank event it is built again with other shapes, because neither FSDP2
+    nor an optimizer notices a parameter that is replaced. So ``run.model``, ``run.optimizer`` and ``run.scheduler`` may
+    be new objects after ``after_step``.
+
+    All processes of the default process group make the same calls. Ranks, initial values and new modes depend on
+    ``seed`` and on names alone, not on the number of processes.
+
+    Args:
+        model: makes the dense model. It is called twice: under ``torch.device("meta")`` for the shapes, and on the CPU,
+            seeded, for the initial values (not where ``initial`` is given).
+        method: ``InRank(...)``, ``FixedRank(...)``, ``PretrainThenFactorise(...)``, ``Published(...)``, or any
+            ``LowRankSettings``.
+        optimizer: makes the optimizer from parameter groups: matrices, and the rest with ``weight_decay`` 0.
+        parallelize: activation checkpointing, compilation and ``fully_shard``, applied to the model on ``meta``, in
+            place; called again after each event. None: the model stays whole.
+        wrap: makes what is called in place of the model once that has its values, such as
+            ``DistributedDataParallel``; called again after each event.
+        scheduler: makes a learning rate scheduler for an optimizer.
+        initial: dense model on the CPU whose values all layers but the factored ones start from.
+        seed: of initial values and of new modes.
+        device: None: the present GPU, or the CPU where there is none.
+        total_steps: optimizer steps of the whole run; needed by ``dense_fraction`` and ``freeze_step: auto``.
+
+    Attributes:
+        model: the model to call.
+        optimizer, scheduler: of ``model``; ``scheduler`` is None without the argument of that name.
+        step: optimizer steps so far, as counted by ``after_step``.
+
+    Raises:
+        UserError: a layer, an optimizer or a sharding that cannot be used; in one line.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        method: LowRankSettings,
+        optimizer: Callable[[Groups], Optimizer],
+        *,
+        parallelize: Callable[[nn.Module], nn.Module | None] | None = None,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        initial: nn.Module | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        _check_method(method, total_steps)
+        self._method, self._make_scheduler = method, scheduler
+        with torch.device("meta"):
+            self._dense = model()
+        if initial is None:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(seed)
+                initial = model()
+        else:
+            initial = copy.deepcopy(initial)
+        skeleton = copy.deepcopy(self._dense)
+        self._shapes = layer_shapes(skeleton, method)
+        for each in (skeleton, initial):
+            linearise(each, self._shapes)
+        dense = ModelValues(initial)
+        values = StartValues(dense, self._shapes, method, seed)
+        self._holder = _Holder(
+            skeleton,
+            start_layout(self._shapes, method),
+            values,
+            dense.buffer,
+            device=_device(device),
+            processes=_processes(_device(device)),
+            method=method,
+            optimizer=optimizer,
+            parallelize=parallelize,
+            wrap=wrap,
+        )
+        self._controller = RankController(self._holder, values, method, seed, total_steps or 1)
+        self.step = 0
+        self.scheduler = scheduler(self.optimizer) if scheduler else None
+        self._controller.before_step(0)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._holder.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self._holder.optimizer
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Low-rank layer -> its active rank; empty while layers are dense."""
+        return {name: layer.rank for name, layer in self._holder.layout.items()}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the ranks are frozen."""
+        return self._controller.frozen
+
+    def table(self) -> dict[str, dict[str, Any]]:
+        """Layer -> its rank, what the rule found, the null rank, the explained ratio and the shape."""
+        return self._controller.table()
+
+    def after_step(self, backward: Callable[[], object] | None = None) -> list[dict[str, Any]]:
+        """Count an optimizer step and do what is due after it.
+
+        Args:
+            backward: runs forward and backward passes of the batch of this step once more, for ``growth_init:
+                gradient``; called at growth only, twice.
+
+        Returns:
+            A record for each event: its step, action and the change of each layer; none where nothing was due.
+
+        Raises:
+            UserError: the training diverged.
+            Disagreement: processes decided differently; nothing was touched.
+        """
+        self.step += 1
+        before = self.optimizer
+        gradients = None if backward is None else lambda: self._holder.gradients(backward)
+        records = self._controller.after_step(self.step, gradients)
+        if self.optimizer is not before:
+            self._carry_over(before)
+        self._controller.before_step(self.step)
+        return records
+
+    def _carry_over(self, before: Optimizer) -> None:
+        """Give the new optimizer the learning rates of the old one, and the scheduler the new optimizer."""
+        for new, old in zip(self.optimizer.param_groups, before.param_groups, strict=True):
+            new.update({key: value for key, value in old.items() if key != "params"})
+        if self.scheduler is not None and self._make_scheduler is not None:
+            state = self.scheduler.state_dict()
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self.scheduler = self._make_scheduler(self.optimizer)
+            self.scheduler.load_state_dict(state)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def merge(self) -> nn.Module:
+        """The dense model with the products of the factors as weights, whole, on the CPU; a collective if sharded."""
+        whole = {name: _whole(p).cpu() for name, p in self._holder.parameters().items()}
+        model = self._holder.low_rank_copy()
+        buffers = dict(named_buffers(self._holder.module))
+        materialize(model, lambda name: buffers[name], torch.device("cpu"))
+        set_activation(model, self._method.activation)
+        self._holder.scale_bases(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(whole[name])
+        return merge(model, self._dense)
+
+    # State.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything to save, by name: parameters, saved buffers, optimizer state and the ranks (as JSON text).
+
+        Sharded ones are DTensors. They share memory with the run, so save or copy them before the next step.
+        """
+        text = json.dumps(
+            {
+                "step": self.step,
+                "layout": {name: [each.rank, each.modes, each.base] for name, each in self._holder.layout.items()},
+                "controller": self._controller.state_dict(),
+                "groups": [
+                    {key: value for key, value in group.items() if key != "params" and _is_json(value)}
+                    for group in self.optimizer.param_groups
+                ],
+                "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            },
+            default=_jsonable,
+        )
+        return {**self._holder.state(), STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state_dict`` gave, in this or another process with as many processes."""
+        shapes = {name: tensor.shape for name, tensor in state.items() if name != STATE}
+        self._restore(json.loads(bytes(state[STATE].tolist())), shapes)
+        with torch.no_grad():
+            for name, tensor in self._holder.state().items():
+                tensor.copy_(state[name])
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint with ``torch.distributed.checkpoint``."""
+        dcp.save(self.state_dict(), checkpoint_id=str(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Continue from a checkpoint of ``save``, on any number of processes and with any sharding by rows.
+
+        Raises:
+            UserError: the folder holds no such checkpoint, or one of another model.
+        """
+        try:
+            entries = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+            shapes = {name: each.size for name, each in entries.items() if isinstance(each, TensorStorageMetadata)}
+            text = torch.zeros(shapes.pop(STATE), dtype=torch.uint8)
+        except (OSError, KeyError) as error:
+            raise UserError(f"{folder} holds no checkpoint of a LowRankRun ({error!r}); write another folder") from None
+        dcp.load({STATE: text}, checkpoint_id=str(folder))
+        self._restore(json.loads(bytes(text.tolist())), shapes)
+        dcp.load(self._holder.state(), checkpoint_id=str(folder))
+
+    def _restore(self, saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+        layout = {name: LayerLayout(rank, modes, base) for name, (rank, modes, base) in saved["layout"].items()}
+        if layout and layout.keys() != self._shapes.keys():
+            other = sorted(layout.keys() ^ self._shapes.keys())
+            raise UserError(f"the checkpoint has other low-rank layers ({other[0]}); write the targets that it has")
+        before = self.optimizer
+        self._holder.rebuild(layout, shapes)
+        self.step = saved["step"]
+        self._controller.load_state_dict(saved["controller"])
+        if self.optimizer is not before:
+            self._carry_over(before)
+        for group, old in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            group.update({key: tuple(value) if isinstance(value, list) else value for key, value in old.items()})
+        if self.scheduler is not None and saved["scheduler"] is not None:
+            self.scheduler.load_state_dict(saved["scheduler"])
+        self._controller.before_step(self.step)
+
+
+class _Holder(ShardedModel):
+    """Holds the model of a ``LowRankRun``."""
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        layout: Layout,
+        values: Values,
+        buffers: Values,
+        *,
+        device: torch.device,
+        processes: Processes,
+        method: LowRankSettings,
+        optimizer: Callable[[Groups], Optimizer],
+        parallelize: Callable[[nn.Module], nn.Module | None] | None,
+        wrap: Callable[[nn.Module], nn.Module] | None,
+    ) -> None:
+        self._method, self._optimizer, self._user_parallelize, self._user_wrap = method, optimizer, parallelize, wrap
+        super().__init__(skeleton, layout, values, buffers, device=device, processes=processes)
+        check_state(self.optimizer)
+
+    def _prepare(self, module: nn.Module, layout: Layout) -> None:
+        set_activation(module, self._method.activation)
+
+    def _parallelize(self, module: nn.Module) -> None:
+        self._called = module
+        if self._user_parallelize is not None:
+            self._called = self._user_parallelize(module) or module
+        for name, part in self._called.named_modules():
+            if isinstance(part, FullyShardedDataParallel):
+                raise UserError(
+                    f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters; "
+                    "write torch.distributed.fsdp.fully_shard"
+                )
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        return self._called if self._user_wrap is None else self._user_wrap(self._called)
+
+    def _make_optimizer(self, module: nn.Module) -> Optimizer:
+        decayed = decayed_parameters(module, factors=True)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        groups: Groups = [
+            {"params": [p for name, p in trained.items() if name in decayed]},
+            {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+        ]
+        return self._optimizer([group for group in groups if group["params"]])
+
+    def low_rank_copy(self) -> nn.Module:
+        """The model as it is now, on ``meta``."""
+        return convert(self.skeleton, self.layout)
+
+    def gradients(self, backward: Callable[[], object]) -> dict[str, Factors]:
+        """Gradients of every layer's factors; nothing is moved."""
+        self.optimizer.zero_grad()
+        backward()
+        parameters = self.parameters()
+        found = {}
+        for layer in self.layout:
+            both = [parameters[f"{layer}.{factor}"].grad for factor in "UV"]
+            found[layer] = Factors(*(self._local(grad).clone() for grad in both if grad is not None))
+        self.optimizer.zero_grad()
+        return found
+
+    def scale_bases(self, model: nn.Module) -> None:
+        """Set the factor of every base of another model to that of this one."""
+        set_base_scale(model, self._base_scale)
+
+    # State.
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters, saved buffers and optimizer state, by name; they share memory with the model."""
+        saved: dict[str, Tensor] = {}
+        for name, parameter in self.parameters().items():
+            saved[name] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if torch.is_tensor(value):
+                    saved[f"optimizer.{key}.{name}"] = value
+        for prefix, owner in self.module.named_modules():
+            for leaf, buffer in owner.named_buffers(recurse=False):
+                if leaf not in owner._non_persistent_buffers_set:
+                    saved[clean(f"{prefix}.{leaf}" if prefix else leaf)] = buffer
+        return saved
+
+    def rebuild(self, layout: Layout, shapes: Mapping[str, torch.Size]) -> None:
+        """Build the model with a layout, zeros for parameters and for optimizer state, to be read into.
+
+        Args:
+            shapes: of everything that will be read, by the names of ``state``.
+
+        Raises:
+            UserError: these are not the tensors of this model.
+        """
+        buffers = dict(named_buffers(self.module))
+
+        def zeros(name: str, parameter: nn.Parameter) -> Tensor:
+            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 0)
+            shape = (end - first, *parameter.shape[1:]) if parameter.ndim else ()
+            return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
+
+        self.release()
+        self._build(layout, zeros, lambda name: buffers[name])
+        parameters = self.parameters()
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in parameters.items():
+            for key in [key for key in shapes if key.startswith("optimizer.") and key.endswith(f".{name}")]:
+                state = key.removeprefix("optimizer.").removesuffix(f".{name}")
+                if "." in state:  # of a parameter whose name ends alike
+                    continue
+                if shapes[key] == parameter.shape:
+                    value = torch.zeros_like(parameter)
+                else:
+                    group = groups[id(parameter)]
+                    on_device = group.get("fused") or group.get("capturable")
+                    value = torch.zeros(shapes[key], device=self.device if on_device else "cpu")
+                self.optimizer.state[parameter][state] = value
+        expected = {name: tensor.shape for name, tensor in self.state().items()}
+        if expected != dict(shapes):
+            other = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+            raise UserError(f"the checkpoint is of another model or optimizer: {other[0]} differs")
+
+
+def _check_method(method: LowRankSettings, total_steps: int | None) -> None:
+    if method.mode == "full":
+        raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
+    if method.frobenius_decay:
+        raise UserError("frobenius_decay is a setting of the trainer's engines; write 0 and decay in your optimizer")
+    needs_total = method.dense_fraction or (method.mode == "efficient" and method.freeze_step == "auto")
+    if needs_total and total_steps is None:
+        raise UserError("the method needs to know the length of the run; write total_steps")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _processes(device: torch.device) -> Processes:
+    """All processes of the default group."""
+    if not dist.is_initialized():
+        return Processes(0, 1, lambda tensor: None)
+
+    def reduce(tensor: Tensor) -> None:
+        dist.all_reduce(tensor)
+
+    return Processes(dist.get_rank(), dist.get_world_size(), reduce, lambda what, answers: agree(what, answers, device))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def _is_json(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | tuple | list)
+
+
+def _jsonable(value: object) -> object:
+    if torch.is_tensor(value):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be saved")

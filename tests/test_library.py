@@ -1,0 +1,109 @@
+"""InRank in a user's own loop: any model, any sharding by rows, the same run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from library_checks import MODELS, alone, make_run, train
+from pool import Pool
+
+import inrank_dist as inrank
+
+STEPS = 12
+CHOICES: dict[str, dict[str, Any]] = {
+    "decaying base": {},
+    "no base": {"base": "none", "init": "spectral"},
+    "frozen base": {"base": "frozen"},
+    "gradient": {"growth_init": "gradient", "base": "frozen"},
+}
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), atol=tolerance, rtol=0)
+    assert ours["ranks"] == theirs["ranks"]
+    torch.testing.assert_close(ours["logits"], theirs["logits"], atol=10 * tolerance, rtol=0)
+    assert ours["lr"] == theirs["lr"]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_growth_changes_no_logit_and_the_merged_model_is_the_same(name: str, choice: str) -> None:
+    result = alone(name, STEPS, CHOICES[choice])
+    assert "grow" in result["actions"] and "freeze" in result["actions"]
+    assert choice == "decaying base" or result["jumps"]
+    assert max(result["jumps"], default=0.0) < 1e-6
+    assert max(result["ranks"].values()) > 2
+    torch.testing.assert_close(result["merged"], result["logits"], atol=1e-5, rtol=0)
+    assert result["losses"][-1] < result["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "world_size", "choice"),
+    [
+        ("gpt2", "fsdp", 2, "no base"),
+        ("llama", "fsdp", 3, "decaying base"),
+        ("qwen3", "ddp", 2, "gradient"),
+        ("own", "fsdp", 3, "no base"),
+        ("own", "ddp", 2, "decaying base"),
+        ("llama", "hybrid", 4, "gradient"),
+    ],
+)
+def test_every_sharding_gives_the_run_of_one_process(
+    name: str, how: str, world_size: int, choice: str, pool: Pool
+) -> None:
+    arguments = (name, how, STEPS, CHOICES[choice])
+    one = alone(name, STEPS, CHOICES[choice])
+    for result in pool.run("library_checks:in_processes", *arguments, world_size=world_size, timeout=120):
+        assert_same(result, one)
+        torch.testing.assert_close(result["merged"], one["merged"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "own"])
+@pytest.mark.parametrize("at", [4, 10])  # while ranks grow, and when they are frozen
+def test_a_run_resumed_on_other_processes_is_the_straight_run(name: str, at: int, pool: Pool, tmp_path: Path) -> None:
+    straight = alone(name, STEPS, {})
+    pool.run("library_checks:in_processes", name, "fsdp", at, {}, str(tmp_path / "saved"), world_size=2, timeout=120)
+    arguments = (name, "fsdp", STEPS, {}, "", str(tmp_path / "saved"))
+    for result in pool.run("library_checks:in_processes", *arguments, world_size=3, timeout=120):
+        result["losses"] = straight["losses"][:at] + result["losses"]
+        assert_same(result, straight)
+
+
+def test_state_dict_goes_to_another_run() -> None:
+    first, second, third = (make_run("own") for _ in range(3))
+    train(first, 8)
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
+    assert second.step == 8 and second.ranks == first.ranks
+    results = [train(run, STEPS) for run in (first, second, third)]
+    for result in results[1:]:
+        result["losses"] = result["losses"][-4:]
+        assert_same(result, {**results[0]})
+
+
+def test_import_is_fast() -> None:
+    """Nothing slow is imported before it is used."""
+    code = "import sys, inrank_dist; assert 'torch' not in sys.modules; assert inrank_dist.InRank(['mlp']).mode"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_cannot_work_is_refused_at_construction() -> None:
+    build = MODELS["own"][0]
+    adamw = torch.optim.AdamW
+
+    def refused(message: str, **changes: Any) -> None:
+        arguments: dict[str, Any] = {"method": inrank.InRank([r"\.up$"]), "optimizer": lambda groups: adamw(groups)}
+        with pytest.raises(inrank.UserError, match=message):
+            inrank.LowRankRun(build, **{**arguments, **changes})
+
+    refused("amsgrad|max_exp_avg_sq", optimizer=lambda groups: adamw(groups, amsgrad=True))
+    refused("square_avg", optimizer=lambda groups: torch.optim.RMSprop(groups))
+    refused("tied", method=inrank.InRank(["head"]))
+    refused("frozen", method=inrank.InRank(["frozen"]))
+    refused("shared|same layer", method=inrank.InRank(["shared"]))
+    refused("matches no", method=inrank.InRank(["nothing"]))
+    refused("total_steps", method=inrank.InRank([r"\.up$"], freeze_step="auto"))
+    with pytest.raises(TypeError, match="tresh"):
+        inrank.InRank(["mlp"], treshold=0.5)
