@@ -33,7 +33,7 @@ HOSTILE = {
     "doubled lists": (doubled(60), "stands for more than 100000 values"),
     "doubled mappings": (doubled(60, "{{x: *{0}, y: *{0}}}"), "stands for more than 100000 values"),
     "doubled merges": (doubled(60, "{{<<: [*{0}, *{0}]}}").replace("[x]", "{x: 1}"), "more than 100000 values"),
-    "large": ("#" * (yaml_text.MOST_BYTES + 1), "is larger than 1048576 bytes"),
+    "large": ("#" * (yaml_text.MAX_BYTES + 1), "is larger than 1048576 bytes"),
 }
 
 

@@ -169,7 +169,7 @@ def test_a_node_that_never_comes(corpus: Path, tmp_path: Path, pair: list[Host])
     assert second.wait(60) == 1
     assert second.text.splitlines()[-1] == (
         f"error: host1 found nobody at {pair[0].address}:29400 within 5 s (-w); start the same command on "
-        f"{pair[0].address} as well, and see that no firewall is between"
+        f"{pair[0].address} as well, and check that no firewall blocks the port"
     )
     first = pair[0].start(tmp_path / "first.log", TORCHRUN, *words)
     assert first.wait(60) == 1
@@ -181,8 +181,8 @@ def test_a_host_that_no_network_leads_to(tmp_path: Path, pair: list[Host]) -> No
     program = pair[0].start(tmp_path / "log", TORCHRUN, "-N", 2, "-m", "192.0.2.1", "train")
     assert program.wait(60) == 2
     assert program.text == (
-        "error: no network of host0 leads to 192.0.2.1 (Network is unreachable); write an address of the network that "
-        "the nodes share, or see to the route\n"
+        "error: host0 has no route to 192.0.2.1 (Network is unreachable); write an address of the network that the "
+        "nodes share, or fix the route\n"
     )
 
 

@@ -54,7 +54,7 @@ def test_long_work_outlives_the_reader_of_its_output(tmp_path: Path, unbuffered:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 0, said
     assert (tmp_path / "done").read_text() == "done"
-    assert said == (f"standard output is closed (Broken pipe); process {process.pid} goes on without it\nlogged\n")
+    assert said == (f"standard output is closed (Broken pipe); process {process.pid} continues without it\nlogged\n")
 
 
 def test_a_short_command_ends_as_unix_tools_do(tmp_path: Path) -> None:

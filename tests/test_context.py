@@ -11,8 +11,8 @@ import torch.distributed as dist
 from cluster_tools import free_port, listens_beyond_loopback
 
 from inrank_dist.runtime.context import name_attempt
-from inrank_dist.runtime.patient_store import PatientStore, StoreSilent
 from inrank_dist.runtime.store import join_store, serve_store
+from inrank_dist.runtime.store_client import StoreClient, StoreTimeout
 
 
 def attempt(port: int, world_size: int, late: int) -> list[str]:
@@ -53,21 +53,21 @@ def test_a_store_that_falls_silent_and_comes_back() -> None:
                 silent.clear()
             return int(super().add(key, amount))
 
-    store = PatientStore(Slow(), seconds=1.0)
-    assert store.ask(lambda held: held.add("met", 1)) == 1
+    store = StoreClient(Slow(), seconds=1.0)
+    assert store.call(lambda held: held.add("met", 1)) == 1
     silent.set()
-    with pytest.raises(StoreSilent):
-        store.ask(lambda held: held.add("met", 1))
+    with pytest.raises(StoreTimeout):
+        store.call(lambda held: held.add("met", 1))
     time.sleep(0.1)
     began = time.monotonic()
-    with pytest.raises(StoreSilent):  # at once: it has been silent for long enough
-        store.ask(lambda held: held.add("met", 1))
+    with pytest.raises(StoreTimeout):  # at once: it has been silent for long enough
+        store.call(lambda held: held.add("met", 1))
     assert time.monotonic() - began < 0.9
     back.set()
     while silent.is_set():
         time.sleep(0.02)
     time.sleep(0.1)
-    assert store.ask(lambda held: held.add("met", 0)) == 2  # the one that was asked; the last never was
+    assert store.call(lambda held: held.add("met", 0)) == 2  # the one that was asked; the last never was
 
 
 def test_a_store_listens_where_it_is_used_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from sharing import nightly, slow
 
 from inrank_dist.data.corpus import _load
 from inrank_dist.runtime.stop import Stopped, StopRequest
-from inrank_dist.runtime.watch import farewell
+from inrank_dist.runtime.watch import exit_message
 from inrank_dist.train.checkpoint import list_checkpoints, named_folders, open_checkpoint, step_of
 
 pytestmark = pytest.mark.xdist_group("faults")  # one server, from which all processes are forked
@@ -300,9 +300,9 @@ def test_a_request_that_came_early_is_passed_on() -> None:
     stop.listen()
     try:
         os.kill(os.getpid(), signal.SIGUSR1)
-        stop.tell(told.append)
+        stop.on_signal(told.append)
         assert told == ["SIGUSR1"]
-        with pytest.raises(Stopped), stop.at_once():
+        with pytest.raises(Stopped), stop.raising():
             pass
     finally:
         stop.signal = None  # else this process would ignore signals from now on
@@ -333,7 +333,7 @@ def test_a_mistake_that_one_process_finds_is_told_once_a_node(
     """A file that only one process cannot read."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert farewell(0, (1, 2, "it is wrong")) == says
+    assert exit_message(0, (1, 2, "it is wrong")) == says
 
 
 @pytest.mark.parametrize("phase", ["forward", "decision"])

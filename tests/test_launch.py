@@ -129,7 +129,7 @@ def test_a_mistake_on_one_node_ends_the_others(corpus: Path, tmp_path: Path, wro
         for job in jobs:
             job.kill()
     assert "unknown section bogus" in the_error(jobs[wrong].returncode, told[wrong])
-    assert "has ended with a mistake, which it tells there" in the_error(jobs[1 - wrong].returncode, told[1 - wrong])
+    assert "exited with a user error; see its output there" in the_error(jobs[1 - wrong].returncode, told[1 - wrong])
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_deepspeed_is_given_the_gpus_that_may_be_used(
         (
             "-f hosts",
             "a slots=1\nb slots=1\na slots=1",
-            "a is twice in hosts; write one line for it, with all its slots",
+            "a appears twice in hosts; write one line for it, with all its slots",
         ),
         ("-f hosts -n 3", "a slots=4\nb slots=2", "-n is 3, but b has slots=2 in hosts; write at most that"),
         (
@@ -258,10 +258,14 @@ def test_deepspeed_is_given_the_gpus_that_may_be_used(
         ("-f hosts -k -1 -m localhost", "a slots=1", "-k is -1, but hosts has 1 host(s); write a number from 0 to 0"),
         ("-f hosts -k x", "a slots=1", "argument -k: invalid int value: 'x'"),
         ("-f hosts -k 1", "a slots=1\nb slots=1", "-k is 1 but -m is missing; write -m a, the same on every host"),
-        ("-f hosts -k 0 -m a:b", "a slots=1", "'a:b' is no place to meet; write HOST or HOST:PORT"),
+        ("-f hosts -k 0 -m a:b", "a slots=1", "'a:b' is not a rendezvous endpoint; write HOST or HOST:PORT"),
         ("-f hosts -k 0 -m no.such.invalid", "a slots=1", " cannot resolve the host name no.such.invalid ("),
         ("-f hosts", "no.such.invalid slots=1", " cannot resolve the host name no.such.invalid ("),
-        ("-f hosts", "a slots=1\nb slots=1", "pdsh, by which deepspeed starts the hosts of hosts, is not installed; "),
+        (
+            "-f hosts",
+            "a slots=1\nb slots=1",
+            "pdsh, with which DeepSpeed starts the hosts of hosts, is not installed; ",
+        ),
         (
             "-f hosts -m localhost",
             "a slots=1\nb slots=1",
@@ -302,11 +306,11 @@ def test_deepspeed_hosts_that_take_the_first_for_themselves(
 @pytest.mark.parametrize("word", ["", "%", "~", "a b", "it's", '"$HOME"', "[20,21]", "a|b;c&d", "50%n", "--é=\n\t*"])
 def test_words_pass_a_remote_shell(word: str) -> None:
     """As deepspeed and pdsh hand them on: joined by blanks, and read by a shell."""
-    wrapped = deepspeed.wrap(word)
+    wrapped = deepspeed.encode_argument(word)
     assert "%n" not in wrapped
     done = subprocess.run(["sh", "-c", f"printf %s {wrapped}"], capture_output=True, text=True, check=True)
     assert done.stdout == wrapped
-    assert deepspeed.unwrap(wrapped) == word
+    assert deepspeed.decode_argument(wrapped) == word
 
 
 @pytest.mark.slow

@@ -36,8 +36,11 @@ def test_where_nodes_meet(text: str, place: tuple[str, int]) -> None:
         ("-N 2 train", "-N is 2 but -m is missing; write -m HOST, the name or address of one of the nodes"),
         ("-N 4:1 -m n1 train", "-N is 4:1; write a number of nodes such as 4, or a range such as 1:4"),
         ("-N x -m n1 train", "-N is x; write a number of nodes such as 4, or a range such as 1:4"),
-        ("-N 2 -m n1:x train", "'n1:x' is no place to meet; write HOST or HOST:PORT, such as node1:29400 or [fd00::1]"),
-        ("-N 2 -m n1:70000 train", "the port of n1:70000 is 70000; write one from 1 to 65535"),
+        (
+            "-N 2 -m n1:x train",
+            "'n1:x' is not a rendezvous endpoint; write HOST or HOST:PORT, such as node1:29400 or [fd00::1]",
+        ),
+        ("-N 2 -m n1:70000 train", "the port of n1:70000 is 70000; write a port from 1 to 65535"),
         ("-N 2 -m n1 -k 2 train", "-k is 2 and -N is 2; -k numbers a fixed number of nodes from 0"),
         ("-N 1:2 -m n1 -k 0 train", "-k is 0 and -N is 1:2; -k numbers a fixed number of nodes from 0"),
         ("-N 2 -m n1 -w 0 train", "-w is 0; write a number of seconds of at least 1"),
@@ -68,7 +71,7 @@ def test_a_host_or_an_interface_that_is_not_known(monkeypatch: pytest.MonkeyPatc
         (["::1", "fe80::1", "10.0.0.1"], ["10.0.0.1"], "10.0.0.1"),
         (["10.0.0.1", "192.168.0.1"], ["10.0.0.1", "192.168.0.1"], "10.0.0.1"),
         (["127.0.1.1"], ["10.0.0.1", "192.168.0.1"], "share, one of 10.0.0.1, 192.168.0.1"),
-        (["127.0.1.1"], [], "node1 is 127.0.1.1 on .*, where no other node reaches it; write its address"),
+        (["127.0.1.1"], [], "node1 is 127.0.1.1 on .*, which no other node can reach; write its address"),
     ],
 )
 def test_a_node_that_knows_its_own_name_as_loopback(
@@ -76,7 +79,7 @@ def test_a_node_that_knows_its_own_name_as_loopback(
 ) -> None:
     """As Debian writes it into /etc/hosts; no other node reaches it there."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (each, 0)) for each in known])
-    monkeypatch.setattr(network, "_own_addresses", lambda: own)
+    monkeypatch.setattr(network, "_local_addresses", lambda: own)
     if "." in address and " " not in address:
         assert network.resolve("node1") == address
     else:
@@ -94,7 +97,7 @@ def test_interface_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     settings = network.settings_for("127.0.0.1", 8)
     assert settings == {"GLOO_SOCKET_IFNAME": loopback}
-    line = network.shown(settings)
+    line = network.describe_settings(settings)
     assert line == f"{socket.gethostname()}: GLOO_SOCKET_IFNAME {loopback}, OMP_NUM_THREADS 5 (given)"
 
 

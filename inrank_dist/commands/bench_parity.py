@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from ..bench.parity import CASES, Bench, Parity, possible
-from ..runtime.errors import Lost, UserError
+from ..runtime.errors import JobFailed, UserError
 from ..runtime.home import path_argument
 from .common import at_least_one, console, refuse_unwritable, write_record
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     write_record(arguments.json, record)
     if wrong := [result.case.name for result in results if not result.holds]:
-        raise Lost(f"does not compute the same as on the CPU: {'; '.join(wrong)}")
+        raise JobFailed(f"does not compute the same as on the CPU: {'; '.join(wrong)}")
 
 
 def _said(result: Parity) -> str:

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..runtime import console
-from ..runtime.errors import Lost, UserError
+from ..runtime.environment import logs_for_node
+from ..runtime.errors import JobFailed, UserError
 from ..runtime.parent import watch_launcher
-from ..runtime.place import speaks as speaks_for_node
-from ..runtime.signals import leaving_at_once
+from ..runtime.signals import exiting_on_stop
 
 COMMANDS = {
     "train": "the main job: prepare the data, train, checkpoint, report; resumes by itself",
@@ -71,17 +71,17 @@ def main(words: Sequence[str] | None = None) -> int:
     console.guard(outlive=bool(words) and words[0] in OUTLIVE_CONSOLE)
     watch_launcher()
     # Log once per node: the other processes of a launcher make the same mistake at the same time.
-    speaks = speaks_for_node()
+    logs = logs_for_node()
     _print_any_text()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("inrank_dist").setLevel(logging.INFO if speaks else logging.ERROR)
+    logging.getLogger("inrank_dist").setLevel(logging.INFO if logs else logging.ERROR)
     # One process of a job prepares the data, whichever comes first, and it alone can tell how far it is.
     logging.getLogger("inrank_dist.preparation").setLevel(logging.INFO)
     try:
         command, rest = _command(words)
         if command is None:
             return 0
-        with leaving_at_once() if command == "train" else nullcontext():
+        with exiting_on_stop() if command == "train" else nullcontext():
             module = importlib.import_module(f".{command}", __package__)
             parser = Parser(prog=f"inrank {command}", description=COMMANDS[command], allow_abbrev=False)
             module.add_arguments(parser)
@@ -93,15 +93,15 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         line = " ".join(str(error).split())
-        _tell_mistake(line, speaks)
+        _report_mistake(line, logs)
         return _leave(2, line)
-    except Lost as error:
-        _tell_mistake(str(error), True)
+    except JobFailed as error:
+        _report_mistake(str(error), True)
         return _leave(1, str(error))
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for every command
             line = ". ".join(str(error).split(". ")[:2]) + OUT_OF_MEMORY
-            _tell_mistake(line, speaks or _watch() is None)
+            _report_mistake(line, logs or _watch() is None)
             return _leave(2, line)
         if not _in_process_group():
             raise
@@ -110,7 +110,7 @@ def main(words: Sequence[str] | None = None) -> int:
         stop = sys.modules.get("inrank_dist.runtime.stop")
         if stop is None or not isinstance(error, stop.Stopped):
             raise
-        if speaks:
+        if logs:
             print(error, file=sys.stderr)
         return _leave(stop.EXIT_STOPPED)
 
@@ -145,7 +145,7 @@ def _tell(error: Exception) -> str:
     first = watch.failure_of_another(wait_seconds=2.0 if echo else 0.0) if watch else None
     rank = os.environ.get("RANK", "0")
     if first:
-        watch.leave(first[1], sys.modules["inrank_dist.runtime.watch"].farewell(rank, first))
+        watch.exit(first[1], sys.modules["inrank_dist.runtime.watch"].exit_message(rank, first))
     if echo:
         print(
             f"process {rank} lost another process, which was killed, or whose machine or network is gone ({line})",
@@ -157,12 +157,12 @@ def _tell(error: Exception) -> str:
     return line
 
 
-def _tell_mistake(line: str, speaks: bool) -> None:
+def _report_mistake(line: str, logs: bool) -> None:
     """One voice a node."""
     watch = _watch()
     if watch:
-        watch.spoken = True
-    if speaks:
+        watch.reported = True
+    if logs:
         print("error:", line, file=sys.stderr)
 
 
@@ -172,9 +172,9 @@ def _leave(status: int, line: str = "") -> int:
         watch = _watch()
         if watch:
             if line:
-                watch.tell_failure(status, line)
-            watch.part()
-            watch.leave(status, "")
+                watch.report_failure(status, line)
+            watch.linger()
+            watch.exit(status, "")
         console.flush()
         os._exit(status)
     return status

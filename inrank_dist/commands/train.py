@@ -23,7 +23,7 @@ from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..runtime.signals import NOTHING_LOST
 from ..runtime.stop import Stopped, StopRequest
-from ..runtime.watch import Watch, interrupt
+from ..runtime.watch import Watch, request_stop
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
 from ..train.loop import Trainer
@@ -116,11 +116,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     stop = StopRequest()
     stop.listen(config.checkpoint.grace_seconds)
     try:
-        with stop.while_alone():
+        with stop.exiting():
             context.start(config.parallel.timeout_seconds, always=engine != "local")
-        watch = Watch(context, config.run.folder / "hang", interrupt)
+        watch = Watch(context, config.run.folder / "hang", request_stop)
         watch.start()
-        stop.tell(watch.tell_stop)
+        stop.on_signal(watch.report_stop)
         stopped, trained, folder = None, False, RunFolder(config.run.folder)
         try:
             trained = _train(config, context, stop, watch, folder, start, arguments.allow_change)
@@ -166,7 +166,7 @@ def _train(
         return False
     watch.heartbeat("preparing the data", math.inf)
     data = _prepare(config, stop, checkpoint)
-    watch.meet("prepared")
+    watch.barrier("prepared")
     watch.heartbeat("building the model", config.parallel.timeout_seconds)
     asked = any(context.gather(data is None or stop.signal is not None))
     if data is None or asked:
@@ -251,7 +251,7 @@ def _tell_start(config: Config, checkpoint: Checkpoint | None, changes: Sequence
 def _prepare(config: Config, stop: StopRequest, checkpoint: Checkpoint | None) -> Prepared | None:
     """The data; None where this process was asked to stop meanwhile, or heard that another one was."""
     try:
-        with stop.at_once():
+        with stop.raising():
             saved = Tokenizer.load(checkpoint.tokenizer_file) if checkpoint else None
             return prepare(config.data, config.tokenizer, config.model.max_seq_len, saved_tokenizer=saved)
     except Stopped:

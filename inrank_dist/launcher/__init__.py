@@ -1,1 +1,1 @@
-"""Starting the processes of one node: what torchrun and the deepspeed launcher leave to the user."""
+"""Launchers: start the processes of one node, with torch's elastic agent or with DeepSpeed's launcher."""

@@ -1,5 +1,4 @@
-"""torch's elastic agent, with what it lacks: it ends when the network is cut, and when the user's mistake has ended
-processes, on whatever node."""
+"""torch's elastic agent, extended to exit when the network is lost or when any node reports a user error."""
 
 import os
 import signal
@@ -17,59 +16,59 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from ..runtime import console
-from ..runtime.errors import EXIT_MISTAKE, Lost
-from ..runtime.patient_store import PatientStore
+from ..runtime.errors import EXIT_MISTAKE, JobFailed
+from ..runtime.store_client import StoreClient
 from .common import Outcome
 from .torchrun_job import Job
 
 MISTAKE_KEY = "inrank mistake"
-GONE_SECONDS = 30
-"""How long the agent may take to notice that its processes have ended, and to leave."""
-BARRIER_SECONDS = 330
-"""The same where they have ended well: torch's agent then waits 300 s for the other nodes."""
-SAME_SECONDS = 10
-"""In this time the processes of all nodes have told the same mistake, if all have made it."""
+EXIT_TIMEOUT_SECONDS = 30
+"""How long the agent may take to notice that its processes have exited, and to exit itself."""
+BARRIER_TIMEOUT_SECONDS = 330
+"""The same after success: torch's agent waits up to 300 s for the other nodes."""
+MISTAKE_GRACE_SECONDS = 10
+"""A mistake that is common to all nodes shows on each of them within this time."""
 
 
-def guarded(
+def agent_class(
     job: Job,
-    store: PatientStore | None,
+    store: StoreClient | None,
     missing: str,
     status: Callable[[dict[int, int]], int],
     outcome: Outcome,
 ) -> type[LocalElasticAgent]:
-    """A class of agents beside which a thread looks that they do not wait for ever.
+    """Return an agent class with a watchdog thread that keeps the agent from waiting forever.
 
-    Between two looks at its processes the agent asks a key-value store on another node whether there is news. Where the
-    network is cut no answer comes, torch sets no limit, and the agent does not see that its processes have ended. And
-    agents do not tell each other of mistakes: the others' processes would wait for those that are gone.
+    While its processes run, torch's agent polls a key-value store on another node. If the network is lost, that call
+    never returns (torch sets no timeout), and the agent does not notice that its own processes have exited. Agents also
+    do not report user errors to each other, so processes on other nodes would wait for peers that are gone.
 
     Args:
-        job: of which the agent starts this node's processes.
-        store: of the job; None: there is but this node.
-        missing: the line to say when other nodes do not come.
-        status: exit status from those of processes.
-        outcome: written as it comes.
+        job: the job whose processes the agent starts on this node.
+        store: the job's store; None for a single node.
+        missing: error message if other nodes do not join.
+        status: maps the exit statuses of failed processes to the launcher's exit status.
+        outcome: updated as processes end.
     """
-    lost = f"lost the network to {job.place}, where the nodes meet; start the same command again"
+    lost = f"lost the network to {job.endpoint}, where the nodes meet; start the same command again"
 
     class Agent(LocalElasticAgent):
         def run(self, role: str = "default") -> Any:
             result = super().run(role)
-            if result is None:  # torch's way to say so
-                raise Lost(f"the job that met at {job.place} has ended; nothing is left to join")
+            if result is None:  # how torch reports a closed rendezvous
+                raise JobFailed(f"the job that met at {job.endpoint} has ended; nothing is left to join")
             return result
 
         def _initialize_workers(self, worker_group: Any) -> None:
-            self._guard("meeting", job.wait + 120, 1)
+            self._set_deadline("rendezvous", job.wait + 120, 1)
             super()._initialize_workers(worker_group)
-            self._guard("running", GONE_SECONDS, 1)
+            self._set_deadline("running", EXIT_TIMEOUT_SECONDS, 1)
 
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             if result.state == WorkerState.SUCCEEDED:
                 outcome.final = 0
-                self._guard("done", BARRIER_SECONDS, 0)
+                self._set_deadline("done", BARRIER_TIMEOUT_SECONDS, 0)
             elif result.state == WorkerState.FAILED:
                 mistake = any(failure.exitcode == EXIT_MISTAKE for failure in result.failures.values())
                 if mistake:
@@ -77,69 +76,69 @@ def guarded(
                 if self._remaining_restarts == 0:
                     statuses = {rank: int(failure.exitcode) for rank, failure in result.failures.items()}
                     outcome.final = status(statuses)
-                    self._guard("failed", GONE_SECONDS, outcome.final)
+                    self._set_deadline("failed", EXIT_TIMEOUT_SECONDS, outcome.final)
                 if mistake and store:
-                    _tell_mistake(store, job.nodes[0])
+                    _report_mistake(store, job.nodes[0])
             else:
-                self._guard("running", GONE_SECONDS, 1)
+                self._set_deadline("running", EXIT_TIMEOUT_SECONDS, 1)
             return result
 
         def _start_workers(self, worker_group: Any) -> Any:
-            # Else torch takes more signals, SIGHUP also below nohup, and ends processes by signals they do not know.
+            # By default torch also handles SIGHUP, even under nohup, and forwards signals that our processes ignore.
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"
             return super()._start_workers(worker_group)
 
         def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
-            asked = isinstance(sys.exc_info()[1], SignalException)
-            if asked:  # a second signal would end the waiting and leave the processes behind
+            stopping = isinstance(sys.exc_info()[1], SignalException)
+            if stopping:  # a second signal would interrupt the wait and leave the processes behind
                 signal.signal(signal.SIGTERM, lambda *_: None)
             super()._shutdown(death_sig, timeout)
-            for local_rank, handler in getattr(self._pcontext, "subprocess_handlers", {}).items() if asked else ():
+            for local_rank, handler in getattr(self._pcontext, "subprocess_handlers", {}).items() if stopping else ():
                 code = handler.proc.poll()
                 outcome.statuses[local_rank] = -signal.SIGKILL if code is None else code
 
-        def _guard(self, doing: str, limit: float, leave: int) -> None:
+        def _set_deadline(self, phase: str, seconds: float, exit_status: int) -> None:
             first = not hasattr(self, "_state")
-            self._state = doing, time.monotonic() + limit, leave
+            self._state = phase, time.monotonic() + seconds, exit_status
             if first:
-                threading.Thread(target=self._watch, name="guard", daemon=True).start()
+                threading.Thread(target=self._watch, name="agent watchdog", daemon=True).start()
 
         def _watch(self) -> None:
-            alive_until, told_at = time.monotonic(), None
+            alive_until, mistake_at = time.monotonic(), None
             while True:
                 time.sleep(1)
                 now = time.monotonic()
-                doing, deadline, leave = self._state
-                wrong = _mistaken(store)
-                told_at = told_at or (now if wrong else None)
-                if told_at and now - told_at > SAME_SECONDS and doing != "failed":
-                    _end_children()
-                    _leave(EXIT_MISTAKE, f"a process on {wrong} has ended with a mistake, which it tells there")
+                phase, deadline, exit_status = self._state
+                host = _host_with_mistake(store)
+                mistake_at = mistake_at or (now if host else None)
+                if mistake_at and now - mistake_at > MISTAKE_GRACE_SECONDS and phase != "failed":
+                    _kill_children()
+                    _exit(EXIT_MISTAKE, f"a process on {host} exited with a user error; see its output there")
                 if _live_children():
                     alive_until = now
-                elif now > deadline and (doing == "meeting" or now - alive_until > GONE_SECONDS):
-                    _leave(leave, {"meeting": missing, "running": lost}.get(doing, ""))
+                elif now > deadline and (phase == "rendezvous" or now - alive_until > EXIT_TIMEOUT_SECONDS):
+                    _exit(exit_status, {"rendezvous": missing, "running": lost}.get(phase, ""))
 
     return Agent
 
 
-def _tell_mistake(store: PatientStore, nodes: int) -> None:
-    """Tell the other nodes, and stay until they have ended or made the same: the store may end with this process."""
-    until = time.monotonic() + SAME_SECONDS + 3
+def _report_mistake(store: StoreClient, nodes: int) -> None:
+    """Report a user error to the other nodes and wait until they have seen it: the store may end with this process."""
+    deadline = time.monotonic() + MISTAKE_GRACE_SECONDS + 3
     with suppress(RuntimeError):
-        store.ask(lambda held: held.set(MISTAKE_KEY, socket.gethostname()))
-        told = store.ask(lambda held: held.add(f"{MISTAKE_KEY} told", 1))
-        while told < nodes and time.monotonic() < until:
+        store.call(lambda s: s.set(MISTAKE_KEY, socket.gethostname()))
+        reports = store.call(lambda s: s.add(f"{MISTAKE_KEY} count", 1))
+        while reports < nodes and time.monotonic() < deadline:
             time.sleep(0.2)
-            told = store.ask(lambda held: held.add(f"{MISTAKE_KEY} told", 0))
+            reports = store.call(lambda s: s.add(f"{MISTAKE_KEY} count", 0))
 
 
-def _mistaken(store: PatientStore | None) -> str | None:
-    """The node on which the user's mistake has ended a process."""
+def _host_with_mistake(store: StoreClient | None) -> str | None:
+    """Host on which a process exited with a user error, if any."""
     if store:
         with suppress(RuntimeError):
-            told = store.ask(lambda held: held.get(MISTAKE_KEY) if held.check([MISTAKE_KEY]) else None)
-            return None if told is None else str(told.decode())
+            host = store.call(lambda s: s.get(MISTAKE_KEY) if s.check([MISTAKE_KEY]) else None)
+            return None if host is None else str(host.decode())
     return None
 
 
@@ -152,14 +151,14 @@ def _live_children() -> list[psutil.Process]:
     return live
 
 
-def _end_children() -> None:
-    """They wait for processes that are gone; those that could save have left by themselves."""
+def _kill_children() -> None:
+    """Kill processes that wait for peers that are gone. Those that could save have exited by themselves."""
     for child in _live_children():
         with suppress(psutil.NoSuchProcess):
             child.kill()
 
 
-def _leave(status: int, line: str) -> None:
+def _exit(status: int, line: str) -> None:
     if line:
-        console.say(f"error: {line}")
-    console.leave(status)
+        console.write_stderr(f"error: {line}")
+    console.flush_and_exit(status)

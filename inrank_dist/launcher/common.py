@@ -1,4 +1,4 @@
-"""What the launchers share."""
+"""Code shared by the launchers."""
 
 import argparse
 import signal
@@ -9,43 +9,43 @@ from ..commands.main import Parser
 from ..runtime.errors import UserError
 
 SHUTDOWN_SECONDS = 180
-"""How long processes that were asked to leave may take: longer than ``checkpoint.grace_seconds``, after which they
-leave by themselves."""
+"""How long processes may take to exit after a stop request. Longer than ``checkpoint.grace_seconds``, after which they
+exit by themselves."""
 
 
 @dataclass
 class Outcome:
-    """What became of the processes that a launcher has started on this node.
+    """How the processes that a launcher started on this node ended.
 
     Attributes:
-        statuses: their exit statuses by local rank, once a signal has ended them.
-        final: exit status of the launcher, once they have ended by themselves and are not started again.
+        statuses: exit statuses by local rank, set once a signal has ended the processes.
+        final: exit status of the launcher, set once the processes have exited by themselves and will not be restarted.
     """
 
     statuses: dict[int, int] = field(default_factory=dict)
     final: int | None = None
 
 
-def read_words(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a launcher's options, of which ``-n`` is one (``processes``), and the command behind them (``words``).
+def parse_command_line(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a launcher's options (including ``-n``: ``processes``) and the command that follows them (``command``).
 
     Raises:
         UserError: with what to write instead.
     """
     parser.add_argument(
-        "words", metavar="COMMAND", nargs=argparse.REMAINDER, help="command of inrank with its words, passed on"
+        "command", metavar="COMMAND", nargs=argparse.REMAINDER, help="inrank command and its arguments, passed on"
     )
-    given = parser.parse_args(list(words))
-    if given.words[:1] == ["--"]:
-        del given.words[0]
-    if not given.words:
+    options = parser.parse_args(list(argv))
+    if options.command[:1] == ["--"]:
+        del options.command[0]
+    if not options.command:
         raise UserError(f"no command; write {parser.prog} [-n PROCESSES] COMMAND, such as train --config FILE")
-    if given.processes is not None and given.processes < 1:
-        raise UserError(f"-n is {given.processes}; write a number of processes of at least 1")
-    return given
+    if options.processes is not None and options.processes < 1:
+        raise UserError(f"-n is {options.processes}; write a number of processes of at least 1")
+    return options
 
 
-def killed(process: str, number: int) -> str:
-    """A line on a process that could not say one itself."""
+def describe_kill(process: str, number: int) -> str:
+    """Error message for a process that was killed by a signal."""
     why = " (out of memory? see the kernel's log)" if number == signal.SIGKILL else ""
     return f"{process} was killed by {signal.Signals(number).name}{why}"

@@ -1,4 +1,4 @@
-"""Which way the other nodes are, and what the libraries that talk to them must be told."""
+"""Finds the network interface that leads to the other nodes, and the settings that NCCL and gloo need for it."""
 
 import errno
 import ipaddress
@@ -12,18 +12,18 @@ import psutil
 from ..runtime.errors import UserError
 
 PORT = 29400
-"""Where the nodes of a job meet unless they are told another port; torchrun's own default."""
+"""Default port of the rendezvous endpoint, as for torchrun."""
 
 
 LOOPBACK = "127.0.0.1"
-"""Where a job of one node meets: an address that no other machine reaches."""
+"""Rendezvous address of a job with one node; other machines cannot reach it."""
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """``HOST[:PORT]`` -> host and port; IPv6 addresses with a port stand in brackets, ``[fd00::1]:29400``.
+    """Split ``HOST[:PORT]``. An IPv6 address with a port is written in brackets, ``[fd00::1]:29400``.
 
     Raises:
-        UserError: it is neither.
+        UserError: ``endpoint`` is neither.
     """
     bare = endpoint.count(":") > 1 and not endpoint.startswith("[")  # an IPv6 address without a port
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.%\w]+)\]|([\w.-]+))(?::(\d+))?", endpoint)
@@ -31,66 +31,68 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
         try:
             ipaddress.ip_address(endpoint.partition("%")[0])
         except ValueError:
-            raise UserError(f"{endpoint!r} is no address; write it such as [fd00::1]:{PORT}") from None
+            raise UserError(f"{endpoint!r} is not an address; write one such as [fd00::1]:{PORT}") from None
         host, port = endpoint, str(PORT)
     elif match:
         host, port = match[1] or match[2], match[3] or str(PORT)
     else:
-        raise UserError(f"{endpoint!r} is no place to meet; write HOST or HOST:PORT, such as node1:{PORT} or [fd00::1]")
+        raise UserError(
+            f"{endpoint!r} is not a rendezvous endpoint; write HOST or HOST:PORT, such as node1:{PORT} or [fd00::1]"
+        )
     if not 0 < int(port) < 2**16:
-        raise UserError(f"the port of {endpoint} is {port}; write one from 1 to 65535")
+        raise UserError(f"the port of {endpoint} is {port}; write a port from 1 to 65535")
     return host, int(port)
 
 
 def resolve(host: str) -> str:
-    """The address of a host, numeric, as the other nodes may use it.
+    """Resolve a host name to a numeric address that the other nodes can use.
 
-    Many systems know their own name as 127.0.1.1, which means themselves to every node: then it is the address of this
-    machine's network, if it has but one.
+    Many systems resolve their own name to 127.0.1.1, which every node takes for itself. In that case this returns the
+    address of this machine's network interface, if it has exactly one.
 
     Raises:
-        UserError: this machine knows no such host, or not which of its addresses is meant.
+        UserError: the name cannot be resolved, or this machine has several addresses to choose from.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(
             f"{socket.gethostname()} cannot resolve the host name {host} ({getattr(error, 'strerror', error)}); write "
-            "its address instead, or have it in the DNS or in /etc/hosts of every node"
+            "its address instead, or add it to DNS or to /etc/hosts of every node"
         ) from None
     addresses = [str(each[4][0]) for each in found]
     if host == "localhost" or host in addresses:
         return addresses[0]
-    outward = [address for address in addresses if _leads_outward(address)] or _own_addresses()
-    if not outward or (len(outward) > 1 and not _leads_outward(addresses[0])):
-        choice = f", one of {', '.join(outward)}" if outward else ""
+    routable = [address for address in addresses if _is_routable(address)] or _local_addresses()
+    if not routable or (len(routable) > 1 and not _is_routable(addresses[0])):
+        choice = f", one of {', '.join(routable)}" if routable else ""
         raise UserError(
-            f"{host} is {addresses[0]} on {socket.gethostname()}, where no other node reaches it; write its address in "
+            f"{host} is {addresses[0]} on {socket.gethostname()}, which no other node can reach; write its address in "
             f"the network that the nodes share{choice}"
         )
-    return outward[0]
+    return routable[0]
 
 
-def _leads_outward(address: str) -> bool:
+def _is_routable(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
     return not (parsed.is_loopback or parsed.is_link_local)
 
 
-def _own_addresses() -> list[str]:
-    """One address of each network interface that is up, IPv4 where there is one."""
+def _local_addresses() -> list[str]:
+    """One address of each network interface that is up, IPv4 if it has one."""
     states, found = psutil.net_if_stats(), []
     for name, addresses in psutil.net_if_addrs().items():
         if name in states and states[name].isup:
             for family in (socket.AF_INET, socket.AF_INET6):
-                own = [each.address for each in addresses if each.family == family and _leads_outward(each.address)]
-                if own:
-                    found.append(own[0])
+                local = [each.address for each in addresses if each.family == family and _is_routable(each.address)]
+                if local:
+                    found.append(local[0])
                     break
     return found
 
 
-def is_here(address: str) -> bool:
-    """Whether an address is one of this machine."""
+def is_local_address(address: str) -> bool:
+    """Whether this machine has an address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -101,12 +103,12 @@ def is_here(address: str) -> bool:
 
 
 def address_towards(address: str) -> str:
-    """The address of this machine that another one sees; nothing is sent.
+    """This machine's source address for packets to another address. Nothing is sent.
 
     Raises:
-        UserError: no interface of this machine leads there.
+        UserError: this machine has no route to the address.
     """
-    if is_here(address):
+    if is_local_address(address):
         return address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -115,14 +117,14 @@ def address_towards(address: str) -> str:
         except OSError as error:
             why = os.strerror(error.errno or errno.ENETUNREACH)
             raise UserError(
-                f"no network of {socket.gethostname()} leads to {address} ({why}); write an address of the network "
-                "that the nodes share, or see to the route"
+                f"{socket.gethostname()} has no route to {address} ({why}); write an address of the network that the "
+                "nodes share, or fix the route"
             ) from None
         return str(probe.getsockname()[0])
 
 
 def interface_of(address: str) -> str:
-    """Name of the network interface that holds an address of this machine."""
+    """Name of the network interface that has a local address."""
     wanted = ipaddress.ip_address(address.partition("%")[0])
     for name, addresses in psutil.net_if_addrs().items():
         for each in addresses:
@@ -130,13 +132,15 @@ def interface_of(address: str) -> str:
                 continue
             if ipaddress.ip_address(each.address.partition("%")[0]) == wanted:
                 return str(name)
-    if wanted.is_loopback:  # all of 127.0.0.0/8 is
+    if wanted.is_loopback:  # lo answers for all of 127.0.0.0/8 but lists one address
         return interface_of("127.0.0.1")
-    raise UserError(f"no network interface of {socket.gethostname()} holds {address}")
+    raise UserError(
+        f"{socket.gethostname()} has no network interface with the address {address}; write another address of it"
+    )
 
 
 def reachable(address: str, port: int, seconds: float) -> bool:
-    """Whether something answers there."""
+    """Whether something accepts connections at an endpoint."""
     try:
         with socket.create_connection((address, port), timeout=seconds):
             return True
@@ -145,36 +149,36 @@ def reachable(address: str, port: int, seconds: float) -> bool:
 
 
 def settings_for(host: str, processes: int) -> dict[str, str]:
-    """What the processes of this node are told beside what the user has set, which stays.
+    """Environment variables for the processes of this node. Variables that the user has set are left alone.
 
     Args:
-        host: where the nodes meet, name or address; ``localhost`` for a job of one node.
-        processes: of this node.
+        host: name or address at which the nodes meet; ``localhost`` for a job with one node.
+        processes: number of processes on this node.
 
     Returns:
-        Environment variables: the network interface on which NCCL (for its first contact; InfiniBand it finds by
-        itself) and gloo talk to the other nodes, and the threads of each process.
+        The network interface for gloo and for NCCL's bootstrap (NCCL finds InfiniBand by itself), and the number of
+        threads per process.
 
     Raises:
-        UserError: the host is not known or not to be reached, or a variable names an interface that is not there.
+        UserError: the host is unknown or unreachable, or a variable names an interface that does not exist.
     """
     interface = interface_of(address_towards(resolve(host)))
     wanted = {"GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": str(max(_cores() // processes, 1))}
     if not interface.startswith("lo"):
-        wanted["NCCL_SOCKET_IFNAME"] = f"={interface}"  # this very name, not all that begin like it
+        wanted["NCCL_SOCKET_IFNAME"] = f"={interface}"  # "=": exact name; by default NCCL matches a prefix
     there = psutil.net_if_addrs()
     given = os.environ.get("GLOO_SOCKET_IFNAME", "")
     for name in filter(None, given.split(",")):
         if name not in there:
             raise UserError(
                 f"GLOO_SOCKET_IFNAME is {given}, but {socket.gethostname()} has no interface {name}; write "
-                f"{interface}, or unset it to have it found"
+                f"{interface}, or unset it to select the interface automatically"
             )
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def shown(settings: dict[str, str]) -> str:
-    """One line on what this node will use: found here, or set by the user."""
+def describe_settings(settings: dict[str, str]) -> str:
+    """One line with the settings of this node: those found here, and those set by the user."""
     parts = [f"{name} {value}" for name, value in settings.items()]
     given = [name for name in os.environ if name.startswith(("NCCL_", "GLOO_")) or name == "OMP_NUM_THREADS"]
     parts += [f"{name} {os.environ[name]} (given)" for name in sorted(given) if name not in settings]
@@ -186,6 +190,6 @@ def shown(settings: dict[str, str]) -> str:
 
 
 def _cores() -> int:
-    """CPU cores that this node's processes share: what Slurm gave, or what this process may run on."""
+    """CPU cores for this node's processes: as Slurm allocated them, else those this process may run on."""
     tasks = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(tasks) if tasks.isdecimal() else len(os.sched_getaffinity(0))

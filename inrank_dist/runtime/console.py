@@ -1,6 +1,6 @@
-"""Standard output and error, which may go away: ``| head`` has seen enough, the terminal is closed, the disk is full.
+"""Standard output and error that may go away: ``| head`` exits, the terminal is closed, the disk is full.
 
-Work whose product is files goes on without them. A command whose product is what it prints ends as unix tools do.
+Commands that produce files continue without them. Commands whose result is their output end as Unix tools do.
 """
 
 import errno
@@ -15,40 +15,42 @@ from typing import Any, NoReturn, TextIO
 
 from .errors import UserError
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE)
-"""Nobody will ever read there again; EIO is what a closed terminal answers."""
+CLOSED_ERRNOS = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE)
+"""The reader is gone for good. A closed terminal gives EIO."""
 
-SAY_SECONDS = 1.0
+WRITE_TIMEOUT_SECONDS = 1.0
 
 
 def guard(*, outlive: bool) -> None:
-    """Replace ``sys.stdout`` and ``sys.stderr`` by streams to the same files that know what to do when these are gone.
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams to the same files that handle a closed reader or full disk.
 
-    Nothing happens where they have been replaced already, as by a test that captures them.
+    Does nothing if they have already been replaced, for example by a test that captures them.
 
     Args:
-        outlive: whether this process goes on without its console (it says so once, where somebody still reads), or
-            ends, by SIGPIPE.
+        outlive: whether this process continues without its console (and says so once, if stderr is still open). If
+            False, it ends by SIGPIPE.
     """
     _open_standard_descriptors()
     for name in ("stdout", "stderr"):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
-        if stream is None:  # it was closed when Python started
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # as long as the process
+        if stream is None:  # was closed when Python started
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # open until the process exits
         elif stream is original and isinstance(stream, io.TextIOWrapper):
             setattr(sys, name, _guarded(stream, name, outlive))
 
 
-def say(line: str) -> None:
-    """A line to standard error, from wherever: it cannot fail, waits for no lock, and not for a paused terminal."""
+def write_stderr(line: str) -> None:
+    """Write a line to standard error. Never fails, takes no lock and does not block on a paused terminal."""
     with suppress(OSError):
-        if select.select([], [2], [], SAY_SECONDS)[1]:
+        if select.select([], [2], [], WRITE_TIMEOUT_SECONDS)[1]:
             os.write(2, f"{line}\n".encode())
 
 
 def flush(seconds: float = 1.0) -> None:
-    """Write out what is buffered, before ``os._exit``. Not for ever: a paused terminal takes nothing, and a thread that
-    waits for it holds the stream's lock."""
+    """Flush standard output and error before ``os._exit``.
+
+    Has a timeout: a paused terminal accepts nothing, and a thread blocked on it holds the stream's lock.
+    """
 
     def work() -> None:
         with suppress(OSError, ValueError):
@@ -60,17 +62,17 @@ def flush(seconds: float = 1.0) -> None:
     thread.join(seconds)
 
 
-def leave(status: int) -> NoReturn:
-    """Write out what is buffered and end the process, without waiting for daemon threads or taking Python down.
+def flush_and_exit(status: int) -> NoReturn:
+    """Flush and end the process without waiting for daemon threads and without finalizing the interpreter.
 
-    A daemon thread that comes back from torch's C++ while Python is taken down aborts the process.
+    A daemon thread that returns from torch's C++ code during finalization would abort the process.
     """
     flush()
     os._exit(status)
 
 
 class GuardedFile(io.RawIOBase):
-    """A file descriptor whose ``write`` fails at most once, with a ``UserError`` where what is lost was the product.
+    """A raw stream on a file descriptor that raises at most once: a ``UserError``, if the output is the result.
 
     Args:
         descriptor: 1 or 2.
@@ -78,7 +80,7 @@ class GuardedFile(io.RawIOBase):
     """
 
     def __init__(self, descriptor: int, outlive: bool) -> None:
-        self._descriptor, self._outlive, self._refused = descriptor, outlive, False
+        self._descriptor, self._outlive, self._reported = descriptor, outlive, False
 
     def writable(self) -> bool:
         return True
@@ -90,38 +92,37 @@ class GuardedFile(io.RawIOBase):
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        length = len(rest)
-        while rest:
+        remaining = memoryview(data).cast("B")
+        length = len(remaining)
+        while remaining:
             try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # another program has set a shared terminal or pipe to non-blocking
+                remaining = remaining[os.write(self._descriptor, remaining) :]
+            except BlockingIOError:  # another program has set the shared terminal or pipe to non-blocking
                 select.select([], [self._descriptor], [])
             except OSError as error:
-                if error.errno in GONE:
-                    self._lose(error)
-                elif not self._outlive and self._descriptor == 1 and not self._refused:
-                    self._refused = True  # what is still buffered would say it again
+                if error.errno in CLOSED_ERRNOS:
+                    self._handle_closed(error)
+                elif not self._outlive and self._descriptor == 1 and not self._reported:
+                    self._reported = True  # flushing the buffer would raise it again
                     raise UserError(
                         f"standard output cannot be written ({error.strerror}); write it to another place"
                     ) from None
-                break  # what does not fit on a full disk is left out; there may be room for later lines
+                break  # on a full disk, drop this line; there may be room for later ones
         return length
 
-    def _lose(self, error: OSError) -> None:
+    def _handle_closed(self, error: OSError) -> None:
         if not self._outlive:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGPIPE)
-            os._exit(128 + signal.SIGPIPE)  # a container's first process is not killed by its own signals
-        # Also for what writes there without Python, and for child processes, which SIGPIPE would kill.
+            os._exit(128 + signal.SIGPIPE)  # PID 1 of a container is not killed by its own signals
+        # Redirect the descriptor itself, for C++ code and child processes, which SIGPIPE would kill.
         with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._descriptor)
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self._descriptor)
+            os.close(devnull)
         if self._descriptor == 1:
-            say(
-                f"standard output is closed ({os.strerror(error.errno or 0)}); process {os.getpid()} goes on without it"
-            )
+            reason = os.strerror(error.errno or 0)
+            write_stderr(f"standard output is closed ({reason}); process {os.getpid()} continues without it")
 
 
 def _guarded(stream: io.TextIOWrapper, name: str, outlive: bool) -> TextIO:
@@ -138,7 +139,7 @@ def _guarded(stream: io.TextIOWrapper, name: str, outlive: bool) -> TextIO:
 
 
 def _open_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed (``>&-``), the next file that is opened would get that number, and what is printed."""
+    """Open closed standard descriptors (``>&-``), or the next file opened would get number 0, 1 or 2."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

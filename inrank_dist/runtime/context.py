@@ -1,4 +1,4 @@
-"""Where this process stands among the others, and what they do together."""
+"""The distributed context of a process: its rank, its device and the collectives that all processes take part in."""
 
 import gc
 import os
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import agree
-from .errors import Lost, UserError
-from .place import read_place, whole_number
+from .environment import integer_variable, read_environment
+from .errors import JobFailed, UserError
 from .store import join_store
 
 Result = TypeVar("Result")
@@ -25,21 +25,23 @@ class Context:
     """Rank, world size and device of this process, from the launcher's environment.
 
     Attributes:
-        rank, world_size, local_rank: as set by torchrun and its kin; 0, 1, 0 without a launcher.
-        device: ``cuda:LOCAL_RANK`` where there is a GPU, else ``cpu``.
-        attempt: a name that the processes of this attempt of the job share and no attempt before had; set by ``start``.
+        rank, world_size, local_rank: as set by torchrun and compatible launchers; 0, 1, 0 without a launcher.
+        device: ``cuda:LOCAL_RANK`` if there is a GPU, else ``cpu``.
+        attempt: identifier of this attempt of the job, shared by its processes and not used by earlier attempts. Set by
+            ``start``.
     """
 
     def __init__(self) -> None:
-        place = read_place()
-        self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
+        environment = read_environment()
+        self.rank, self.world_size = environment.rank, environment.world_size
+        self.local_rank = environment.local_rank
         if torch.cuda.is_available():
-            # By the number of processes of the node, so that all of them see the mistake and none waits for the others.
-            here = whole_number("LOCAL_WORLD_SIZE", self.local_rank + 1)
-            if max(here, self.local_rank + 1) > torch.cuda.device_count():
+            # Check the number of processes on the node, so that all of them fail and none waits for the others.
+            local_world_size = max(integer_variable("LOCAL_WORLD_SIZE", 0), self.local_rank + 1)
+            if local_world_size > torch.cuda.device_count():
                 raise UserError(
-                    f"{here} processes were started on this node, which has {torch.cuda.device_count()} GPU(s); "
-                    f"start at most {torch.cuda.device_count()} processes per node"
+                    f"{local_world_size} processes were started on this node, which has {torch.cuda.device_count()} "
+                    f"GPU(s); start at most {torch.cuda.device_count()} processes per node"
                 )
             self.device = torch.device("cuda", self.local_rank)
         else:
@@ -53,21 +55,21 @@ class Context:
 
     @property
     def is_distributed(self) -> bool:
-        """Whether the process group is up."""
+        """Whether the process group is initialized."""
         return dist.is_initialized()
 
     def start(self, timeout_seconds: int, *, always: bool = False) -> None:
-        """Join the process group: NCCL on GPUs, gloo on CPU. One process needs none unless ``always``.
+        """Initialize the process group: NCCL on GPUs, gloo on CPU. A single process does so only if ``always``.
 
         Raises:
-            UserError: the other processes are not there.
-            Lost: torchrun has started them, but they do not come.
+            UserError: the other processes were not started.
+            JobFailed: torchrun started the other processes, but they did not join.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if (self.world_size == 1 and not always) or dist.is_initialized():
             return
-        # torch's flight recorder: which collectives this process has entered, for the dump when one hangs.
+        # Enable torch's flight recorder, which records this process's collectives for the dump after a hang.
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -80,28 +82,28 @@ class Context:
             store = dist.PrefixStore(self.attempt, store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
-            place = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
+            endpoint = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
             line = (
-                f"process {self.rank} of {self.world_size} did not find the others at {place} within "
+                f"process {self.rank} of {self.world_size} did not find the others at {endpoint} within "
                 f"{timeout_seconds} s ({str(error).splitlines()[0]})"
             )
-            if "TORCHELASTIC_RUN_ID" in os.environ:  # as many were started as WORLD_SIZE says
-                raise Lost(f"{line}; start the job again") from None
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started WORLD_SIZE processes
+                raise JobFailed(f"{line}; start the job again") from None
             raise UserError(f"{line}; start all processes with torchrun") from None
 
     def stop(self) -> None:
-        """Leave the process group, if there is one. Everything that uses it must be dropped before."""
+        """Destroy the process group, if there is one. Delete everything that uses it first."""
         if dist.is_initialized():
-            # DDP's reducer keeps the group alive; freed after the group is destroyed, it can wait for itself forever.
+            # DDP's reducer keeps the group alive. Freed after the group is destroyed, it can deadlock.
             gc.collect()
-            deepspeed = sys.modules.get("deepspeed.comm")  # which keeps groups of its own, and must forget them
+            deepspeed = sys.modules.get("deepspeed.comm")  # has groups of its own, which it must release
             if deepspeed is not None and deepspeed.is_initialized():
                 deepspeed.destroy_process_group()
             else:
                 dist.destroy_process_group()
 
     def sum(self, tensor: Tensor) -> None:
-        """Sum a tensor in place over all processes."""
+        """All-reduce (sum) a tensor in place."""
         if dist.is_initialized():
             dist.all_reduce(tensor)
 
@@ -111,7 +113,7 @@ class Context:
             dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     def on_rank_zero(self, work: Callable[..., Result], *arguments: object) -> Result | None:
-        """Process 0 does something that may fail; if it fails, every process raises the same error.
+        """Run ``work`` on process 0. If it fails, every process raises the same error.
 
         Returns:
             What ``work`` returned, on process 0; None on the others.
@@ -130,7 +132,7 @@ class Context:
         return result
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """The values of all processes, by rank; small, picklable ones."""
+        """All-gather a small, picklable value. Returns the values by rank."""
         if not dist.is_initialized():
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -138,7 +140,7 @@ class Context:
         return values
 
     def on_all_ranks(self, work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-        """Every process does something in which the user's mistake may show in some; all then raise the first one's.
+        """Run ``work`` on every process. If it raises ``UserError`` on some, all processes raise the first one's.
 
         Returns:
             What ``work`` returned in this process.
@@ -154,34 +156,35 @@ class Context:
         return cast(Result, result)
 
     def agree(self, what: str, answers: Mapping[str, object]) -> None:
-        """Check that all processes hold the same answers, as ``agreement.agree``."""
+        """Check that all processes hold the same answers, see ``agreement.agree``."""
         agree(what, answers, self.device)
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """A name that the processes of this attempt of a job share and no attempt before had.
+    """Agree on an identifier for this attempt of the job that no earlier attempt has used.
 
-    torchrun keeps one store over all attempts, and its count of restarts differs between nodes (a node whose own
-    processes are sound does not count), so a process may read there what its predecessors wrote and wait for the dead.
-    Therefore each shows a word that it has just made up, and process 0 answers that word with the name.
+    torchrun keeps one store over all attempts. Its restart count differs between nodes, because a node whose own
+    processes did not fail does not count. So a process might read what an earlier attempt wrote to the store, and wait
+    for processes that are gone. Therefore each process writes a fresh token, and process 0 answers that token with the
+    identifier.
 
     Raises:
-        dist.DistStoreError: the others did not come within ``timeout_seconds``.
+        dist.DistStoreError: not all processes joined within ``timeout_seconds``.
     """
     if rank > 0:
-        word = uuid.uuid4().hex
-        store.set(f"inrank word of {rank}", word)
-        name = str(store.get(f"inrank name for {word}").decode())
+        token = uuid.uuid4().hex
+        store.set(f"inrank token of {rank}", token)
+        name = str(store.get(f"inrank name for {token}").decode())
         store.add(f"{name} known", 1)
         return name
-    name, answered, until = uuid.uuid4().hex, set(), time.monotonic() + timeout_seconds
+    name, answered, deadline = uuid.uuid4().hex, set(), time.monotonic() + timeout_seconds
     while store.add(f"{name} known", 0) < world_size - 1:
         for other in range(1, world_size):
-            key = f"inrank word of {other}"  # perhaps still a predecessor's; then it changes
-            if store.check([key]) and (word := store.get(key).decode()) not in answered:
-                store.set(f"inrank name for {word}", name)
-                answered.add(word)
-        if time.monotonic() > until:
+            key = f"inrank token of {other}"  # may still be an earlier attempt's, and will then change
+            if store.check([key]) and (token := store.get(key).decode()) not in answered:
+                store.set(f"inrank name for {token}", name)
+                answered.add(token)
+        if time.monotonic() > deadline:
             raise dist.DistStoreError(f"only {store.add(f'{name} known', 0) + 1} of {world_size} processes came")
         time.sleep(0.01)
     return name

@@ -1,22 +1,25 @@
-"""Errors that are told in one line."""
+"""Errors that are reported in one line."""
 
 EXIT_MISTAKE = 2
-"""Exit status of a ``UserError``, which the process has told in a line."""
+"""Exit status for a ``UserError``, which the process has reported in one line."""
 
 
 class UserError(ValueError):
-    """A mistake in a setting, a file or the environment, told in one line.
+    """A mistake in a setting, a file or the environment, reported in one line.
 
     The text names the value that is wrong and says what to write instead. The command line prints it as
     ``error: <text>`` and exits with status 2, without a traceback.
     """
 
 
-class Lost(RuntimeError):
-    """Another process or node did not come or has gone. One line as well, but exit status 1: another start may do."""
+class JobFailed(RuntimeError):
+    """A failure that is not the user's mistake, such as a node that did not join or was lost.
+
+    Reported in one line like a ``UserError``, but with exit status 1: starting again may work.
+    """
 
 
 def error_line(output: str) -> str:
-    """The line with which a command that failed says why: the last that begins ``error:``, or else the last."""
+    """The line in which a failed command gives the reason: the last one that begins ``error:``, else the last one."""
     lines = [line for line in output.splitlines() if line.strip()]
     return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]

@@ -1,4 +1,4 @@
-"""A folder made once, by one process, whole or not at all, however many processes ask for it."""
+"""Creates a folder atomically and only once, however many processes ask for it."""
 
 import contextlib
 import json
@@ -16,63 +16,62 @@ from .lock import Lock, LockHeld, LockLost
 
 logger = logging.getLogger("inrank_dist")
 
-#: In every folder that is made here: says that it is one, and of what name.
+#: In every folder that is made here; contains its name.
 MARKER = "folder.json"
 
 PRIVATE = re.compile(r"\.(?P<name>.+)\.tmp-[0-9a-f]{32}")
 
 
-def make_once(final: Path, build: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
-    """Make the folder ``final`` by ``build(work)``, unless it exists; one process builds, others wait.
+def make_once(target: Path, build: Callable[[Path], None], check: Callable[[Path], None] = lambda folder: None) -> None:
+    """Create the folder ``target`` with ``build(work)`` unless it exists. One process builds, the others wait.
 
-    ``build`` fills a private folder beside ``final``, which is flushed to disk, looked at by ``check`` and renamed. The
-    rename is what makes this correct: it is atomic and fails when another process was first, and then that one's folder
-    stands. The lock saves work, and tells which private folders nobody works in any more: those of a process that has
-    died are removed by whoever builds next.
+    ``build`` fills a private folder beside ``target``, which is flushed to disk, verified by ``check`` and renamed. The
+    rename makes this correct: it is atomic and fails if another process was first, in which case that process's folder
+    is kept. The lock only avoids duplicate work and shows which private folders are abandoned. The next builder removes
+    those.
 
     Raises:
-        UserError: ``build`` raised one, or the disk failed. Processes that were waiting meanwhile raise the
-            same.
+        UserError: ``build`` raised it, or the disk failed. Processes that were waiting meanwhile raise the same error.
     """
     while True:
-        lock = Lock(_lock_path(final))
+        lock = Lock(_lock_path(target))
         try:
-            if final.is_dir():
+            if target.is_dir():
                 return
-            final.parent.mkdir(parents=True, exist_ok=True)
-            failure = final.parent / f".{final.name}.failed"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            failure = target.parent / f".{target.name}.failed"
             failure_before = _read(failure)
-            lock.acquire(on_wait=lambda held: _tell_waiting(final, held))
+            lock.acquire(on_wait=lambda held: _log_waiting(target, held))
             try:
-                if final.is_dir():
+                if target.is_dir():
                     return
                 failure_now = _read(failure)
                 if failure_now is not None and failure_now != failure_before:
                     raise UserError(str(failure_now["error"]))
-                _remove_abandoned(final)
+                _remove_abandoned(target)
                 try:
-                    _build_and_rename(final, build, check)
+                    _build_and_rename(target, build, check)
                 except (UserError, OSError) as error:
                     lock.check()
                     if isinstance(error, UserError):
-                        # The identifier tells waiting processes that this failure is newer than their start.
+                        # A fresh identifier tells waiting processes that the failure happened after they started.
                         reason = json.dumps({"id": uuid.uuid4().hex, "error": str(error)})
-                        with contextlib.suppress(OSError):  # what went wrong is told all the same
+                        with contextlib.suppress(OSError):  # this process reports the error in any case
                             write_atomically(failure, reason.encode())
                     raise
-                with contextlib.suppress(OSError):  # another user's, in a sticky folder
+                with contextlib.suppress(OSError):  # owned by another user, in a sticky folder
                     failure.unlink(missing_ok=True)
                 return
-            except LockLost as lost:  # and with it the private folder: another process makes the data set now
+            except LockLost as lost:  # the private folder is gone too: another process builds the folder now
                 logger.info("%s", lost)
             finally:
                 lock.release()
         except OSError as error:
-            raise _disk_trouble(final.parent, error) from error
+            raise _disk_error(target.parent, error) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or all of the new one."""
+    """Write a file so that readers see either the old content or all of the new content."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)
@@ -81,44 +80,44 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _build_and_rename(final: Path, build: Callable[[Path], None], check: Callable[[Path], None]) -> None:
-    work = final.parent / f".{final.name}.tmp-{uuid.uuid4().hex}"
+def _build_and_rename(target: Path, build: Callable[[Path], None], check: Callable[[Path], None]) -> None:
+    work = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex}"
     work.mkdir()
     try:
         try:
-            (work / MARKER).write_text(json.dumps({"made_by": "inrank_dist", "name": final.name}))
+            (work / MARKER).write_text(json.dumps({"made_by": "inrank_dist", "name": target.name}))
             build(work)
             _flush(work)
             check(work)
         except OSError as error:
-            raise _disk_trouble(final.parent, error) from error
+            raise _disk_error(target.parent, error) from error
         try:
-            os.rename(work, final)
+            os.rename(work, target)
         except OSError:
-            # One that lost the lock may have been first nevertheless; its folder holds the same.
-            if not final.is_dir():
+            # A process that lost the lock may still have been first; its folder has the same content.
+            if not target.is_dir():
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _disk_trouble(folder: Path, error: OSError) -> UserError:
+def _disk_error(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"data.cache_dir is {folder}, and it cannot be used ({error.strerror or error})"
         "; name a folder that can be written and has room"
     )
 
 
-def _lock_path(final: Path) -> Path:
-    return final.parent / f".{final.name}.lock"
+def _lock_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
 
 
-def _tell_waiting(final: Path, held: LockHeld) -> None:
-    logger.info("%s is being prepared by %s: waiting", final.name, held.owner or "another process")
+def _log_waiting(target: Path, held: LockHeld) -> None:
+    logger.info("%s is being prepared by %s: waiting", target.name, held.owner or "another process")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file, or it holds something else."""
+    """Read a recorded failure; None if there is no such file, or it has other content."""
     try:
         content = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -126,24 +125,24 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and "error" in content else None
 
 
-def _remove_abandoned(final: Path) -> None:
-    """Remove private folders that killed processes left; called with the lock of ``final`` held.
+def _remove_abandoned(target: Path) -> None:
+    """Remove private folders of processes that were killed. Call with the lock of ``target`` held.
 
-    A private folder is worked in only under the lock of its data set, and is known by what is in it.
+    A private folder is in use only while the lock of its target is held. It is recognized by its marker file.
     """
-    for folder in list(final.parent.glob(".*.tmp-*")):
+    for folder in list(target.parent.glob(".*.tmp-*")):
         found = PRIVATE.fullmatch(folder.name)
         if not found or folder.is_symlink() or not _is_private(folder, found["name"]):
             continue
-        other = final.parent / found["name"]
+        other = target.parent / found["name"]
         with contextlib.suppress(OSError):
-            # Only after the folder was seen: a holder that comes later works in a new one.
-            if other == final or Lock(_lock_path(other)).holder() is None:
+            # Safe because the folder was listed before the lock is examined: a later holder creates a new folder.
+            if other == target or Lock(_lock_path(other)).holder() is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_private(folder: Path, name: str) -> bool:
-    """Whether this module made the folder, and for the data set ``name``."""
+    """Whether this module created the folder for the target ``name``."""
     try:
         return json.loads((folder / MARKER).read_text()) == {"made_by": "inrank_dist", "name": name}
     except (OSError, ValueError):
@@ -151,13 +150,13 @@ def _is_private(folder: Path, name: str) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """Put every file and folder name on the disk, so that a machine that stops cannot leave short files."""
+    """Flush every file and folder to disk, so that a crash of the machine cannot leave truncated files."""
     for path in [folder, *folder.rglob("*")]:
         flush_path(path)
 
 
 def flush_path(path: Path) -> None:
-    """Put a file's content, or the names in a folder, on the disk."""
+    """Flush a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Paths below a home folder, as users write them."""
+"""Expands ``~`` in paths that users write."""
 
 import argparse
 import os
@@ -8,13 +8,13 @@ from .errors import UserError
 
 
 def expand_home(path: str | Path, setting: str) -> Path:
-    """``path`` with a ``~`` or ``~user`` at its start replaced by that home folder.
+    """Replace a leading ``~`` or ``~user`` by that home folder.
 
     Args:
-        setting: what gave the path, for the error.
+        setting: name of the setting, for the error message.
 
     Raises:
-        UserError: nothing says where that home folder is.
+        UserError: the home folder is unknown.
     """
     try:
         return Path(path).expanduser()
@@ -26,7 +26,7 @@ def expand_home(path: str | Path, setting: str) -> Path:
 
 
 def path_argument(text: str) -> Path:
-    """A path on the command line; shells leave ``--run=~/folder`` as it is."""
+    """A path on the command line. Shells do not expand ``--run=~/folder``."""
     try:
         return Path(text) if os.path.lexists(text) else expand_home(text, "the path")
     except UserError as error:

@@ -1,16 +1,16 @@
-"""A lock on a folder that no dead process and no dead machine can hold, and that says who holds it.
+"""A file lock for processes on any machines, which no dead process or machine can keep and which names its holder.
 
-A lock ``PATH`` is a row of small files ``PATH.1``, ``PATH.2``, ...: the highest one is the present holder's. Whoever
-finds it released, or its holder dead, creates the next one. Creation is exclusive on every file system, so one
-contender wins, and no file is taken away from under anybody.
+A lock ``PATH`` is a series of small files ``PATH.1``, ``PATH.2``, ...; the highest belongs to the current holder. A
+contender that finds it released, or its holder dead, creates the next one. Exclusive creation works on every file
+system, so exactly one contender wins, and no file is removed while it is in use.
 
-How a holder's death is seen depends on where it runs:
+How contenders detect that a holder is dead depends on where it runs:
 
-- on this machine by the kernel: a holder has an ``flock`` on its file, which goes with the process, however it ends.
-  Process IDs are never asked: containers have their own, under one host name;
-- elsewhere, and where the file system has no locks, by a lease: a holder writes a heartbeat into its file, and one that
-  has not changed for ``lease_seconds`` by the contender's own clock is dead. Locks are not asked there, since some file
-  systems keep them to each machine, and some servers keep those of a machine that is gone.
+- On this machine, the kernel tells: the holder has an ``flock`` on its file, which ends with the process, however it
+  exits. Process IDs are not used, since containers with one host name have separate ones.
+- On other machines, or if the file system has no locks, a lease tells: the holder writes a heartbeat into its file, and
+  counts as dead once the file has not changed for ``lease_seconds`` of the contender's clock. Locks are not used here:
+  some file systems keep them local to a machine, and some servers keep those of a machine that is gone.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ from types import TracebackType
 log = logging.getLogger("inrank_dist")
 
 LEASE_SECONDS = 60.0
-BEATS_PER_LEASE = 6
+HEARTBEATS_PER_LEASE = 6
 POLL_SECONDS = 0.2
 
-_BEAT = "{:<20}\n"
-_RELEASED = _BEAT.format("released").encode()
+_HEARTBEAT = "{:<20}\n"
+_RELEASED = _HEARTBEAT.format("released").encode()
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Attributes:
-        host, pid: of the process; in a container both are the container's.
+        host, pid: of the process; inside a container, as seen there.
         since: when it took the lock, in UTC.
-        machine: identifies the running kernel, whatever its host name.
-        kernel_lock: whether the file system gave it an ``flock``.
+        machine: identifies the running kernel, independent of the host name.
+        kernel_lock: whether the file system supports ``flock``.
     """
 
     host: str
@@ -60,7 +60,7 @@ class Owner:
 
 
 class LockHeld(RuntimeError):
-    """Another process holds the lock; ``owner`` is None where it has not yet written who it is."""
+    """Another process holds the lock; ``owner`` is None if it has not written its identity yet."""
 
     def __init__(self, path: Path, owner: Owner | None) -> None:
         super().__init__(f"{path} is held by {owner or 'a process that is just starting'}")
@@ -68,7 +68,7 @@ class LockHeld(RuntimeError):
 
 
 class LockLost(RuntimeError):
-    """Another process took the lock, since this one had not shown a heartbeat for the length of the lease."""
+    """Another process took over the lock, because this one wrote no heartbeat for the length of the lease."""
 
     def __init__(self, path: Path, owner: Owner | None) -> None:
         super().__init__(f"{path} was taken over by {owner or 'another process'}")
@@ -78,33 +78,33 @@ class LockLost(RuntimeError):
 class Lock:
     """A lock between processes of any machines that share a file system.
 
-    Every lock object is a contender of its own, also within a process. It is a context manager that waits.
+    Every ``Lock`` object is a separate contender, even within one process. As a context manager it waits for the lock.
 
     Args:
-        path: the lock; its folder must exist.
-        lease_seconds: how long a holder on another machine may show no heartbeat before it counts as dead.
+        path: of the lock; the parent folder must exist.
+        lease_seconds: how long a holder on another machine may go without a heartbeat before it counts as dead.
     """
 
     def __init__(self, path: Path, lease_seconds: float = LEASE_SECONDS) -> None:
         self.path, self.lease_seconds = path, lease_seconds
         self._number = 0
         self._descriptor: int | None = None
-        self._beat_at = 0
+        self._heartbeat_offset = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def held(self) -> bool:
-        """Whether this object has the lock, as far as it knows; ``check`` looks."""
+        """Whether this object holds the lock, as far as it knows; ``check`` verifies it."""
         return self._descriptor is not None
 
     def acquire(self, wait_seconds: float | None = None, on_wait: Callable[[LockHeld], None] | None = None) -> None:
         """Take the lock.
 
         Args:
-            wait_seconds: how long to wait for a holder that is alive; None: as long as it takes. Whether one on another
-                machine is alive takes up to ``lease_seconds`` to find out, and is found out in any case.
-            on_wait: called once for each holder that is waited for.
+            wait_seconds: how long to wait for a live holder; None: without limit. For a holder on another machine it
+                takes up to ``lease_seconds`` to find out whether it is alive, regardless of ``wait_seconds``.
+            on_wait: called once for each holder that this contender waits for.
 
         Raises:
             LockHeld: the holder is alive and did not release the lock in time.
@@ -112,12 +112,12 @@ class Lock:
         """
         if self.held:
             raise RuntimeError(f"{self.path} is already held by this object")
-        until = None if wait_seconds is None else time.monotonic() + wait_seconds
-        watched, told = _Watched(), 0
+        deadline = None if wait_seconds is None else time.monotonic() + wait_seconds
+        observer, reported = _Observer(), 0
         while True:
             number, content = self._newest()
             try:
-                free = number == 0 or _is_free(content) or self._dead(number, content, watched)
+                free = number == 0 or _is_free(content) or self._is_dead(number, content, observer)
             except FileNotFoundError:  # a successor has just removed it
                 continue
             if free:
@@ -125,15 +125,15 @@ class Lock:
                     return
                 continue
             held = LockHeld(self.path, _owner(content))
-            if watched.alive and until is not None and time.monotonic() >= until:
+            if observer.alive and deadline is not None and time.monotonic() >= deadline:
                 raise held
-            if number != told and on_wait is not None:
+            if number != reported and on_wait is not None:
                 on_wait(held)
-            told = number
+            reported = number
             time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Give the lock back; nothing happens where it is not held."""
+        """Release the lock; does nothing if it is not held."""
         if self._descriptor is None:
             return
         self._stop.set()
@@ -142,16 +142,16 @@ class Lock:
         descriptor, self._descriptor = self._descriptor, None
         _active.discard(self)
         try:
-            # The file stays: a contender that has seen this number dead must not create it again.
-            os.pwrite(descriptor, _RELEASED, self._beat_at)
+            # Keep the file: a contender that has found this number dead must not be able to create it again.
+            os.pwrite(descriptor, _RELEASED, self._heartbeat_offset)
             os.fsync(descriptor)
-        except OSError as error:  # the work under the lock is done, and the lease ends by itself
+        except OSError as error:  # not fatal: the protected work is done, and the lease expires by itself
             log.warning("warning: %s could not be released (%s)", self.path, error)
         finally:
             os.close(descriptor)
 
     def check(self) -> None:
-        """Make sure that the lock is still this object's.
+        """Verify that this object still holds the lock.
 
         Raises:
             LockLost: another process took it over.
@@ -162,7 +162,7 @@ class Lock:
             raise LockLost(self.path, _owner(content))
 
     def holder(self) -> Owner | None:
-        """Who holds the lock, without waiting; None: certainly nobody. One on another machine may be dead.
+        """The holder, without waiting. None if there certainly is none; a holder on another machine may be dead.
 
         Raises:
             OSError: the folder cannot be read.
@@ -173,7 +173,7 @@ class Lock:
                 return None
             owner = _owner(content)
             try:
-                if owner is not None and _is_here(owner) and not self._locked(number):
+                if owner is not None and _is_local(owner) and not self._is_flocked(number):
                     return None
             except FileNotFoundError:  # a successor has just removed it
                 continue
@@ -197,29 +197,29 @@ class Lock:
         return sorted(int(match[1]) for match in matches if match)
 
     def _newest(self) -> tuple[int, bytes]:
-        """Number and content of the highest file; 0 where there is none."""
+        """Number and content of the highest file; 0 if there is none."""
         while numbers := self._numbers():
-            with contextlib.suppress(FileNotFoundError):  # its successor has just removed it
+            with contextlib.suppress(FileNotFoundError):  # a successor has just removed it
                 return numbers[-1], self._file(numbers[-1]).read_bytes()
         return 0, b""
 
-    def _dead(self, number: int, content: bytes, watched: "_Watched") -> bool:
-        """Whether the holder of a file that is not released is dead."""
+    def _is_dead(self, number: int, content: bytes, observer: "_Observer") -> bool:
+        """Whether the holder of an unreleased file is dead."""
         owner = _owner(content)
-        if owner is not None and _is_here(owner):
-            watched.alive = self._locked(number)
-            return not watched.alive
-        return watched.unchanged_for(number, content) > self.lease_seconds
+        if owner is not None and _is_local(owner):
+            observer.alive = self._is_flocked(number)
+            return not observer.alive
+        return observer.unchanged_for(number, content) > self.lease_seconds
 
-    def _locked(self, number: int) -> bool:
-        """Whether a process of this machine has the ``flock`` of a file.
+    def _is_flocked(self, number: int) -> bool:
+        """Whether a process on this machine holds the ``flock`` of a file.
 
         Raises:
-            FileNotFoundError: its successor has removed it.
+            FileNotFoundError: a successor has removed the file.
         """
         descriptor = os.open(self._file(number), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # Shared, so that contenders that look at the same time do not take each other for the holder.
+            # A shared lock, so that contenders which probe at the same time do not take each other for the holder.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -228,7 +228,7 @@ class Lock:
         return False
 
     def _create(self, number: int) -> bool:
-        """Become the holder by a file of this number; False where another contender was first."""
+        """Try to become the holder by creating the file with this number; False if another contender was first."""
         file = self._file(number)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -242,52 +242,52 @@ class Lock:
                 machine=_machine(),
                 kernel_lock=_flock(descriptor),
             )
-            # Who it is comes after the flock: a file without an owner is judged by the lease alone.
+            # Written only after the flock: a file without an owner is judged by its lease alone.
             line = (json.dumps(asdict(owner)) + "\n").encode()
-            os.pwrite(descriptor, line + _BEAT.format(0).encode(), 0)
+            os.pwrite(descriptor, line + _HEARTBEAT.format(0).encode(), 0)
             os.fsync(descriptor)
             numbers = self._numbers()
         except BaseException:
             os.close(descriptor)
             file.unlink(missing_ok=True)
             raise
-        if numbers[-1] > number:  # this contender slept while others came, went and tidied up
+        if numbers[-1] > number:  # this contender was suspended while later holders came and removed older files
             os.close(descriptor)
             file.unlink(missing_ok=True)
             return False
         for old in numbers:
             if old < number:
-                with contextlib.suppress(OSError):  # another user's, in a sticky folder: a few bytes stay
+                with contextlib.suppress(OSError):  # another user's file in a sticky folder; it is only a few bytes
                     self._file(old).unlink()
-        self._number, self._descriptor, self._beat_at = number, descriptor, len(line)
+        self._number, self._descriptor, self._heartbeat_offset = number, descriptor, len(line)
         _active.add(self)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(self._stop,), name="lock heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat, args=(self._stop,), name="lock heartbeat", daemon=True)
         self._thread.start()
         return True
 
-    def _beat(self, stop: threading.Event) -> None:
-        beats, told = 0, False
-        while not stop.wait(self.lease_seconds / BEATS_PER_LEASE):
-            beats += 1
+    def _heartbeat(self, stop: threading.Event) -> None:
+        count, warned = 0, False
+        while not stop.wait(self.lease_seconds / HEARTBEATS_PER_LEASE):
+            count += 1
             try:
                 assert self._descriptor is not None
-                os.pwrite(self._descriptor, _BEAT.format(beats).encode(), self._beat_at)
-                os.fsync(self._descriptor)  # a network file system sends it to the server now
+                os.pwrite(self._descriptor, _HEARTBEAT.format(count).encode(), self._heartbeat_offset)
+                os.fsync(self._descriptor)  # on a network file system, this sends it to the server
             except OSError as error:
-                if not told:
+                if not warned:
                     log.warning("warning: no heartbeat into %s (%s); another job may take it", self.path, error)
-                told = True
+                warned = True
 
-    def _forget(self) -> None:
-        """In a forked child, which must not keep its parent's lock: closing releases nothing while the parent lives."""
+    def _drop(self) -> None:
+        """Drop the parent's lock in a forked child. Closing the copy does not release the parent's ``flock``."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-class _Watched:
-    """What a contender has seen of a holder that it can only watch."""
+class _Observer:
+    """What a contender has observed of a holder on another machine."""
 
     def __init__(self) -> None:
         self.alive = False
@@ -295,7 +295,7 @@ class _Watched:
         self._since = 0.0
 
     def unchanged_for(self, number: int, content: bytes) -> float:
-        """Seconds for which this has been the newest file and its content; a change shows that the holder is alive."""
+        """Seconds for which file and content have not changed. A change shows that the holder is alive."""
         if (number, content) != self._seen:
             self.alive = self._seen is not None
             self._seen, self._since = (number, content), time.monotonic()
@@ -305,20 +305,20 @@ class _Watched:
 _active: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 
 
-def _forget_all() -> None:
+def _drop_all() -> None:
     for lock in list(_active):
-        lock._forget()
+        lock._drop()
     _active.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_drop_all)
 
 
 def _flock(descriptor: int) -> bool:
-    """Lock a file that this process has just created; False where the file system has no locks."""
+    """``flock`` a file that this process has just created; False if the file system does not support it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # each file system says in its own way that it has none; the lease stands in
+    except OSError:  # the errno differs between file systems; the lease is used instead
         return False
     return True
 
@@ -337,13 +337,13 @@ def _owner(content: bytes) -> Owner | None:
         return None
 
 
-def _is_here(owner: Owner) -> bool:
-    """Whether the kernel of this machine can tell whether a holder lives."""
+def _is_local(owner: Owner) -> bool:
+    """Whether this machine's kernel can tell if a holder is alive."""
     return owner.kernel_lock and owner.machine == _machine()
 
 
 def _machine() -> str:
-    """The running kernel: the same in all containers of a machine, another after a restart."""
+    """Identifier of the running kernel: the same in all containers of a machine, different after a reboot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The launcher that started this process: when it is gone, its processes must not stay behind."""
+"""Watches the launcher of this process, so that no process survives its launcher."""
 
 import os
 import signal
@@ -9,27 +9,27 @@ from contextlib import suppress
 import psutil
 
 LAUNCHER = "INRANK_LAUNCHER"
-"""Environment variable: process ID of a launcher on this machine that is not the parent of the processes it starts."""
+"""Environment variable: PID of a launcher on this machine that is not the parent of the training processes."""
 LAUNCH = "INRANK_LAUNCH"
-"""Environment variable of processes that our deepspeed launcher starts: name of the launch, own process ID."""
+"""Environment variable of processes started by our DeepSpeed launcher: name of the launch and the process's own PID."""
 STARTED_BY = ("TORCHELASTIC_RUN_ID", LAUNCH)
-"""Environment variables of launchers that stay as long as their processes do. Not so a shell in which somebody has set
-``RANK`` and the others by hand."""
+"""Environment variables of launchers that run as long as their processes do. A shell in which ``RANK`` and the others
+were set by hand does not qualify."""
 POLL_SECONDS = 0.5
 
 
 def watch_launcher() -> None:
-    """From now on, the end of the launcher that started this process is SIGTERM to it.
+    """Send this process SIGTERM when the launcher that started it exits.
 
-    A thread looks. The kernel's own way (``PR_SET_PDEATHSIG``) sends its signal already when the *thread* ends that
-    started this process.
+    This uses a thread, because the kernel's mechanism (``PR_SET_PDEATHSIG``) already fires when the *thread* that
+    started this process exits.
     """
     if any(name in os.environ for name in STARTED_BY):
         threading.Thread(target=_watch, args=(os.getppid(), _named_launcher()), name="launcher", daemon=True).start()
 
 
 def _watch(parent: int, launcher: psutil.Process | None) -> None:
-    while os.getppid() == parent and (launcher is None or _lives(launcher)):
+    while os.getppid() == parent and (launcher is None or _is_alive(launcher)):
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -40,7 +40,7 @@ def _named_launcher() -> psutil.Process | None:
     return None
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
-"""What is at a path, where only "not there" means nothing.
+"""Path queries that treat only "does not exist" as absence.
 
-``Path.exists``, ``is_dir``, ``is_file``, ``glob`` and ``rglob`` take some or, in newer Pythons, all trouble (a stale
-handle of a network file system, no permission, a failing disk) for emptiness. A run must not start anew for that.
+``Path.exists``, ``is_dir``, ``is_file``, ``glob`` and ``rglob`` also report some errors (in newer Pythons all of them)
+as absence: a stale network file handle, missing permission, a failing disk. A run must not start over because of that.
 """
 
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def status(path: Path, *, follow_links: bool = True) -> os.stat_result | None:
-    """The status of what is there; None: nothing is, or a link to nothing.
+    """``stat`` of a path; None if nothing exists there, or only a broken link.
 
     Raises:
-        OSError: that cannot be told.
+        OSError: any error except a missing file.
     """
     try:
         return path.stat(follow_symlinks=follow_links)
@@ -22,30 +22,30 @@ def status(path: Path, *, follow_links: bool = True) -> os.stat_result | None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder, or a link to one, is there.
+    """Whether the path is a folder or a link to one.
 
     Raises:
-        OSError: that cannot be told.
+        OSError: any error except a missing file.
     """
     found = status(path)
     return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether a file that is no link is there.
+    """Whether the path is a regular file, not a link.
 
     Raises:
-        OSError: that cannot be told.
+        OSError: any error except a missing file.
     """
     found = status(path, follow_links=False)
     return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def content_of(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing in one that is not there.
+    """Entries of a folder, sorted; empty if the folder does not exist.
 
     Raises:
-        OSError: it cannot be listed; also a link to nothing, which somebody meant to lead somewhere.
+        OSError: the folder cannot be listed, or is a broken link, which was meant to lead somewhere.
     """
     try:
         return sorted(folder.iterdir())

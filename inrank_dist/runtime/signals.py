@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop, the same for the training and for its launchers."""
+"""The signals that request a stop, for the training and its launchers."""
 
 import os
 import signal
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from .console import say
-from .place import speaks
+from .console import write_stderr
+from .environment import logs_for_node
 
 EXIT_STOPPED = 75
 """Saved and stopped on request: run the same command again (``EX_TEMPFAIL`` of sysexits.h)."""
@@ -18,33 +18,32 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those of ``STOP_SIGNALS`` that this process answers.
+    """The members of ``STOP_SIGNALS`` that this process handles.
 
-    SIGHUP is not among them where it is ignored: whoever started this process, such as ``nohup``, wants it to outlive
-    its terminal.
+    Excludes SIGHUP if it is ignored: then something such as ``nohup`` wants this process to outlive its terminal.
     """
     return tuple(
         number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     )
 
 
-def leaving_at_once() -> AbstractContextManager[None]:
-    """Until the training listens for itself, a request ends this process with status 75: there is nothing to save."""
-    return handling_stop_signals(_leave)
+def exiting_on_stop() -> AbstractContextManager[None]:
+    """A stop request ends this process with status 75. For use before the training handles signals by itself."""
+    return handling_stop_signals(_exit)
 
 
 @contextmanager
 def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call ``handler`` for each of ``stop_signals`` meanwhile."""
+    """Call ``handler`` for each of ``stop_signals`` within the context."""
     before = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield
     finally:
-        for number, former in before.items():
-            signal.signal(number, former)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    if speaks():
-        say(NOTHING_LOST)
+def _exit(number: int, frame: FrameType | None) -> None:
+    if logs_for_node():
+        write_stderr(NOTHING_LOST)
     os._exit(EXIT_STOPPED)

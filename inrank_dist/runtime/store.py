@@ -1,4 +1,4 @@
-"""torch's key-value store, which has no authentication, on no more addresses than it is used on."""
+"""Creates and joins torch's key-value store, which has no authentication, on as few network addresses as possible."""
 
 import errno
 import ipaddress
@@ -9,25 +9,25 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from .place import whole_number
+from .environment import integer_variable
 
 log = logging.getLogger("inrank_dist")
 
 AGENT_SECONDS = 60.0
-"""How long a store may take to answer that was there before this process was started."""
+"""Timeout for connecting to a store that was running before this process started."""
 
 
 def serve_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
-    """A store that listens on one address of this machine. torch's own listens on all of them.
+    """Create a store that listens on a single address of this machine. torch's own listens on all of them.
 
-    Other stores that this process makes at the port share it (``multi_tenant``).
+    Other stores that this process creates at the same port share it (``multi_tenant``).
 
     Args:
         address: numeric.
-        port: 0: whichever is free.
+        port: 0 selects a free one.
 
     Raises:
-        OSError: the address is not of this machine, or the port is taken.
+        OSError: this machine does not have the address, or the port is taken.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -46,12 +46,13 @@ def serve_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
 
 
 def join_store(rank: int, timeout: timedelta) -> dist.Store:
-    """The store at ``MASTER_ADDR`` and ``MASTER_PORT``: torchrun's agent keeps it, or else process 0 does, here.
+    """Connect to the store at ``MASTER_ADDR`` and ``MASTER_PORT``. torchrun's agent runs it; otherwise process 0 starts
+    it here.
 
     Raises:
-        dist.DistNetworkError, dist.DistStoreError, ValueError: it is not there.
+        dist.DistNetworkError, dist.DistStoreError, ValueError: the store cannot be reached.
     """
-    host, port = os.environ["MASTER_ADDR"], whole_number("MASTER_PORT", 0)
+    host, port = os.environ["MASTER_ADDR"], integer_variable("MASTER_PORT", 0)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not agent:
         try:
@@ -64,7 +65,7 @@ def join_store(rank: int, timeout: timedelta) -> dist.Store:
         log.info("the key-value store of the job listens on all interfaces: %s is no address of this machine", host)
         return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=timeout)
     limit = timeout
-    if agent:  # its store was there first; where it is gone, the agent is, and with it who would end this process
+    if agent:  # the agent's store is already running; if it is gone, so is the agent, which would end this process
         limit = min(timeout, timedelta(seconds=AGENT_SECONDS))
         try:
             socket.create_connection((host, port), AGENT_SECONDS).close()
@@ -76,13 +77,13 @@ def join_store(rank: int, timeout: timedelta) -> dist.Store:
 
 
 def _address_to_serve(host: str) -> str | None:
-    """The address at which the other processes look for ``host``; None where only they know it.
+    """The address at which other processes look for ``host``; None if it is not an address of this machine.
 
-    Many systems know their own name as 127.0.1.1, which is not what other machines know.
+    Many systems resolve their own name to 127.0.1.1, which other machines do not.
     """
     addresses = [str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-    one_machine = whole_number("LOCAL_WORLD_SIZE", 0) == whole_number("WORLD_SIZE", 1)
+    one_machine = integer_variable("LOCAL_WORLD_SIZE", 0) == integer_variable("WORLD_SIZE", 1)
     if one_machine or host == "localhost" or host in addresses:
         return addresses[0]
-    outward = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
-    return outward[0] if outward else None
+    routable = [each for each in addresses if not ipaddress.ip_address(each.partition("%")[0]).is_loopback]
+    return routable[0] if routable else None

@@ -1,9 +1,9 @@
-"""A thread beside the training in every process, so that trouble in one ends all of them, soon and with its name.
+"""A watchdog thread in every process: a failure of one process ends all of them soon, with a message that names it.
 
-Three kinds of trouble. A process that fails tells the others through the launcher's key-value store, and they leave at
-once instead of waiting for it in a collective. A process that was asked to stop where nothing can be saved yet (while
-data is prepared) tells them likewise. And where nothing moves for longer than the main thread said it might, the
-processes compare how many collectives each has entered: who is behind, or does not answer, hangs.
+It handles three cases. A process that fails reports it through the launcher's key-value store, and the others exit at
+once instead of waiting in a collective. A process that is asked to stop while nothing can be saved yet (during data
+preparation) reports that in the same way. If the main thread makes no progress within the timeout it has set, the
+processes compare how many collectives each has entered: the one that is behind, or does not answer, hangs.
 """
 
 import faulthandler
@@ -21,21 +21,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .console import flush, say
+from .console import flush, write_stderr
 from .context import Context
-from .patient_store import PatientStore
-from .place import speaks
+from .environment import logs_for_node
+from .store_client import StoreClient
 
 POLL_SECONDS = 0.25
 ANSWER_SECONDS = 3.0
-"""How long the others wait for a process to say where it stands before they call it stopped or gone."""
+"""How long to wait for another process's state before it counts as stopped or gone."""
 STORE_SECONDS = 5.0
-"""How long the key-value store may take to answer before the watch goes on without it."""
+"""Timeout of a call to the key-value store."""
 ALIVE_SECONDS = 30.0
-"""After so long without a sign of life a process that others wait for is gone."""
+"""A process without a heartbeat for this long counts as gone."""
 
 TIMEOUT, STEP_TIMEOUT = "parallel.timeout_seconds", "parallel.step_timeout_seconds"
-"""The settings that say how long something may take: everything, and a step like those before it."""
+"""The settings of the timeouts: for any activity, and for a step compared with earlier steps."""
 
 NO_ANSWER = "does not answer: it was killed or is stopped, or its machine or the network to it is gone"
 
@@ -43,58 +43,58 @@ _current: "Watch | None" = None
 
 
 def current() -> "Watch | None":
-    """The watch of this process, if one is on."""
+    """The active watch of this process, if any."""
     return _current
 
 
 class Watch:
-    """Watches this process and hears of the others; on from ``start`` to ``stop``.
+    """Watches this process and listens to the others, from ``start`` to ``stop``.
 
     Attributes:
-        spoken: whether this process has said why it leaves.
+        reported: whether this process has already logged why it exits.
 
     Args:
-        context: this process's place; its process group is up.
-        folder: where dumps go when a process hangs.
-        on_stop: called in this thread when another process was asked to stop.
+        context: with its process group initialized.
+        folder: for the dumps after a hang.
+        on_stop: called in the watchdog thread when another process was asked to stop.
     """
 
     def __init__(self, context: Context, folder: Path, on_stop: Callable[[], None]) -> None:
         self.context, self.folder, self._on_stop = context, folder, on_stop
         self._activity, self._since, self._timeout = "starting", time.monotonic(), float("inf")
         self._setting = TIMEOUT
-        self._off, self._leaving = threading.Event(), threading.Lock()
-        self._told_stop, self.spoken = False, False
-        self._store: PatientStore | None = None
+        self._off, self._exiting = threading.Event(), threading.Lock()
+        self._reported_stop, self.reported = False, False
+        self._store: StoreClient | None = None
         if context.world_size > 1:
-            # A connection of its own: a thread that waits in another one holds it.
+            # A separate connection, because a thread that waits on a connection blocks all others.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-            self._store = PatientStore(dist.PrefixStore(f"{context.attempt} watch", store), STORE_SECONDS)
+            self._store = StoreClient(dist.PrefixStore(f"{context.attempt} watch", store), STORE_SECONDS)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the watchdog thread."""
         global _current
         _current = self
         self._thread.start()
 
     def stop(self) -> None:
-        """End; before the process group goes."""
+        """Stop the watchdog thread. Call this before the process group is destroyed."""
         global _current
         _current = None
-        if self._told_stop and self._store is not None:
-            time.sleep(4 * POLL_SECONDS)  # the store may end with this process; the others must have heard
+        if self._reported_stop and self._store is not None:
+            time.sleep(4 * POLL_SECONDS)  # the store may end with this process, so let the others read it first
         self._off.set()
         self._thread.join()
 
     def heartbeat(self, activity: str, timeout_seconds: float, setting: str = TIMEOUT) -> None:
-        """Report that the main thread is alive and starts an activity.
+        """Report that the main thread makes progress and starts an activity.
 
         Args:
-            activity: for the message if it hangs.
-            timeout_seconds: the longest that it may take.
-            setting: the setting that says so.
+            activity: for the error message if it hangs.
+            timeout_seconds: the longest the activity may take.
+            setting: name of the setting that sets this timeout.
         """
         self._activity, self._since, self._timeout, self._setting = (
             activity,
@@ -103,56 +103,56 @@ class Watch:
             setting,
         )
 
-    def meet(self, name: str) -> None:
-        """Wait for all processes, however long they take; no collective, which would time out.
+    def barrier(self, name: str) -> None:
+        """Wait for all processes without a time limit. A collective would time out.
 
         Raises:
-            RuntimeError: a process no longer shows any sign of life.
+            RuntimeError: a process has stopped sending heartbeats.
         """
         if self._store is None:
             return
-        # Process 0 looks after all others, and they after it: the store has few questions to answer.
+        # Process 0 checks all others and they check process 0, which keeps the number of store calls small.
         others = range(1, self.context.world_size) if self.context.is_main else [0]
-        signs: dict[int, int | None] = dict.fromkeys(others, 0)
-        seen = time.monotonic()
-        met = self._add(f"met {name}", 1)
-        while met is None or met < self.context.world_size:
+        heartbeats: dict[int, int | None] = dict.fromkeys(others, 0)
+        checked_at = time.monotonic()
+        arrived = self._add(f"barrier {name}", 1)
+        while arrived is None or arrived < self.context.world_size:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() - seen > ALIVE_SECONDS:
+            if time.monotonic() - checked_at > ALIVE_SECONDS:
                 now = {rank: self._add(f"alive/{rank}", 0) for rank in others}
-                gone = [rank for rank in others if now[rank] in (None, signs[rank])]
+                gone = [rank for rank in others if now[rank] in (None, heartbeats[rank])]
                 if gone:
                     raise RuntimeError(f"process {_list(gone)} {NO_ANSWER}")
-                signs, seen = now, time.monotonic()
-            met = self._add(f"met {name}", 0)
+                heartbeats, checked_at = now, time.monotonic()
+            arrived = self._add(f"barrier {name}", 0)
 
-    def tell_stop(self, name: str) -> None:
-        """Tell the others that this process got a signal."""
-        self._told_stop = True
-        self._tell("stop", name)
+    def report_stop(self, name: str) -> None:
+        """Report to the others that this process received a signal."""
+        self._reported_stop = True
+        self._publish("stop", name)
 
-    def tell_failure(self, status: int, line: str) -> None:
-        """Tell the others that this process fails; the first one to do so is the one they name."""
+    def report_failure(self, status: int, line: str) -> None:
+        """Report to the others that this process fails. They exit with the first failure that was reported."""
         if self._store is not None:
-            told = json.dumps([self.context.rank, status, line])
+            failure = json.dumps([self.context.rank, status, line])
             with suppress(RuntimeError):
-                self._store.ask(lambda store: store.compare_set("failure", "", told))
+                self._store.call(lambda store: store.compare_set("failure", "", failure))
             self._set("news", "1")
 
     def failure_of_another(self, wait_seconds: float) -> tuple[int, int, str] | None:
-        """Process, exit status and line of the first failure, if it is another process's."""
-        until = time.monotonic() + wait_seconds
+        """Process rank, exit status and message of the first failure, if another process reported it."""
+        deadline = time.monotonic() + wait_seconds
         while True:
-            told = self._get("failure")
-            if told:
-                rank, status, line = json.loads(told)
+            failure = self._get("failure")
+            if failure:
+                rank, status, line = json.loads(failure)
                 return None if rank == self.context.rank else (rank, status, line)
-            if time.monotonic() > until or self._store is None:
+            if time.monotonic() > deadline or self._store is None:
                 return None
             time.sleep(0.05)
 
-    def part(self) -> None:
-        """Before this process leaves by itself: where it keeps the store, the others need a moment to hear why."""
+    def linger(self) -> None:
+        """Call before this process exits. If it runs the store, give the others time to read the failure."""
         if (
             self.context.world_size > 1
             and self.context.rank == 0
@@ -160,122 +160,124 @@ class Watch:
         ):
             time.sleep(4 * POLL_SECONDS)
 
-    def leave(self, status: int, line: str) -> None:
-        """Say a line, unless it is empty, and end the process at once. The first to come here decides how."""
-        self._leaving.acquire()
+    def exit(self, status: int, line: str) -> None:
+        """Write a line, unless it is empty, and end the process at once. If threads race, the first caller wins."""
+        self._exiting.acquire()
         if line:
-            say(line)
+            write_stderr(line)
         flush()
         os._exit(status)
 
     def _run(self) -> None:
-        stop_heard = False
+        stop_seen = False
         for turn in itertools.count():
             before = time.monotonic()
             if self._off.wait(POLL_SECONDS):
                 return
             now = time.monotonic()
             if now - before > 1 + POLL_SECONDS:
-                self._since += now - before  # this process was stopped, or the machine slept: nobody's fault
+                self._since += now - before  # this process or the machine was suspended: not a hang
             if turn % 8 == 0:
                 self._add(f"alive/{self.context.rank}", 1)
             news = self._get("news") is not None
             failure = self.failure_of_another(0) if news else None
             if failure:
-                time.sleep(1.0)  # the main thread, which a broken connection may have woken, may speak first
-                self.leave(failure[1], "" if self.spoken else farewell(self.context.rank, failure))
-            if news and not stop_heard and self._get("stop"):
-                stop_heard = True
+                time.sleep(1.0)  # the main thread may have failed on a broken connection; let it report first
+                self.exit(failure[1], "" if self.reported else exit_message(self.context.rank, failure))
+            if news and not stop_seen and self._get("stop"):
+                stop_seen = True
                 self._on_stop()
             late = time.monotonic() - self._since > self._timeout
             setting = self._setting if late else self._get("hang") if news else None
             if setting and not self._off.is_set():
-                self._hang(setting)
+                self._diagnose_hang(setting)
 
-    def _hang(self, setting: str) -> None:
-        """Everyone tells how many collectives it has entered and how long its main thread has been silent; process 0
-        finds who is behind. ``setting`` is what allows for more time."""
-        self._tell("hang", setting)
-        rank, doing, seconds = self.context.rank, self._activity, time.monotonic() - self._since
-        place = dump(self.folder / f"process-{rank}"), seconds, doing
-        self._set(f"hang/{rank}", json.dumps(place))
+    def _diagnose_hang(self, setting: str) -> None:
+        """Find the process that hangs, and exit.
+
+        Every process publishes how many collectives it has entered and for how long its main thread has made no
+        progress. Process 0 finds the one that is behind. ``setting`` is the setting of the timeout that expired.
+        """
+        self._publish("hang", setting)
+        rank, activity, seconds = self.context.rank, self._activity, time.monotonic() - self._since
+        state = dump(self.folder / f"process-{rank}"), seconds, activity
+        self._set(f"hang/{rank}", json.dumps(state))
         if rank == 0:
-            verdict = self._find_who_hangs(place)
+            verdict = self._find_hung_process(state)
             self._set("verdict", json.dumps(verdict))
         else:
-            told = self._wait_for("verdict", 2 * ANSWER_SECONDS)
-            verdict = json.loads(told) if told else ([0], 0, "")
+            text = self._wait_for("verdict", 2 * ANSWER_SECONDS)
+            verdict = json.loads(text) if text else ([0], 0, "")
         silent, behind, where = verdict
-        text = f"process {rank}: no progress for {seconds:.0f} s in {doing}"
+        line = f"process {rank}: no progress for {seconds:.0f} s in {activity}"
         if silent:
-            text += f"; process {_list(silent)} {NO_ANSWER}"
+            line += f"; process {_list(silent)} {NO_ANSWER}"
         elif behind == rank:
-            text = f"process {rank} hangs in {doing}: no progress for {seconds:.0f} s"
+            line = f"process {rank} hangs in {activity}: no progress for {seconds:.0f} s"
         else:
-            text += f"; process {behind} hangs in {where}"
+            line += f"; process {behind} hangs in {where}"
         if rank == 0:
-            time.sleep(1.0)  # the others must have heard, and who hangs speaks first
+            time.sleep(1.0)  # let the others read the verdict, and the hung process report first
         advice = f"a longer {setting} if it was only slow"
-        self.leave(1, f"{text} (stacks and collectives of each process: {self.folder}; {advice})")
+        self.exit(1, f"{line} (stacks and collectives of each process: {self.folder}; {advice})")
 
-    def _find_who_hangs(self, mine: tuple[int, float, str]) -> tuple[list[int], int, str]:
-        """Processes that do not answer; the one that entered the fewest collectives, of several the one that has been
-        silent longest, and what it does."""
-        answers, until = {0: mine}, time.monotonic() + ANSWER_SECONDS
+    def _find_hung_process(self, local: tuple[int, float, str]) -> tuple[list[int], int, str]:
+        """Returns the processes that do not answer, the process that has entered the fewest collectives (on a tie, the
+        one without progress for longest), and that process's activity."""
+        states, deadline = {0: local}, time.monotonic() + ANSWER_SECONDS
         for other in range(1, self.context.world_size):
-            if told := self._wait_for(f"hang/{other}", max(until - time.monotonic(), 0)):
-                answers[other] = tuple(json.loads(told))
-        behind = min(answers, key=lambda each: (answers[each][0], -answers[each][1]))
-        silent = [other for other in range(self.context.world_size) if other not in answers]
-        return silent, behind, answers[behind][2]
+            if text := self._wait_for(f"hang/{other}", max(deadline - time.monotonic(), 0)):
+                states[other] = tuple(json.loads(text))
+        behind = min(states, key=lambda each: (states[each][0], -states[each][1]))
+        silent = [other for other in range(self.context.world_size) if other not in states]
+        return silent, behind, states[behind][2]
 
     def _wait_for(self, key: str, seconds: float) -> str | None:
-        until = time.monotonic() + seconds
-        while (told := self._get(key)) is None and time.monotonic() < until:
+        deadline = time.monotonic() + seconds
+        while (value := self._get(key)) is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        return told
+        return value
 
-    def _tell(self, key: str, value: str) -> None:
-        """Set a key that everyone looks at: there is something to look at."""
+    def _publish(self, key: str, value: str) -> None:
+        """Set a key, and the flag that makes the other processes look for new keys."""
         self._set(key, value)
         self._set("news", "1")
 
     def _set(self, key: str, value: str) -> None:
         if self._store is not None:
-            with suppress(RuntimeError):  # the store goes with the process or agent that keeps it
-                self._store.ask(lambda store: store.set(key, value))
+            with suppress(RuntimeError):  # the store ends with the process or agent that runs it
+                self._store.call(lambda store: store.set(key, value))
 
     def _add(self, key: str, amount: int) -> int | None:
-        """The count after the addition; None while the store does not answer, which may still do it."""
+        """The count after the addition; None if the store does not answer in time (it may still count)."""
         if self._store is None:
             return None
         with suppress(RuntimeError):
-            return int(self._store.ask(lambda store: store.add(key, amount)))
+            return int(self._store.call(lambda store: store.add(key, amount)))
         return None
 
     def _get(self, key: str) -> str | None:
         if self._store is None:
             return None
         with suppress(RuntimeError):
-            told = self._store.ask(lambda store: store.get(key) if store.check([key]) else None)
-            return None if told is None else str(told.decode())
+            value = self._store.call(lambda store: store.get(key) if store.check([key]) else None)
+            return None if value is None else str(value.decode())
         return None
 
 
-def farewell(rank: int, failure: tuple[int, int, str]) -> str:
-    """What a process says that leaves because another one failed. The user's mistake is told once a node."""
+def exit_message(rank: int, failure: tuple[int, int, str]) -> str:
+    """Message of a process that exits because another one failed. A user error is logged once per node."""
     other, status, line = failure
     if status == 2:
-        return f"error: {line}" if speaks() else ""
+        return f"error: {line}" if logs_for_node() else ""
     return f"process {rank} leaves: process {other} failed ({line})"
 
 
 def dump(path: Path) -> int:
-    """Write this process's Python stacks (``.stacks``) and torch's flight recorder (``.json``): the collectives that it
-    entered.
+    """Write this process's Python stacks (``.stacks``) and torch's flight recorder with its collectives (``.json``).
 
     Returns:
-        How many collectives this process has entered, over all groups; 0 where torch cannot tell.
+        Number of collectives this process has entered, over all groups; 0 if torch does not record them.
     """
     trace = _flight_recorder()
     entered = sum(int(each["last_enqueued_collective"]) for each in trace.get("pg_status", {}).values())
@@ -288,7 +290,7 @@ def dump(path: Path) -> int:
 
 
 def _flight_recorder() -> dict[str, Any]:
-    from torch._C import _distributed_c10d as c10d  # has no public name; the tests notice when it moves
+    from torch._C import _distributed_c10d as c10d  # no public name; tests fail if it moves
 
     dump_json = getattr(c10d, "_dump_fr_trace_json", None)
     if dump_json is None:
@@ -303,6 +305,6 @@ def _list(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
 
 
-def interrupt() -> None:
-    """Ask this process to stop, as another one was. Not by the signal that came there, which may be ignored here."""
+def request_stop() -> None:
+    """Ask this process to stop, because another one was. Sends SIGTERM: the original signal may be ignored here."""
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
-"""YAML that a person writes, read without surprises and within bounds.
+"""Reads YAML written by users, strictly and within limits.
 
-PyYAML follows YAML 1.1, where ``1e-3`` is text and the second of two equal keys silently wins. Its aliases let a few
-lines stand for billions of values, or for one that holds itself.
+PyYAML follows YAML 1.1, where ``1e-3`` is a string and the last of several equal keys silently wins. With aliases, a
+few lines can stand for billions of values, or for a value that contains itself.
 """
 
 import math
@@ -13,23 +13,23 @@ import yaml
 
 from .errors import UserError
 
-MOST_BYTES = 1 << 20
-MOST_DEPTH = 50
-MOST_VALUES = 100_000
-"""Values of one text, those that aliases repeat included."""
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+"""Per file, counting values repeated through aliases."""
 
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class _Bounded:
-    """Looks at the values, before any is made, as a composer of PyYAML."""
+    """A PyYAML composer that enforces the limits before any value is constructed."""
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # PyYAML takes time quadratic in the depth, and then meets Python's own limit.
-        if self._depth > MOST_DEPTH:
-            raise yaml.YAMLError(f"it is nested more than {MOST_DEPTH} deep")
+        # PyYAML's time is quadratic in the depth, and it recurses.
+        if self._depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
         self._depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[misc]
         self._depth -= 1
@@ -37,8 +37,8 @@ class _Bounded:
 
     def get_single_node(self) -> yaml.Node | None:
         node: yaml.Node | None = super().get_single_node()  # type: ignore[misc]
-        if node is not None and _values(node, {}) > MOST_VALUES:
-            raise yaml.YAMLError(f"with its aliases it stands for more than {MOST_VALUES} values")
+        if node is not None and _count(node, {}) > MAX_VALUES:
+            raise yaml.YAMLError(f"with its aliases it stands for more than {MAX_VALUES} values")
         return node
 
 
@@ -53,7 +53,7 @@ class _Loader(_Bounded, yaml.SafeLoader):
 
 
 class _TextLoader(_Bounded, yaml.BaseLoader):
-    """Every scalar is text: 1 and true in a list of texts."""
+    """Keeps every scalar a string, such as 1 and true in a list of strings."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -64,11 +64,11 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 
 
-def _values(node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """How many values a node stands for.
+def _count(node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """Number of values that a node stands for.
 
     Args:
-        counted: of nodes that were seen; None while one is being counted.
+        counted: counts of visited nodes by id; None while a node is being counted.
     """
     if id(node) in counted:
         count = counted[id(node)]
@@ -81,18 +81,18 @@ def _values(node: yaml.Node, counted: dict[int, int | None]) -> int:
         children = [each for pair in node.value for each in pair]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
-    counted[id(node)] = count = 1 + sum(_values(child, counted) for child in children)
+    counted[id(node)] = count = 1 + sum(_count(child, counted) for child in children)
     return count
 
 
 def load(text: str, *, as_text: bool = False) -> Any:
-    """The values of a YAML text.
+    """Parse a YAML text.
 
     Args:
-        as_text: whether every scalar stays text.
+        as_text: whether to keep every scalar a string.
 
     Raises:
-        ValueError: it is no YAML, or beyond the bounds; the message says where and why.
+        ValueError: the text is not valid YAML or exceeds a limit; the message says where and why.
     """
     try:
         return yaml.load(text, _TextLoader if as_text else _Loader)
@@ -105,16 +105,16 @@ def load(text: str, *, as_text: bool = False) -> Any:
 
 
 def read(file: Path) -> Any:
-    """The values of a YAML file.
+    """Read a YAML file.
 
     Raises:
-        UserError: it cannot be read, is too large, or is no YAML.
+        UserError: the file cannot be read, is too large, or is not valid YAML.
     """
     try:
         with file.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise UserError(f"{file} is larger than {MOST_BYTES} bytes; write the path of a file of settings")
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{file} is larger than {MAX_BYTES} bytes; write the path of a file of settings")
         return load(content.decode("utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); write the path of a YAML file") from None
@@ -127,11 +127,11 @@ def read(file: Path) -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML that ``load`` reads back, in ASCII: the same in every locale, and PyYAML reads a raw U+0085 as a space."""
+    """Write YAML that ``load`` reads back. ASCII, so as not to depend on the locale; PyYAML misreads a raw U+0085."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it, on one line."""
+    """Format a value as YAML on one line."""
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
     return " ".join(text.removesuffix("...\n").split())
