@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from inrank_dist.data.loader import IGNORED, Loader, LoaderState, MicroBatch, validation_batches
+from inrank_dist.data.loader import IGNORE_INDEX, Loader, LoaderState, MicroBatch, validation_batches
 from inrank_dist.runtime.errors import UserError
 
 BLOCK = 4
@@ -163,9 +163,9 @@ def test_validation_counts_each_token_once(world_size: int, batch_size: int, cou
     for batch in (batch for share in shares for batch in share):
         assert batch.inputs.shape == batch.targets.shape == (batch_size, BLOCK)
         assert batch.inputs.min() >= 0, "rows that fill up still pass through the embedding"
-        seen += batch.targets[batch.targets != IGNORED].tolist()
+        seen += batch.targets[batch.targets != IGNORE_INDEX].tolist()
         for sample, targets in zip(batch.sample_ids, batch.targets, strict=True):
-            assert targets.eq(IGNORED).all() if sample < 0 else targets[0] == sample * 100 + 1
+            assert targets.eq(IGNORE_INDEX).all() if sample < 0 else targets[0] == sample * 100 + 1
     most = min(count, most or count)
     expected = [i * count // most for i in range(most)]  # spread evenly
     assert sorted(seen) == [i * 100 + t for i in expected for t in range(1, BLOCK + 1)]

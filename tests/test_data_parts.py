@@ -117,7 +117,7 @@ def test_parts_depend_on_the_text_alone(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int, int]
 ) -> None:
     """Not on the blocks that it is read in: these may end anywhere."""
-    for name, limit in zip(("PART_CHARACTERS", "LONG_LINE_CHARACTERS", "MOST_CHARACTERS"), limits, strict=True):
+    for name, limit in zip(("PART_CHARACTERS", "LONG_LINE_CHARACTERS", "MAX_CHARACTERS"), limits, strict=True):
         monkeypatch.setattr(parts, name, limit)
     for seed in range(40):
         text = random_text(seed)
@@ -131,10 +131,10 @@ def test_parts_depend_on_the_text_alone(
 
 
 def test_where_a_part_must_end() -> None:
-    """The rule for text in which a piece could be anywhere: after ``MOST_CHARACTERS``, whatever comes."""
+    """The rule for text in which a piece could be anywhere: after ``MAX_CHARACTERS``, whatever comes."""
     cutter = Cutter(neighbours(["xx", f"{META_SPACE}x"]))
-    text = "x" * (2 * parts.MOST_CHARACTERS + 5)
-    assert [len(part) for part in cutter.parts([text])] == [parts.MOST_CHARACTERS, parts.MOST_CHARACTERS, 5]
+    text = "x" * (2 * parts.MAX_CHARACTERS + 5)
+    assert [len(part) for part in cutter.parts([text])] == [parts.MAX_CHARACTERS, parts.MAX_CHARACTERS, 5]
     assert cutter.forced
     cutter = Cutter(neighbours(["xx", f"{META_SPACE}x"]))
     text = "x" * parts.LONG_LINE_CHARACTERS + "xxx y\n" + "x"
@@ -177,6 +177,6 @@ def test_arrays_are_bounded() -> None:
         yield ["a long one "] * 100_000
 
     arrays = [*tokenizer.encode_documents(documents(), separate=True)]
-    assert max(map(len, arrays)) <= (1 << 18) + parts.MOST_CHARACTERS and len(arrays) < 10
+    assert max(map(len, arrays)) <= (1 << 18) + parts.MAX_CHARACTERS and len(arrays) < 10
     ids = np.concatenate(arrays)
     assert ids.dtype == np.uint16 and (ids == tokenizer.eos_id).sum() == 3001

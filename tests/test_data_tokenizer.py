@@ -154,7 +154,7 @@ def test_models_that_cannot_be_used(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "noise.model")
     common: dict[str, Any] = {"sentence_iterator": iter(TEXTS[0].splitlines()), "vocab_size": 400, "minloglevel": 4}
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "usual"), **common)
-    with pytest.raises(UserError, match="does not give text back exactly"):
+    with pytest.raises(UserError, match="does not preserve text exactly"):
         Tokenizer.load(tmp_path / "usual.model")
 
 

@@ -1,4 +1,4 @@
-"""Text to batches: read, tokenise and pack once; then one order of samples on any number of processes."""
+"""The data pipeline: read, tokenise and pack text once; then load samples in an order independent of the world size."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What reads and packs text, when it is first asked for: ``datasets`` takes seconds to import."""
+    """Import what reads and packs text on first use, because ``datasets`` takes seconds to import."""
     if name in ("Prepared", "find_prepared", "prepare"):
         from . import preparation
 

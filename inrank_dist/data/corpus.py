@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library, files, the hub; whether it changed; and reading it."""
+"""Sources of text (standard library, files, Hugging Face hub): detecting changes and reading."""
 
 import errno
 import hashlib
@@ -18,28 +18,28 @@ from datasets import Dataset, load_dataset
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
 from .globs import find_files
-from .hashing import Hashed, hash_files, refuse_change
+from .hashing import Hashed, check_unchanged, hash_files
 from .progress import phase
-from .readers import SUFFIXES, Missing, Piece, no_strings, no_such_column, read_file, whole_document
+from .readers import SUFFIXES, MissingText, Piece, missing_column, not_text, read_file, whole_document
 from .settings import DataSettings
 from .stored import Documents, store
 
 log = logging.getLogger("inrank_dist.preparation")
 
-#: What a disk that is full or fails answers to a write.
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+#: Errors of a full or failing disk.
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-#: Folders of the standard library's that hold tests, installed packages, or files made when Python was built.
+#: Folders of the standard library with tests, installed packages, or files generated when Python was built.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
 
-#: Rows of a data set that are in memory at a time.
+#: Rows of a data set to hold in memory at a time.
 HUB_ROWS = 64
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Text as it was read. ``validation`` is None where the source has none; ``names`` are the documents'
-    stable names where they have any, and the text itself names them where not."""
+    """Text after reading. ``validation`` is None if the source has no validation data. ``names`` are stable names of
+    the documents; None if they have no names and are identified by their text."""
 
     train: Documents
     validation: Documents | None = None
@@ -48,19 +48,19 @@ class Texts:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that has not been read yet. ``identity`` (hex) changes whenever the text may have;
-    ``read(scratch, progress)`` stores it in files in the folder ``scratch``."""
+    """Text that has not been read yet. ``identity`` (hex) changes whenever the text may have changed.
+    ``read(scratch, progress)`` stores the text in files in the folder ``scratch``."""
 
     identity: str
     read: Callable[[Path, bool], Texts]
 
 
 def open_source(data: DataSettings, *, remember: bool = True) -> Source:
-    """Find the text that ``data`` names; ``remember`` is that of ``hash_files``.
+    """Find the text that ``data`` names. For ``remember`` see ``hash_files``.
 
     Raises:
-        UserError: files or folders are missing, of an unknown kind, empty, or not UTF-8. What only reading
-            can show (columns, splits, broken files) is raised by ``read``.
+        UserError: files or folders are missing, of an unsupported type, empty, or not UTF-8. Errors that only show when
+            reading (columns, splits, corrupt files) are raised by ``read``.
     """
     if data.source == "stdlib":
         return _open_stdlib()
@@ -73,7 +73,7 @@ def _open_stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     texts = {}
     for folder, subfolders, files in os.walk(root):
-        # config-* folders and _sysconfigdata* hold build paths, which differ between machines.
+        # config-* folders and _sysconfigdata* contain build paths, which differ between machines.
         subfolders[:] = [name for name in subfolders if name not in NOT_LIBRARY and not name.startswith("config-")]
         for name in files:
             if name.endswith(".py") and not name.startswith("_sysconfigdata"):
@@ -96,7 +96,7 @@ def _open_stdlib() -> Source:
 
 
 def _python_source(content: bytes) -> str | None:
-    """The text of a Python file in UTF-8, None where it declares or uses another encoding."""
+    """The text of a Python file in UTF-8; None if it uses another encoding."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         return content.decode(encoding) if encoding in ("utf-8", "utf-8-sig") else None
@@ -126,14 +126,14 @@ def _open_files(data: DataSettings, remember: bool) -> Source:
             _store("training", _read_files(train, data), scratch, progress),
             _store("validation", _read_files(validation, data), scratch, progress) if validation else None,
         )
-        refuse_change(hashes)
+        check_unchanged(hashes)
         return texts
 
     return Source(hashlib.sha256(identity.encode()).hexdigest(), read)
 
 
 def _read_files(paths: list[Path], data: DataSettings) -> Iterator[Piece]:
-    """First all .txt, then .jsonl, then .parquet, each in the order of ``paths``; files without text are told."""
+    """Read all .txt files, then .jsonl, then .parquet, each in the order of ``paths``. Logs files without text."""
     for path in sorted(paths, key=lambda path: SUFFIXES.index(path.suffix)):
         empty = True
         if path.stat().st_size:
@@ -160,14 +160,14 @@ def _open_hub(data: DataSettings, remember: bool) -> Source:
         what["name"] = [[path.relative_to(folder).as_posix(), hashes[path].sha256] for path in files]
 
     def read(scratch: Path, progress: bool) -> Texts:
-        # A local folder is not read through the hub's cache, which misses a change that keeps the times.
-        place = {"path": data.name} if folder is None else {"path": str(folder), "cache_dir": str(scratch / "hub")}
+        # Do not read a local folder through the hub's cache, which misses changes that keep the modification time.
+        location = {"path": data.name} if folder is None else {"path": str(folder), "cache_dir": str(scratch / "hub")}
 
         def split(title: str, key: str, name: str) -> Documents:
             rows = _load(
                 f"data.name is {data.name!r}, whose split {name!r} cannot be read",
                 f"check data.name, data.config and data.{key}",
-                **place,
+                **location,
                 name=data.config,
                 split=name,
             )
@@ -178,14 +178,14 @@ def _open_hub(data: DataSettings, remember: bool) -> Source:
         validation = None
         if data.validation_split is not None:
             validation = split("validation", "validation_split", data.validation_split)
-        refuse_change(hashes)
+        check_unchanged(hashes)
         return Texts(train, validation)
 
     return Source(hashlib.sha256(json.dumps(what).encode()).hexdigest(), read)
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder that ``data.name`` names; None where it is a name on the hub."""
+    """The folder that ``data.name`` refers to; None if it is a name on the hub."""
     folder = Path(name) if os.path.isdir(name) else expand_home(name, "data.name")
     if not folder.is_dir():
         return None
@@ -199,31 +199,31 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _load(problem: str, advice: str, *args: Any, **options: Any) -> Dataset:
-    """``datasets.load_dataset``, whose many kinds of failure (network, format, disk) become one line."""
+    """Call ``datasets.load_dataset`` and report its many kinds of failure (network, format, disk) in one line."""
     try:
         return load_dataset(*args, **options)
     except Exception as error:
-        behind: BaseException | None = error
-        while behind is not None:
-            if not isinstance(behind, Exception):  # an interrupt, in whose wake something else went wrong
-                raise behind from None
-            behind = behind.__cause__ or behind.__context__
+        chained: BaseException | None = error
+        while chained is not None:
+            if not isinstance(chained, Exception):  # an interrupt, which then caused another error
+                raise chained from None
+            chained = chained.__cause__ or chained.__context__
         cause: BaseException = error
-        while cause.__cause__ is not None:  # datasets says "An error occurred" and chains the reason
+        while cause.__cause__ is not None:  # datasets raises "An error occurred" and chains the reason
             cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno in DISK_TROUBLE and "cache_dir" in options:
-            raise cause from error  # our own scratch folder's, not the data's
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRNOS and "cache_dir" in options:
+            raise cause from error  # the disk of our scratch folder failed, not the data
         reason = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
         raise UserError(f"{problem}: {reason}; {advice}") from error
 
 
 def _read_rows(rows: Dataset, column: str, where: str) -> Iterator[Piece]:
     if column not in rows.column_names:
-        raise no_such_column(column, where, rows.column_names)
+        raise missing_column(column, where, rows.column_names)
     kind = getattr(rows.features[column], "dtype", "a nested type")
     if kind not in ("string", "large_string", "string_view", "null"):
-        raise no_strings(column, where, kind)
-    missing = Missing(where, column, "row")
+        raise not_text(column, where, kind)
+    missing = MissingText(where, column, "row")
     number = 0
     for batch in rows.select_columns([column]).iter(HUB_ROWS):
         for text in batch[column]:
@@ -233,7 +233,7 @@ def _read_rows(rows: Dataset, column: str, where: str) -> Iterator[Piece]:
             else:
                 missing.rows += 1
                 yield whole_document(text, f"row {number} of {where}")
-    missing.tell()
+    missing.report()
 
 
 def _store(title: str, pieces: Iterator[Piece], scratch: Path, progress: bool) -> Documents:

@@ -1,4 +1,4 @@
-"""Which documents are trained on and which validate, in which order."""
+"""Splits documents into training and validation, and orders them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from .permutation import stable_permutation
 from .settings import DataSettings
 from .stored import Documents
 
-#: The order of documents is one for all runs; the order of samples is the loader's.
+#: The order of documents is the same for all runs. The order of samples is the loader's.
 ORDER_SEED = 0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of a run. ``digest`` (hex) is over all of it, in order; ``in_both`` counts the validation documents
-    that are training documents as well, and their bytes."""
+    """The text of a run. ``digest`` (hex) covers all of it, in order. ``in_both`` is the number and bytes of the
+    validation documents that also occur in the training text."""
 
     train: Documents
     validation: Documents
@@ -27,11 +27,11 @@ class Corpus:
 
 
 def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
-    """Drop empty documents, hold out validation, shuffle once and for all, and cap at ``data.max_bytes``.
+    """Drop empty documents, hold out validation data, shuffle in a fixed order, and truncate to ``data.max_bytes``.
 
-    Held out are the documents with the smallest hashes (of the name where a document has one, else of the
-    text, so that copies stay together), as many as reach ``data.validation_fraction`` of the bytes; a
-    document larger than that share is held out only where all are.
+    Held out are the documents with the smallest hashes, until they reach ``data.validation_fraction`` of the bytes. The
+    hash is of the document's name, or else of its text, so that copies stay together. A document larger than that share
+    is held out only if all are.
 
     Raises:
         UserError: there is no text, or too few documents to hold one out.
@@ -39,7 +39,7 @@ def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
     train, validation = texts.train, texts.validation
     for name, part in (("training", train), ("validation", validation)):
         if part is not None and not part.sizes.any():
-            raise UserError(f"data.source {data.source} gives no {name} text; name data with text in it")
+            raise UserError(f"data.source {data.source} has no {name} text; write a source that has some")
     if validation is None:
         keys = train.digests if texts.names is None else np.stack([_sha256(name) for name in texts.names])
         train, validation = _hold_out(train, keys, data.validation_fraction)
@@ -55,13 +55,13 @@ def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
         parts.append(part)
     train, validation = parts
     digest = hashlib.sha256(train.digests.tobytes() + b"validation" + validation.digests.tobytes())
-    # Rows that are joined are lines, and the same line comes often.
+    # Joined rows are lines, and equal lines are common.
     in_both = (0, 0) if data.join_rows else _in_both(train, validation)
     return Corpus(train, validation, digest.hexdigest(), in_both)
 
 
 def _in_both(train: Documents, validation: Documents) -> tuple[int, int]:
-    """Number and bytes of the documents of ``validation`` that are in ``train`` as well."""
+    """Number and bytes of validation documents that are also in ``train``."""
     known, held_out = (np.ascontiguousarray(part.digests).view("S32")[:, 0] for part in (train, validation))
     shared = np.isin(held_out, known)
     return int(shared.sum()), int(validation.sizes[shared].sum())
@@ -74,7 +74,7 @@ def _sha256(text: str) -> np.ndarray:
 def _hold_out(train: Documents, keys: np.ndarray, fraction: float) -> tuple[Documents, Documents]:
     full = np.flatnonzero(train.sizes)
     share = fraction * train.sizes.sum()
-    # One document larger than the whole share would make validation both too large and too much alike.
+    # A single document larger than the whole share would make validation both too large and too uniform.
     eligible = full[train.sizes[full] <= share]
     if not len(eligible):
         eligible = full
@@ -87,15 +87,15 @@ def _hold_out(train: Documents, keys: np.ndarray, fraction: float) -> tuple[Docu
     rest = np.setdiff1d(full, held_out)
     if not len(rest):
         raise UserError(
-            f"the text has {len(np.unique(first_bytes[full]))} different documents, too few to hold one out; name "
-            "validation data (data.validation_paths, data.validation_split), give more documents, or write "
-            "data.document_separator where one file holds many"
+            f"the text has {len(np.unique(first_bytes[full]))} different documents, too few to hold one out; write "
+            "data.validation_paths or data.validation_split, give more documents, or write data.document_separator if "
+            "one file holds many"
         )
     return train.take(rest), train.take(held_out)
 
 
 def _cap(part: Documents, max_bytes: int) -> Documents:
-    """The first ``max_bytes`` bytes; the document in which they end is cut at a character."""
+    """Truncate to ``max_bytes`` bytes. The last document is cut at a character."""
     ends = np.cumsum(part.sizes)
     whole = int(np.searchsorted(ends, max_bytes, side="right"))
     if whole == len(ends):

@@ -1,4 +1,4 @@
-"""The files that paths and glob patterns name, each once; what cannot be looked at is told, never left out."""
+"""Expands paths and glob patterns to files. Folders that cannot be read raise an error instead of being skipped."""
 
 import fnmatch
 import glob
@@ -12,26 +12,25 @@ from ..runtime.home import expand_home
 
 
 def find_files(setting: str, patterns: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
-    """The files that ``patterns`` match, each file once, in the order of their names.
+    """Find the files that ``patterns`` match, each file once, sorted by name.
 
-    A pattern that is the path of something that exists is that path, whatever characters are in it. Else ``*``, ``?``
-    and ``[...]`` match within a name and ``**`` matches any number of folders; names that begin with a dot are matched
-    only by patterns that begin with one. A file that is reached by several names (relative and absolute, links) is
-    taken by the first of them.
+    A pattern that is an existing path is taken literally. Otherwise ``*``, ``?`` and ``[...]`` match within a name and
+    ``**`` matches any number of folders. Names that begin with a dot are matched only by patterns that do. If a file
+    has several names (relative and absolute, links), the first one is used.
 
     Args:
-        setting: key of the setting that holds the patterns.
-        suffixes: endings that a file may have.
+        setting: key of the setting with the patterns.
+        suffixes: supported file suffixes.
 
     Raises:
-        UserError: a pattern matches no file, a file of another kind or a link to nothing, or a folder cannot be read.
+        UserError: a pattern matches no file, an unsupported file or a broken link, or a folder cannot be read.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
         matches = _matches(setting, pattern)
         files = [path for path in matches if _is_file(setting, path)]
         if not files and matches:
-            advice = f"write {os.path.join(pattern, '**/*.txt')!r}, say"
+            advice = f"write {os.path.join(pattern, '**/*.txt')!r}, for example"
             if not any(os.path.isdir(match) for match in matches):
                 raise UserError(f"data.{setting} has {pattern!r}, which is not a regular file; write the path of one")
             raise UserError(f"data.{setting} has {pattern!r}, a folder; {advice}")
@@ -45,7 +44,7 @@ def find_files(setting: str, patterns: Iterable[str], suffixes: Iterable[str]) -
     for path in paths:
         if path.suffix not in suffixes:
             raise UserError(
-                f"data.{setting} matches {path}, which is of no known kind; name only {', '.join(suffixes)} files"
+                f"data.{setting} matches {path}, which is not supported; write only {', '.join(suffixes)} files"
             )
     return paths
 
@@ -68,7 +67,7 @@ def _is_file(setting: str, path: Path) -> bool:
         os.stat(path)
     except FileNotFoundError:
         raise UserError(
-            f"data.{setting} matches {path}, a link to nothing; mend the link or match without it"
+            f"data.{setting} matches {path}, a broken link; write a pattern that does not match it, or fix the link"
         ) from None
     except OSError as error:
         raise _unreadable(setting, path, error) from error
@@ -76,7 +75,7 @@ def _is_file(setting: str, path: Path) -> bool:
 
 
 def _walk(setting: str, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
-    """Paths below ``folder`` whose names match ``parts`` one by one."""
+    """Paths below ``folder`` whose components match ``parts``."""
     if not parts:
         yield folder
         return
@@ -84,7 +83,7 @@ def _walk(setting: str, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
     if part == "**":
         yield from _walk(setting, folder, rest or ("*",))
         for name in _names(setting, folder):
-            # As Python's glob: folders that begin with a dot are not entered, linked ones are.
+            # Like Python's glob: do not enter folders that begin with a dot, but follow links.
             if not name.startswith(".") and os.path.isdir(folder / name) and not _is_loop(folder / name):
                 yield from _walk(setting, folder / name, parts)
     elif glob.has_magic(part):
@@ -106,7 +105,7 @@ def _names(setting: str, folder: Path) -> list[str]:
 
 
 def _is_loop(folder: Path) -> bool:
-    """Whether a linked folder leads back to one that it is in."""
+    """Whether a folder is a link to one of its own parents."""
     if not folder.is_symlink():
         return False
     target = os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""Hashes of files, and a memory of them, so that a big corpus is not read through at every start."""
+"""Hashes of files, with a cache, so that a large corpus is not read again at every start."""
 
 import contextlib
 import hashlib
@@ -12,28 +12,32 @@ from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
 from .readers import decode_utf8, read_blocks
 
-#: Files from this size on are not hashed again while their inode, size and times stand still.
+#: Files of at least this size are not hashed again while their inode, size and times are unchanged.
 REMEMBER_FROM_BYTES = 16 << 20
 
-#: A file changed less than this long before it was hashed could change once more within the clock's tick.
-CLOCK_TICK_S = 2.0
+#: A file that was changed less than this long before it was hashed could change again within the clock's resolution.
+CLOCK_RESOLUTION_S = 2.0
 
 
 class Hashed(NamedTuple):
-    """A file's sha256 (hex), and what the file system showed of the file when it was taken."""
+    """A file's sha256 (hex), and its stat data when the hash was taken."""
 
     sha256: str
     stamp: list[int]
 
 
 def _stamp(path: Path) -> list[int]:
-    """What the file system shows of a file's content; the change time cannot be set back by a program."""
+    """Stat data that changes with the file's content. Programs cannot set the change time back."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def refuse_change(hashes: dict[Path, Hashed]) -> None:
-    """Files that changed after they were hashed would be filed under the hash of their old text."""
+def check_unchanged(hashes: dict[Path, Hashed]) -> None:
+    """Check that no file has changed since it was hashed. Its text would be stored under the wrong hash.
+
+    Raises:
+        UserError: a file has changed.
+    """
     for path, (_, stamp) in hashes.items():
         if not path.exists() or _stamp(path) != stamp:
             raise UserError(f"{path} changed while it was read; start again when nothing writes to it")
@@ -42,15 +46,15 @@ def refuse_change(hashes: dict[Path, Hashed]) -> None:
 def hash_files(
     paths: list[Path], cache_dir: Path, is_text: Callable[[Path], bool] = lambda path: False, *, remember: bool = True
 ) -> dict[Path, Hashed]:
-    """sha256 of each file's content; those of big files are remembered in ``cache_dir``, if it can be
-    written, unless ``remember`` is false.
+    """sha256 of each file's content. Hashes of large files are cached in ``cache_dir``, if it is writable and
+    ``remember`` is set.
 
     Raises:
-        UserError: a file cannot be read, or ``is_text`` says that it is text and it is not UTF-8.
+        UserError: a file cannot be read, or is a text file by ``is_text`` and not UTF-8.
     """
-    memory = cache_dir / "hashes.json"
-    known = _read_memory(memory)
-    hashes, learned = {}, False
+    cache = cache_dir / "hashes.json"
+    known = _read_cache(cache)
+    hashes, changed = {}, False
     for path in paths:
         text = is_text(path)
         key = f"{'text' if text else 'file'} {path.absolute()}"
@@ -62,22 +66,22 @@ def hash_files(
             hashes[path] = Hashed(hash_file(path, must_be_utf8=text), stamp)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); make it readable or leave it out") from error
-        settled = time.time() - max(stamp[2:]) / 1e9 > CLOCK_TICK_S
+        settled = time.time() - max(stamp[2:]) / 1e9 > CLOCK_RESOLUTION_S
         if stamp[1] >= REMEMBER_FROM_BYTES and settled and stamp == _stamp(path):
             known[key] = [stamp, hashes[path].sha256]
-            learned = True
-    if learned and remember:
+            changed = True
+    if changed and remember:
         known = {key: entry for key, entry in known.items() if Path(key.partition(" ")[2]).exists()}
-        with contextlib.suppress(OSError):  # a folder that cannot be written is reported where that matters
+        with contextlib.suppress(OSError):  # an unwritable folder is reported where it matters
             cache_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps(known).encode())
+            write_atomically(cache, json.dumps(known).encode())
     return hashes
 
 
-def _read_memory(memory: Path) -> dict[str, Any]:
-    """Path -> stamp, sha256. It only saves time, so one that cannot be read, or holds something else, is none."""
+def _read_cache(cache: Path) -> dict[str, Any]:
+    """Path -> stamp, sha256. Empty if the cache is missing or invalid, since it only saves time."""
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(cache.read_text())
     except (OSError, ValueError):
         return {}
     if not isinstance(known, dict):
@@ -89,8 +93,8 @@ def hash_file(path: Path, *, must_be_utf8: bool = False) -> str:
     """sha256 (hex) of a file's content.
 
     Raises:
-        OSError: it cannot be read.
-        UserError: it must be UTF-8 and is not.
+        OSError: the file cannot be read.
+        UserError: ``must_be_utf8`` is set and the file is not UTF-8.
     """
     digest = hashlib.sha256()
 

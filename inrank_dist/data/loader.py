@@ -1,4 +1,4 @@
-"""Batches in one order that does not depend on the number of processes and resumes at any step."""
+"""Training batches in an order that does not depend on the number of processes and can be resumed at any step."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,21 +11,19 @@ from torch import Tensor
 from ..runtime.errors import UserError
 from .permutation import stable_permutation
 
-if TYPE_CHECKING:  # seconds to import
+if TYPE_CHECKING:  # takes seconds to import
     from datasets import Dataset
 
-#: Target of a position that is not scored; the default ``ignore_index`` of
-#: ``torch.nn.functional.cross_entropy``.
-IGNORED = -100
+#: Target at positions that are not scored; the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``.
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences for one forward and backward pass of one process: ``b`` sequences of ``T`` tokens.
 
-    ``inputs`` and ``targets`` are int64 (b, T), ``targets[:, t]`` being the token after ``inputs[:, t]``, or
-    ``IGNORED`` throughout a row that only fills up the batch. ``sample_ids`` are the rows' numbers in the
-    data set, -1 for a row that fills up.
+    ``inputs`` and ``targets`` are int64 (b, T). ``targets[:, t]`` is the token after ``inputs[:, t]``, or
+    ``IGNORE_INDEX`` throughout a padding row. ``sample_ids`` are the row numbers in the data set, -1 for padding rows.
     """
 
     inputs: Tensor
@@ -35,9 +33,9 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where a loader stands: the next sample is number ``sample_index`` of the order of epoch ``epoch``.
+    """Position of a loader: the next sample is number ``sample_index`` in the order of epoch ``epoch``.
 
-    It is the same on every process and says nothing of how many there are.
+    The state is the same on every process and independent of their number.
     """
 
     seed: int
@@ -46,33 +44,33 @@ class LoaderState:
     fingerprint: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """As a JSON-serializable dictionary."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LoaderState":
-        """From what ``to_dict`` gave."""
+        """From the result of ``to_dict``."""
         return cls(**values)
 
 
 class Loader:
-    """Endless training batches for one process of several.
+    """Endless training batches for one of several processes.
 
-    Samples come in a new order each epoch, that of a permutation made from (seed, epoch), and epochs follow
-    each other without a gap: a batch may hold the end of one and the start of the next. Batch k of the job is
-    samples ``k * global_batch_size ...`` of that stream; of it process ``rank`` takes the ``rank``-th of
-    ``world_size`` equal slices. No global random state is read or changed.
+    Samples are shuffled each epoch with a permutation derived from (seed, epoch). Epochs follow each other without a
+    gap, so a batch may contain the end of one and the start of the next. Global batch k consists of the samples
+    ``k * global_batch_size ...`` of that stream, of which process ``rank`` takes the ``rank``-th of ``world_size``
+    equal slices. The global random state is neither read nor changed.
 
     Args:
         dataset: rows ``input_ids`` of ``block_length + 1`` tokens, as in ``Prepared``.
         global_batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass of one process.
-        fingerprint: of the data, ``Prepared.fingerprint``.
-        state: where to go on; None starts at the beginning.
+        fingerprint: of the data, see ``Prepared.fingerprint``.
+        state: where to resume; None starts at the beginning.
 
     Raises:
-        UserError: the batch sizes do not fit the number of processes, or ``state`` is of other data or
-            another seed.
+        UserError: the batch sizes do not fit the number of processes, or ``state`` belongs to other data or another
+            seed.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class Loader:
         self._orders: dict[int, np.ndarray] = {}
 
     def next_batch(self) -> list[MicroBatch]:
-        """This process's part of the next global batch, ``global_batch_size / world_size`` sequences."""
+        """This process's slice of the next global batch: ``global_batch_size / world_size`` sequences."""
         first = self._position + self._rank * self._local_batch_size
         rows = self._rows(np.arange(first, first + self._local_batch_size))
         self._position += self._global_batch_size
@@ -117,12 +115,12 @@ class Loader:
         ]
 
     def state(self) -> LoaderState:
-        """Where the next batch begins."""
+        """Position of the next batch."""
         epoch, sample_index = divmod(self._position, self._samples)
         return LoaderState(self._seed, epoch, sample_index, self._fingerprint)
 
     def _rows(self, positions: np.ndarray) -> np.ndarray:
-        """Rows of the data set at ``positions`` (n,) of the stream over all epochs."""
+        """Row numbers in the data set for ``positions`` (n,) in the stream over all epochs."""
         epochs, indices = np.divmod(positions, self._samples)
         needed = np.unique(epochs).tolist()
         self._orders = {
@@ -140,13 +138,13 @@ class Loader:
 def validation_batches(
     dataset: "Dataset", *, batch_size: int, rank: int, world_size: int, max_sequences: int | None
 ) -> Iterator[MicroBatch]:
-    """``max_sequences`` rows spread evenly over ``dataset`` (None: all rows), in order, each on exactly one process.
+    """Yield ``max_sequences`` rows spread evenly over ``dataset`` (None: all rows), each on exactly one process.
 
-    Spread, because the first rows are the first documents and would stand for nothing else.
+    The rows are spread because the first ones all come from the first documents and are not representative.
 
-    Every process yields the same number of micro-batches of the same shape, ``batch_size`` rows, so that
-    their collectives match; rows that only fill up have all targets ``IGNORED``. Which rows are read does not
-    depend on ``world_size`` or ``batch_size``.
+    Every process yields the same number of micro-batches of ``batch_size`` rows, so that their collectives match. In
+    padding rows all targets are ``IGNORE_INDEX``. Which rows are used does not depend on ``world_size`` or
+    ``batch_size``.
     """
     rows = dataset.with_format("numpy")
     count = len(dataset) if max_sequences is None else min(max_sequences, len(dataset))
@@ -155,7 +153,7 @@ def validation_batches(
         real = ids < count
         ids = ids * len(dataset) // count
         tokens = torch.from_numpy(rows[np.where(real, ids, 0)]["input_ids"].astype(np.int64, copy=False))
-        targets = tokens[:, 1:].masked_fill(torch.from_numpy(~real)[:, None], IGNORED)
+        targets = tokens[:, 1:].masked_fill(torch.from_numpy(~real)[:, None], IGNORE_INDEX)
         yield MicroBatch(tokens[:, :-1].contiguous(), targets, np.where(real, ids, -1).tolist())
 
 
@@ -164,14 +162,14 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    at_once = micro_batch_size * world_size
-    if global_batch_size > 0 and global_batch_size % at_once == 0:
+    multiple = micro_batch_size * world_size
+    if global_batch_size > 0 and global_batch_size % multiple == 0:
         return
-    below = global_batch_size // at_once * at_once
-    works = f"{below} or {below + at_once}" if below > 0 else str(at_once)
-    if 0 < global_batch_size < at_once and global_batch_size % world_size == 0:
+    below = global_batch_size // multiple * multiple
+    works = f"{below} or {below + multiple}" if below > 0 else str(multiple)
+    if 0 < global_batch_size < multiple and global_batch_size % world_size == 0:
         works += f", or train.micro_batch_size {global_batch_size // world_size}"
-    relation = "less than" if global_batch_size < at_once else "not a multiple of"
+    relation = "less than" if global_batch_size < multiple else "not a multiple of"
     raise UserError(
         f"train.global_batch_size is {global_batch_size}, {relation} train.micro_batch_size {micro_batch_size}"
         f" x number of processes {world_size}; write train.global_batch_size {works}"
@@ -181,8 +179,8 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
 def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
     if state.fingerprint != fingerprint:
         raise UserError(
-            f"the checkpoint is of data {state.fingerprint[:12]}, the data is now {fingerprint[:12]} (text,"
-            " tokenizer or model.max_seq_len changed) - restore them, or start a new run in another run.dir"
+            f"the checkpoint is of data {state.fingerprint[:12]}, but the data is now {fingerprint[:12]} (text,"
+            " tokenizer or model.max_seq_len changed); restore them, or start a new run in another run.dir"
         )
     if state.seed != seed:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A stream of token ids to rows of equal length."""
+"""Packs a stream of token ids into rows of equal length."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-#: Packed rows and tokens per record batch, the unit in which a data set is searched.
+#: Packed rows and tokens per Arrow record batch, the unit in which a data set is searched.
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 1000, 1 << 22
 
 
@@ -15,15 +15,15 @@ def pack(
 ) -> tuple[int, np.ndarray]:
     """Cut a stream of token ids into rows ``input_ids`` of ``block_length + 1``, in the Arrow stream file ``target``.
 
-    Each row starts on the last token of the one before, or, where ``first`` is given, on that token instead, so that a
-    model learns to begin with it; the tokens to predict are the same, and the stream's first token is one of them.
-    Fewer than ``block_length`` tokens at the end are left out.
+    Each row starts with the last token of the row before. If ``first`` is given, it starts with that token instead, so
+    that the model learns to continue it. The tokens to predict are the same, plus the first token of the stream. Fewer
+    than ``block_length`` tokens at the end are dropped.
 
     Args:
-        stream: arrays of ids of any length, of type ``dtype``, one after another.
+        stream: id arrays of any length and of type ``dtype``.
 
     Returns:
-        Number of rows, and how often each id occurs in the whole stream (counts up to the largest id that does).
+        Number of rows, and the count of each id in the whole stream (up to the largest id that occurs).
 
     Raises:
         OSError: the file cannot be written.
@@ -32,13 +32,13 @@ def pack(
     batch = min(max(TOKENS_PER_BATCH // block_length, 1), ROWS_PER_BATCH)
     counts = np.zeros(0, dtype=np.int64)
     count = 0
-    # Rows are written when there are enough for a record batch, whatever the arrays of the stream are.
+    # Buffer ids until they fill a record batch, independently of the lengths of the arrays in the stream.
     waiting: list[np.ndarray] = [] if first is None else [np.array([first], dtype=dtype)]
     length = len(waiting)
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, pa.schema({"input_ids": kind})) as writer:
 
         def write(tokens: np.ndarray) -> np.ndarray:
-            """Write the rows that begin in ``tokens``; the rest, whose first token is the last row's last."""
+            """Write the complete rows in ``tokens``. Returns the rest, from the last token of the last row."""
             nonlocal count
             rows = max(len(tokens) - 1, 0) // block_length
             for start in range(0, rows, batch):
@@ -69,8 +69,8 @@ def pack(
 def unigram_entropy(train_counts: np.ndarray, validation_counts: np.ndarray, vocab_size: int) -> float:
     """Cross-entropy, in nats per token, of the validation tokens under the training tokens' frequencies.
 
-    ``- sum_i v_i / sum(v) * log((t_i + 1) / (sum(t) + vocab_size))``: add-one (Laplace) smoothing, so that a
-    token that training lacks costs much and not infinitely much.
+    ``- sum_i v_i / sum(v) * log((t_i + 1) / (sum(t) + vocab_size))``. Add-one (Laplace) smoothing keeps the cost of a
+    token that does not occur in training finite.
     """
     train, validation = (
         np.pad(counts.astype(np.float64), (0, vocab_size - len(counts))) for counts in (train_counts, validation_counts)

@@ -1,43 +1,43 @@
-"""Where text may be cut so that the tokens of the parts are the tokens of the whole.
+"""Splits text so that the tokens of the parts are the tokens of the whole.
 
-SentencePiece puts pieces together from neighbouring characters, by score, until no two neighbours are a piece. Between
-two characters that are neighbours in no piece of the vocabulary nothing is ever put together, and what happens on one
-side does not depend on the other. So a cut there changes no token (of BPE; unigram adds up scores in 32 bits, whose
-rounding depends on how long a text is, so there the cuts are part of the definition).
+SentencePiece merges neighbouring characters and pieces, by score, until no two neighbours form a piece. Two characters
+that are neighbours in no piece of the vocabulary are never merged, and the merges on one side do not depend on the
+other side. So splitting between them changes no token of BPE. (Unigram sums scores in float32, with rounding that
+depends on the length of the text, so there the split is part of the definition of the tokens.)
 """
 
 from collections.abc import Iterable, Iterator, Set
 
-#: SentencePiece writes a space as this character, so the character itself must go through byte pieces.
+#: SentencePiece represents a space by this character, so the character itself must be encoded in byte pieces.
 META_SPACE = "\u2581"
 
-#: A part ends after the first line end behind so many characters. SentencePiece's BPE slows down with length.
+#: A part ends at the first line end after this many characters. SentencePiece's BPE slows down with length.
 PART_CHARACTERS = 1000
 
-#: In a line longer than this a part ends between any two characters that no piece holds as neighbours.
+#: In a longer line, a part ends between any two characters that are neighbours in no piece.
 LONG_LINE_CHARACTERS = 1 << 14
 
-#: Where there is no such place for so many characters, a part ends there nevertheless. Here alone the tokens may be
-#: others than those of the whole: no more than a few at the cut.
-MOST_CHARACTERS = 1 << 17
+#: If there is no such place within this many characters, a part is cut here anyway. Only then may the tokens differ
+#: from those of the whole text, by a few tokens at the cut.
+MAX_CHARACTERS = 1 << 17
 
 
 def neighbours(pieces: Iterable[str]) -> frozenset[str]:
-    """Pairs of characters that stand beside each other in a piece; ``pieces`` as SentencePiece writes them."""
+    """Pairs of adjacent characters within ``pieces``, which are as SentencePiece writes them."""
     return frozenset(
         piece[index : index + 2].replace(META_SPACE, " ") for piece in pieces for index in range(len(piece) - 1)
     )
 
 
 class Cutter:
-    """Cuts texts into parts, at places that depend on the text alone and not on the pieces that it comes in.
+    """Splits texts into parts. The cuts depend only on the text, not on the chunks in which it arrives.
 
     Attributes:
-        irregular: whether a part has ended elsewhere than after the first line end behind ``PART_CHARACTERS``.
-        forced: whether one had to end where a piece could have been.
+        irregular: whether any part ended elsewhere than at the first line end after ``PART_CHARACTERS``.
+        forced: whether any part had to end where a piece could have crossed the cut.
 
     Args:
-        neighbours: of the vocabulary, see ``neighbours``.
+        neighbours: of the vocabulary, see the function ``neighbours``.
     """
 
     def __init__(self, neighbours: Set[str]) -> None:
@@ -47,7 +47,7 @@ class Cutter:
         self._line_ends_are_safe = not any(pair[0] == "\n" for pair in neighbours)
 
     def parts(self, texts: Iterable[str]) -> Iterator[str]:
-        """The parts of one text that comes in pieces. ``META_SPACE`` is a part of its own."""
+        """Parts of one text, which arrives in chunks. ``META_SPACE`` is a part by itself."""
         rest = ""
         for text in texts:
             start, rest = 0, rest + text
@@ -57,7 +57,7 @@ class Cutter:
             rest = rest[start:]
         start = 0
         if 0 < len(rest) <= PART_CHARACTERS and META_SPACE not in rest:
-            yield rest  # most of the short documents
+            yield rest  # fast path for short documents
             return
         while start < len(rest):
             end = self._end(rest, start, final=True)
@@ -66,16 +66,16 @@ class Cutter:
             start = end
 
     def _end(self, text: str, start: int, *, final: bool) -> int | None:
-        """Where the part that begins at ``start`` ends; None where the text so far does not tell."""
+        """End of the part that begins at ``start``; None if more text is needed to decide."""
         if start == len(text):
             return None
         if text[start] == META_SPACE:
             return start + 1
         at = text.find("\n", start + PART_CHARACTERS, start + LONG_LINE_CHARACTERS)
         if 0 <= at < len(text) - 1 and self._line_ends_are_safe and text.find(META_SPACE, start, at) < 0:
-            return at + 1  # nearly always
-        # Of a huge piece only what a part can take is looked at.
-        window = start + MOST_CHARACTERS + 1
+            return at + 1  # the common case
+        # Scan at most what fits into one part.
+        window = start + MAX_CHARACTERS + 1
         limit = text.find(META_SPACE, start, window)
         known = limit >= 0 or (final and len(text) <= window)
         limit = limit if limit >= 0 else min(len(text), window)
@@ -86,12 +86,12 @@ class Cutter:
             if self._line_ends_are_safe or text[at : at + 2] not in self._neighbours:
                 return at + 1
             self.irregular = True
-        for end in range(start + LONG_LINE_CHARACTERS, min(limit, start + MOST_CHARACTERS)):
+        for end in range(start + LONG_LINE_CHARACTERS, min(limit, start + MAX_CHARACTERS)):
             if text[end - 1 : end + 1] not in self._neighbours:
                 self.irregular = True
                 return end
-        if limit - start <= MOST_CHARACTERS:
+        if limit - start <= MAX_CHARACTERS:
             return limit if known else None
         self.irregular = True
         self.forced = True
-        return start + MOST_CHARACTERS
+        return start + MAX_CHARACTERS

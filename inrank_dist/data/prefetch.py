@@ -1,4 +1,4 @@
-"""Batches made ahead of the training, in a thread of their own."""
+"""Prefetches batches in a thread."""
 
 import time
 from collections import deque
@@ -11,18 +11,18 @@ from .loader import Loader, LoaderState, MicroBatch
 
 
 class Prefetcher:
-    """Gives the batches of a loader, which from now on is its own, and makes the next ones meanwhile.
+    """Returns the batches of a loader and prepares the next ones in a thread. It takes ownership of the loader.
 
-    The thread starts at the first ``next_batch`` and never waits for the training, only for work. So it ends soon
-    after ``close``, after the last reference to this object is gone, and when the interpreter exits.
+    The thread starts at the first ``next_batch`` and only ever blocks on an empty work queue. So it ends soon after
+    ``close``, after this object is garbage-collected, and when the interpreter exits.
 
     Attributes:
-        waited: seconds that ``next_batch`` has waited in all.
+        waited: total seconds that ``next_batch`` has waited.
 
     Args:
-        loader: read by the thread alone.
-        pin: put the batches in page-locked memory, from which copies to the current CUDA device need not be waited for.
-        depth: how many batches are made ahead.
+        loader: used by the thread only.
+        pin: whether to pin the batches' memory, so that copies to the current CUDA device can be asynchronous.
+        depth: number of batches to prefetch.
     """
 
     def __init__(self, loader: Loader, *, pin: bool, depth: int = 2) -> None:
@@ -30,40 +30,40 @@ class Prefetcher:
         self._loader, self._pin, self._depth = loader, pin, depth
         self._state = loader.state()
         device = torch.cuda.current_device() if pin else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data", initializer=_enter, initargs=(device,))
-        self._ahead: deque[Future[tuple[list[MicroBatch], LoaderState]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data", initializer=_set_device, initargs=(device,))
+        self._queue: deque[Future[tuple[list[MicroBatch], LoaderState]]] = deque()
 
     def next_batch(self) -> list[MicroBatch]:
-        """As ``Loader.next_batch``. What the loader raises is raised here when its turn comes, and again ever after."""
-        while len(self._ahead) <= self._depth:
-            # Not a method: the thread must not keep this object.
-            self._ahead.append(self._thread.submit(_make, self._loader, self._pin))
-        if not self._ahead[0].done():
-            began = time.perf_counter()
-            wait([self._ahead[0]])
-            self.waited += time.perf_counter() - began
-        batches, self._state = self._ahead[0].result()
-        self._ahead.popleft()
+        """Like ``Loader.next_batch``. An error of the loader is raised in its turn, and by every later call."""
+        while len(self._queue) <= self._depth:
+            # A function, not a method, so that the thread holds no reference to this object.
+            self._queue.append(self._thread.submit(_load, self._loader, self._pin))
+        if not self._queue[0].done():
+            start = time.perf_counter()
+            wait([self._queue[0]])
+            self.waited += time.perf_counter() - start
+        batches, self._state = self._queue[0].result()
+        self._queue.popleft()
         return batches
 
     def state(self) -> LoaderState:
-        """Where the next batch that is handed out begins, whatever has been made ahead."""
+        """Position of the next batch to be returned, regardless of what has been prefetched."""
         return self._state
 
     def close(self) -> None:
-        """End the thread, after the batch that is under way; closing twice is fine. There are no more batches."""
+        """Stop the thread after its current batch. May be called twice. No batches can be loaded afterwards."""
         self._thread.shutdown(cancel_futures=True)
-        self._ahead.clear()
+        self._queue.clear()
 
 
-def _enter(device: int | None) -> None:
-    """Threads start on device 0, where pinning memory could make a context for every process of the machine."""
+def _set_device(device: int | None) -> None:
+    """Threads start on device 0, on which pinning memory could create a CUDA context for every process of the node."""
     if device is not None:
         torch.cuda.set_device(device)
 
 
-def _make(loader: Loader, pin: bool) -> tuple[list[MicroBatch], LoaderState]:
-    """The next batch, and where the one after it begins."""
+def _load(loader: Loader, pin: bool) -> tuple[list[MicroBatch], LoaderState]:
+    """Load the next batch. Returns it with the position of the batch after it."""
     batches = loader.next_batch()
     if pin:
         batches = [

@@ -1,4 +1,4 @@
-"""Text to a folder of packed tokens, made once and mapped into memory by every process."""
+"""Turns text into a folder of packed tokens, once; every process then memory-maps it."""
 
 import hashlib
 import json
@@ -25,8 +25,8 @@ from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger("inrank_dist")
 
-#: Raised whenever the same settings and text would be prepared differently; older folders are then left
-#: alone. The fingerprint, which checkpoints know, changes only where the tokens do.
+#: Incremented whenever the same settings and text would be prepared differently; folders of older formats are ignored.
+#: The fingerprint, which checkpoints store, changes only if the tokens do.
 FORMAT_VERSION = 3
 
 SCRATCH, SUMMARY, TOKENIZER = "scratch", "prepared.json", "tokenizer.model"
@@ -38,17 +38,16 @@ FILES = {MARKER, TOKENIZER, *(f"{part}.arrow" for part in PARTS)}
 class Prepared:
     """Packed tokens, ready for a ``Loader``.
 
-    Rows of ``train`` and ``validation`` hold ``input_ids``, ``block_length + 1`` tokens; the last token of a
-    row is the first of the next, so each row has ``block_length`` tokens to predict and none is predicted
-    twice or skipped, but for fewer than ``block_length`` at the end. Where the training text has no separator that
-    anything follows (joined rows, a single document), the first token of a row is the separator instead, so that a
-    model learns to begin with it, as ``generate`` does. ``train_tokens`` and
-    ``validation_tokens`` count the tokens to predict. ``fingerprint`` (sha256, hex) is over the text, the
-    tokenizer, and the block length.
+    Rows of ``train`` and ``validation`` hold ``input_ids``, ``block_length + 1`` tokens. The last token of a row is the
+    first of the next, so each row has ``block_length`` tokens to predict, and no token is predicted twice or skipped
+    (except for fewer than ``block_length`` at the end). If no text follows a separator in the training text (joined
+    rows, a single document), the first token of each row is replaced by the separator. The model thereby learns to
+    begin with it, as ``generate`` does. ``train_tokens`` and ``validation_tokens`` count the tokens to predict.
+    ``fingerprint`` (sha256, hex) covers the text, the tokenizer and the block length.
 
-    ``unigram_entropy`` (nats per token) is the cross-entropy of the validation tokens under the frequencies
-    of the training tokens, one added to each count: the loss of a model that knows how frequent each token is
-    and nothing of context. A model that learns anything goes below it.
+    ``unigram_entropy`` (nats per token) is the cross-entropy of the validation tokens under the frequencies of the
+    training tokens, with add-one smoothing. It is the loss of a model that knows token frequencies but no context. A
+    model that learns anything gets below it.
     """
 
     folder: Path
@@ -70,21 +69,20 @@ def prepare(
     progress: bool = True,
     saved_tokenizer: Tokenizer | None = None,
 ) -> Prepared:
-    """Tokenise and pack the text that ``data`` names, unless that was done, and map the result into memory.
+    """Tokenise and pack the text that ``data`` names, unless that has been done, and memory-map the result.
 
-    The folder's name is a hash of the text and of every setting that changes the result. So an edited file or
-    a new setting prepares anew, and any number of processes and jobs may call this at the same time: one
-    prepares, the others wait (``store.make_once``). Text is hashed at every start; files of 16 MB or more
-    only when their inode, size or times changed. Text on the hub is taken as unchanged while its folder
-    exists.
+    The folder is named by a hash of the text and of every setting that changes the result, so an edited file or a new
+    setting leads to a new folder. Any number of processes and jobs may call this at the same time: one prepares, the
+    others wait (``files.make_once``). Text is hashed at every start, files of 16 MB or more only if their inode, size
+    or times have changed. Text on the hub is assumed to be unchanged while its folder exists.
 
     Args:
-        block_length: tokens to predict in a row, the model's context length.
-        progress: whether this process shows what it does, if it is the one that does it.
-        saved_tokenizer: taken where ``tokenizer.path`` is not there any more: a checkpoint holds what it was.
+        block_length: number of tokens to predict per row, the model's context length.
+        progress: whether to show progress if this process does the work.
+        saved_tokenizer: used if ``tokenizer.path`` no longer exists; the checkpoint's copy.
 
     Raises:
-        UserError: a setting, file or folder cannot be used; nothing is left but the lock and the reason.
+        UserError: a setting, file or folder cannot be used. Only the lock and the recorded error are left behind.
     """
     loaded = _given_tokenizer(tokenizer, saved_tokenizer)
     with quiet_datasets():
@@ -105,7 +103,7 @@ def prepare(
 def find_prepared(
     data: DataSettings, tokenizer: TokenizerSettings, block_length: int, *, saved_tokenizer: Tokenizer | None = None
 ) -> Prepared | None:
-    """What ``prepare`` made before, without writing anything anywhere; None where there is nothing.
+    """The result of an earlier ``prepare``, or None. Writes nothing.
 
     Raises:
         UserError: as ``prepare``.
@@ -129,7 +127,7 @@ def _given_tokenizer(settings: TokenizerSettings, saved: Tokenizer | None) -> To
 
 
 def _folder(source: Source, data: DataSettings, tokenizer: Tokenizer | TokenizerSettings, block_length: int) -> Path:
-    what = {
+    key_fields = {
         "format": FORMAT_VERSION,
         "source": data.source,
         "identity": source.identity,
@@ -140,7 +138,7 @@ def _folder(source: Source, data: DataSettings, tokenizer: Tokenizer | Tokenizer
         "tokenizer": tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else asdict(tokenizer),
         "block_length": block_length,
     }
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
     return expand_home(data.cache_dir, "data.cache_dir").absolute() / f"{data.source}-{key[:16]}"
 
 
@@ -153,9 +151,9 @@ def _train(corpus: Corpus, settings: TokenizerSettings, progress: bool) -> Token
 def _write(
     work: Path, corpus: Corpus, tokenizer: Tokenizer, data: DataSettings, block_length: int, *, progress: bool
 ) -> None:
-    """Fill ``work``: train.arrow, validation.arrow, tokenizer.model; and prepared.json, with a hash of each file."""
+    """Fill ``work`` with train.arrow, validation.arrow, tokenizer.model, and prepared.json with a hash of each file."""
     counts, rows = {}, {}
-    # With one document the separator would only ever be the last token, which nothing follows.
+    # In a single document the separator is only ever the last token, and nothing follows it.
     begin = data.join_rows or len(corpus.train) == 1
     irregular = False
     parts: dict[str, Documents] = {"train": corpus.train, "validation": corpus.validation}
@@ -174,11 +172,11 @@ def _write(
         if not rows[name]:
             raise UserError(
                 f"the {name} text has {counts[name].sum()} tokens and a row takes {block_length + 1}"
-                " (model.max_seq_len + 1); give more text or write a smaller model.max_seq_len"
+                f" (model.max_seq_len + 1); give more text or write a smaller model.max_seq_len"
             )
     tokenizer.save(work / TOKENIZER)
     shutil.rmtree(work / SCRATCH)
-    # Where rows and cuts are as they were in format 2 the tokens are too, and checkpoints of then can go on.
+    # If rows and cuts are as in format 2, so are the tokens, and checkpoints of that format can be resumed.
     tokens = f"3 {begin} {irregular}" if begin or irregular else "2"
     fingerprint = f"{tokens} {corpus.digest} {tokenizer.fingerprint} {block_length}"
     hashes = hash_files([work / name for name in sorted(FILES)], work.parent, remember=False)
@@ -201,15 +199,15 @@ def _write(
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_complete(work: Path) -> None:
-    """That what was written is still there: whoever can write in the cache can remove it.
+    """Check that the files are as written: anyone with access to the cache could have removed them.
 
     Raises:
-        OSError: it is not.
+        OSError: a file is missing or has another size.
     """
     sizes = json.loads((work / SUMMARY).read_text())["sizes"]
     for name in FILES:

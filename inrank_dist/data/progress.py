@@ -1,4 +1,4 @@
-"""What the user sees while data is prepared: bars on a terminal, log lines elsewhere."""
+"""Shows progress during data preparation: bars on a terminal, otherwise log lines."""
 
 import logging
 import sys
@@ -13,19 +13,19 @@ from rich.progress import Progress as Bars
 
 from .stored import Advance
 
-#: Of the process that does the work, whichever of a job it is: commands let it speak where other processes are silent.
+#: For whichever process of a job does the work; commands enable this logger on all processes.
 log = logging.getLogger("inrank_dist.preparation")
 
-#: Seconds between two log lines of a long phase, and between two movements of a bar.
-LINE_EVERY_S, MOVE_EVERY_S = 30.0, 0.1
+#: Seconds between log lines of a long phase, and between updates of a bar.
+LINE_INTERVAL_S, BAR_INTERVAL_S = 30.0, 0.1
 
 
 @contextmanager
 def phase(title: str, total: int | None, *, enabled: bool) -> Iterator[Advance]:
-    """Show one phase of ``total`` bytes (None: unknown, a spinner) while the block runs; yields its ``Advance``.
+    """Show the progress of a phase while the block runs. ``total`` is in bytes; None if unknown, which shows a spinner.
 
-    A bar on stderr where that is a terminal; else one log line at the start, one at the end, and one every
-    ``LINE_EVERY_S`` between them; nothing at all unless ``enabled``.
+    On a terminal this shows a bar on stderr. Otherwise it logs a line at the start, at the end, and every
+    ``LINE_INTERVAL_S`` in between. Shows nothing unless ``enabled``.
     """
     if not enabled:
         yield lambda done: None
@@ -34,8 +34,8 @@ def phase(title: str, total: int | None, *, enabled: bool) -> Iterator[Advance]:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
             task = bars.add_task(title, total=total)
-            moved = _Every(MOVE_EVERY_S, lambda done: bars.update(task, completed=done))
-            yield moved.advance
+            throttled = _Throttled(BAR_INTERVAL_S, lambda done: bars.update(task, completed=done))
+            yield throttled.advance
             bars.update(task, total=1, completed=1)
         return
     log.info("%s ...", title)
@@ -45,32 +45,32 @@ def phase(title: str, total: int | None, *, enabled: bool) -> Iterator[Advance]:
         share = f"{done / total:.0%}" if total else f"{done / 1e6:,.0f} MB"
         log.info("%s: %s after %.0f s", title, share, time.monotonic() - start)
 
-    yield _Every(LINE_EVERY_S, line).advance
+    yield _Throttled(LINE_INTERVAL_S, line).advance
     log.info("%s: done in %.1f s", title, time.monotonic() - start)
 
 
-class _Every:
-    """Counts, and tells the count at most every ``seconds``."""
+class _Throttled:
+    """Accumulates a count and reports it at most once every ``seconds``."""
 
-    def __init__(self, seconds: float, tell: Advance) -> None:
-        self._seconds, self._tell = seconds, tell
+    def __init__(self, seconds: float, report: Advance) -> None:
+        self._seconds, self._report = seconds, report
         self._done = 0
-        self._told = time.monotonic()
+        self._reported_at = time.monotonic()
 
     def advance(self, done: int) -> None:
         self._done += done
-        if (now := time.monotonic()) - self._told >= self._seconds:
-            self._told = now
-            self._tell(self._done)
+        if (now := time.monotonic()) - self._reported_at >= self._seconds:
+            self._reported_at = now
+            self._report(self._done)
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hide the bars of ``datasets`` itself, which would print even where stderr is a file."""
-    shown = not datasets.are_progress_bars_disabled()
+    """Disable the progress bars of ``datasets``, which are printed even if stderr is a file."""
+    enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             datasets.enable_progress_bars()

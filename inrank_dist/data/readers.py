@@ -1,7 +1,7 @@
-"""Text of a file, in pieces of bounded size. One reader for each kind of file.
+"""Readers for text files, one per file type, which yield text in pieces of bounded size.
 
-One rule for all kinds: text is kept as it is, line ends included. Left out is only a byte-order mark at the start of a
-file (here) or of a document (where documents are stored). Everything must be UTF-8.
+Text is kept unchanged, including line ends. Only a byte-order mark at the start of a file (here) or of a document
+(where documents are stored) is removed. All files must be UTF-8.
 """
 
 import codecs
@@ -20,7 +20,7 @@ log = logging.getLogger("inrank_dist.preparation")
 
 BLOCK_BYTES = 1 << 20
 
-#: Rows of a parquet file that are in memory at a time.
+#: Rows of a parquet file to hold in memory at a time.
 PARQUET_ROWS = 64
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -29,17 +29,17 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 class Piece(NamedTuple):
-    """A stretch of a document; ``last`` says that the document ends with it."""
+    """A piece of a document; ``last`` is set on the document's last piece."""
 
     text: str
     last: bool
 
 
 def read_file(path: Path, *, text_column: str, document_separator: str | None) -> Iterator[Piece]:
-    """The documents of a file: one for each stretch between separators of a ``.txt`` file, one a row of the others.
+    """Read the documents of a file: stretches between separators of a ``.txt`` file, or rows of the other types.
 
     Raises:
-        UserError: the file cannot be read, is not what its name says, or has no text in ``text_column``.
+        UserError: the file cannot be read, does not match its suffix, or has no text in ``text_column``.
     """
     try:
         if path.suffix == ".txt":
@@ -54,17 +54,17 @@ def read_file(path: Path, *, text_column: str, document_separator: str | None) -
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file."""
+    """The content of a file in blocks."""
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             yield block
 
 
 def decode_utf8(blocks: Iterable[bytes], path: Path | str) -> Iterator[str]:
-    """Blocks as text; a character may lie across two of them.
+    """Decode blocks to text. A character may span two blocks.
 
     Raises:
-        UserError: they are not UTF-8.
+        UserError: the blocks are not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
@@ -90,7 +90,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[Piece]:
         *whole, rest = (rest + text).split(separator)
         for document in whole:
             yield Piece(document, True)
-        # The separator may lie across two blocks.
+        # The separator may span two blocks.
         safe = max(len(rest) - len(separator) + 1, 0)
         yield Piece(rest[:safe], False)
         rest = rest[safe:]
@@ -98,7 +98,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[Piece]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
-    missing = Missing(str(path), column, "line")
+    missing = MissingText(str(path), column, "line")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -116,7 +116,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else _one_line(error)
                 raise UserError(
-                    f"{path} cannot be read: line {number} is not JSON ({reason}); mend it or leave it out"
+                    f"{path} cannot be read: line {number} is not JSON ({reason}); fix it or leave it out"
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(
@@ -134,21 +134,21 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
                 )
             missing.rows += 1
             yield whole_document(value, f"line {number} of {path}")
-    missing.tell()
+    missing.report()
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
-    missing = Missing(str(path), column, "row")
+    missing = MissingText(str(path), column, "row")
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             schema = file.schema_arrow
             if column not in schema.names:
-                raise no_such_column(column, str(path), schema.names)
+                raise missing_column(column, str(path), schema.names)
             kind = schema.field(column).type
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
             if not (is_string(kind) or pa.types.is_null(kind)):
-                raise no_strings(column, str(path), kind)
+                raise not_text(column, str(path), kind)
             number = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 for value in batch.column(column).to_pylist():
@@ -161,12 +161,12 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
     except UserError:
         raise
     except (pa.ArrowException, KeyError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}; mend it or leave it out") from error
-    missing.tell()
+        raise UserError(f"{path} cannot be read: {_one_line(error)}; fix it or leave it out") from error
+    missing.report()
 
 
-class Missing:
-    """Rows that have no text, told once for a file or split."""
+class MissingText:
+    """Collects the rows of a file or split that have no text, to report them once."""
 
     def __init__(self, where: str, column: str, unit: str) -> None:
         self.where, self.column, self.unit = where, column, unit
@@ -182,9 +182,9 @@ class Missing:
         if self.column in columns:
             self.columns = columns
 
-    def tell(self) -> None:
+    def report(self) -> None:
         if self.absent and not self.rows and self.column not in self.columns:
-            raise no_such_column(self.column, self.where, self.columns)
+            raise missing_column(self.column, self.where, self.columns)
         if self.absent:
             log.warning(
                 "warning: %s of %s rows of %s have no text in %r and are skipped (first: %s %s)",
@@ -193,33 +193,33 @@ class Missing:
 
 
 def is_string(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
+    """Whether a column type holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def no_such_column(column: str, where: str, columns: Iterable[str]) -> UserError:
-    """``data.text_column`` names a column that is not there."""
+def missing_column(column: str, where: str, columns: Iterable[str]) -> UserError:
+    """Error for a ``data.text_column`` that does not exist."""
     return UserError(
         f"data.text_column is {column!r}, and {where} has the columns {', '.join(columns)}; write one of them"
     )
 
 
-def no_strings(column: str, where: str, kind: Any) -> UserError:
-    """``data.text_column`` names a column that does not hold text."""
+def not_text(column: str, where: str, kind: Any) -> UserError:
+    """Error for a ``data.text_column`` that does not hold text."""
     return UserError(f"data.text_column is {column!r}, which is {kind} in {where}; write a column of strings")
 
 
 def whole_document(text: str, where: str) -> Piece:
-    """A row that is a document.
+    """A piece that is a whole document.
 
     Raises:
-        UserError: it holds a lone surrogate, which is half of a character.
+        UserError: the text contains a lone surrogate, half of a character.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} holds half of a character ({text[error.start]!a}, a lone surrogate); mend it or leave it out"
+            f"{where} holds half of a character ({text[error.start]!a}, a lone surrogate); fix it or leave it out"
         ) from error
     return Piece(text, True)
 

@@ -1,4 +1,4 @@
-"""What text to train on, and how it becomes tokens."""
+"""Settings of the text to train on and of its tokenizer."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,30 +8,30 @@ from ..runtime.errors import UserError
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300
 
-MOST_VOCABULARY = 1 << 24
+MAX_VOCABULARY = 1 << 24
 
 
 @dataclass(kw_only=True)
 class DataSettings:
-    """The text: where it comes from, what is held out for validation, where the packed tokens are kept."""
+    """The text: its source, what is held out for validation, and where the packed tokens are stored."""
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
-    hub: a data set of the Hugging Face hub, or a local folder of one, see name."""
+    hub: a data set of the Hugging Face hub or a local folder with one, see name."""
 
     paths: list[str] = field(default_factory=list)
-    """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document a
-    file, see document_separator), .jsonl or .parquet (one document a row). A path that exists is taken as it is,
-    whatever characters are in it. Text must be UTF-8 and is kept as it is, line ends too; a byte-order mark at
-    the start of a file or document is left out."""
+    """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document per file, see
+    document_separator), .jsonl or .parquet (one document per row). An existing path is taken literally, whatever
+    characters it contains. Text must be UTF-8 and is kept unchanged, including line ends; only a byte-order mark at the
+    start of a file or document is removed."""
 
     validation_paths: list[str] = field(default_factory=list)
-    """Validation files, written as in paths. Empty: whole documents are held out of paths, see
+    """Validation files, in the same form as paths. Empty: whole documents are held out of paths, see
     validation_fraction."""
 
     name: str | None = None
-    """Data set for source hub: its hub name, such as Salesforce/wikitext, or a local data set folder. A hub
-    data set is downloaded once and not looked up again while its prepared folder exists."""
+    """Data set for source hub: its name on the hub, such as Salesforce/wikitext, or a local data set folder. A data set
+    from the hub is downloaded once and not checked again while its prepared folder exists."""
 
     config: str | None = None
     """Configuration of the hub data set, such as wikitext-103-raw-v1."""
@@ -44,32 +44,30 @@ class DataSettings:
     train_split, see validation_fraction."""
 
     text_column: str = "text"
-    """Column that holds the text, for .jsonl, .parquet and hub."""
+    """Column with the text, for .jsonl, .parquet and hub."""
 
     document_separator: str | None = None
-    """Text between two documents of a .txt file, such as "<|endoftext|>", which is left out. null: a file is one
+    """Text between the documents of a .txt file, such as "<|endoftext|>", which is removed. null: each file is one
     document."""
 
     join_rows: bool = False
-    """Join documents (rows of jsonl, parquet and hub sources) in their order, with no separator between them: for
-    data sets that hold one line a row and not one document, such as WikiText. Needs validation data of its
-    own. Every packed row of tokens then begins with the separator, so that the model learns to begin with it."""
+    """Join documents (rows of jsonl, parquet and hub sources) in their order, without a separator between them. For
+    data sets with one line per row instead of one document, such as WikiText. Needs separate validation data. Every
+    packed row of tokens then begins with the separator, so that the model learns to begin with it."""
 
     validation_fraction: float = 0.02
-    """Share of the text, in bytes, that is held out for validation where the source has no validation data of
-    its own. The choice is by document, by a hash, so it is the same on every machine."""
+    """Share of the text, in bytes, to hold out for validation if the source has no separate validation data. Documents
+    are selected by hash, so the choice is the same on every machine."""
 
     max_bytes: int | None = None
-    """Most bytes (UTF-8) of training text to use, and most of validation text; null for all. Documents are
-    taken in one fixed shuffled order, the last one cut, so a smaller value uses a subset of a larger one's
-    text."""
+    """Maximum bytes (UTF-8) of training text, and of validation text; null for all. Documents are taken in a fixed
+    shuffled order and the last one is truncated, so a smaller value uses a subset of a larger value's text."""
 
     cache_dir: str = "~/.cache/inrank_dist"
-    """Folder of prepared data; on several machines one that all of them see."""
+    """Folder of prepared data. With several machines, one that all of them share."""
 
     num_workers: int | None = None
-    """Threads that tokenise; null: one for each CPU that the process may use. Processes of a job do not add up:
-    one of them prepares."""
+    """Threads for tokenising; null: one per CPU that the process may use. Only one process of a job prepares."""
 
     def __post_init__(self) -> None:
         if self.source == "files" and not self.paths:
@@ -93,13 +91,13 @@ class DataSettings:
         if self.join_rows and self.source != "stdlib" and not self.has_own_validation:
             key = "validation_paths" if self.source == "files" else "validation_split"
             raise UserError(
-                f"data.join_rows is true and data.{key} is empty; rows that go on cannot be held out"
-                f" one by one; set data.{key}, or write data.join_rows: false"
+                f"data.join_rows is true and data.{key} is empty; rows of one text cannot be held out"
+                f" one by one; write data.{key}, or data.join_rows: false"
             )
 
     @property
     def has_own_validation(self) -> bool:
-        """Whether the source names its validation data, so that nothing is held out of the training text."""
+        """Whether the source has separate validation data, so that nothing is held out of the training text."""
         if self.source == "files":
             return bool(self.validation_paths)
         return self.source == "hub" and self.validation_split is not None
@@ -123,16 +121,16 @@ class TokenizerSettings:
     """The tokenizer: SentencePiece, trained on the training text or loaded."""
 
     kind: Literal["bpe", "unigram"] = "bpe"
-    """Algorithm to train. unigram takes some 15 times as long as bpe."""
+    """Training algorithm. unigram takes about 15 times as long as bpe."""
 
     vocab_size: int = 2048
-    """Number of tokens, among them 256 bytes (any text can be written) and the document separator."""
+    """Number of tokens, including 256 byte pieces (so that any text can be encoded) and the document separator."""
 
     path: str | None = None
     """SentencePiece model file to load instead of training one."""
 
     max_training_bytes: int = 4_000_000
-    """Most bytes of training text that the tokenizer is trained on."""
+    """Maximum bytes of training text to train the tokenizer on."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_VOCABULARY:
@@ -140,9 +138,9 @@ class TokenizerSettings:
                 f"tokenizer.vocab_size is {self.vocab_size}; byte fallback alone needs 258"
                 f"; write a vocab_size of at least {MIN_VOCABULARY}"
             )
-        if self.vocab_size > MOST_VOCABULARY:
+        if self.vocab_size > MAX_VOCABULARY:
             raise UserError(
-                f"tokenizer.vocab_size is {self.vocab_size}; write a vocab_size of at most {MOST_VOCABULARY}"
+                f"tokenizer.vocab_size is {self.vocab_size}; write a vocab_size of at most {MAX_VOCABULARY}"
             )
         if self.max_training_bytes < 1:
             raise UserError(f"tokenizer.max_training_bytes is {self.max_training_bytes}; write 1 or more")

@@ -1,4 +1,4 @@
-"""Documents on disk, as one file of UTF-8: read piece by piece, in any order."""
+"""Documents stored on disk in one UTF-8 file, with random access."""
 
 import hashlib
 import os
@@ -11,24 +11,24 @@ import numpy as np
 
 from .readers import BLOCK_BYTES, BYTE_ORDER_MARK, Piece, decode_utf8
 
-#: Called with numbers of bytes that are done.
+#: Called with the number of bytes just processed.
 Advance = Callable[[int], None]
 
 
 class TextFile:
-    """A file that is read at any place; closed when nothing refers to it any more."""
+    """A file with random access, closed when it is garbage-collected."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` on.
+        """Read ``size`` bytes from ``offset``.
 
         Raises:
-            OSError: they cannot be read, or are not there.
+            OSError: the bytes cannot be read or do not exist.
         """
         content = os.pread(self._descriptor, size, offset)
-        while len(content) < size:  # a signal, or more than one call gives
+        while len(content) < size:  # interrupted by a signal, or beyond the limit of one call
             more = os.pread(self._descriptor, size - len(content), offset + len(content))
             if not more:
                 raise OSError("the stored text has become shorter")
@@ -41,7 +41,7 @@ class TextFile:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents that lie in ``file``, in some order; a document may be left out or come twice.
+    """Documents stored in ``file``, in any order. A document may be left out or occur twice.
 
     Attributes:
         offsets, sizes: (n,) int64, in bytes.
@@ -57,21 +57,21 @@ class Documents:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[str]:
-        """The documents, each as a whole."""
+        """The documents, each as one string."""
         for index in range(len(self)):
             yield "".join(self.pieces(index))
 
     @property
     def total_bytes(self) -> int:
-        """Of all documents."""
+        """Bytes of all documents."""
         return int(self.sizes.sum())
 
     def take(self, indices: np.ndarray) -> "Documents":
-        """The documents of these numbers, in their order."""
+        """Select documents by index."""
         return Documents(self.file, self.offsets[indices], self.sizes[indices], self.digests[indices])
 
     def pieces(self, index: int, advance: Advance = lambda done: None) -> Iterator[str]:
-        """The text of one document, in pieces of at most ``BLOCK_BYTES``; ``advance`` is told of each that is read."""
+        """The text of a document in pieces of at most ``BLOCK_BYTES``. Calls ``advance`` for each piece read."""
         offset, size = int(self.offsets[index]), int(self.sizes[index])
         if size <= BLOCK_BYTES:
             advance(size)
@@ -86,7 +86,7 @@ class Documents:
         return decode_utf8(blocks(), "the stored text")
 
     def heads(self, max_bytes: int) -> Iterator[str]:
-        """The first ``max_bytes`` of the documents, each as a whole, the last one cut at a character."""
+        """The documents up to ``max_bytes`` in total, the last one truncated at a character."""
         left = max_bytes
         for index in range(len(self)):
             if left <= 0:
@@ -95,11 +95,11 @@ class Documents:
             left -= int(self.sizes[index])
 
     def head(self, index: int, max_bytes: int) -> str:
-        """The first ``max_bytes`` of one document, cut at a character."""
+        """A document truncated to ``max_bytes`` at a character."""
         return self.file.read(int(self.offsets[index]), min(max_bytes, int(self.sizes[index]))).decode(errors="ignore")
 
     def cut_last(self, max_bytes: int) -> "Documents":
-        """The same documents with the last one cut at the last character that ends within ``max_bytes``."""
+        """A copy whose last document is truncated to ``max_bytes`` at a character."""
         kept, digest = 0, hashlib.sha256()
         for text in self.pieces(len(self) - 1):
             content = text.encode()[: max_bytes - kept].decode(errors="ignore").encode()
@@ -113,7 +113,7 @@ class Documents:
 
 
 def store(pieces: Iterable[Piece], file: Path, advance: Advance) -> Documents:
-    """Write documents into ``file``; a byte-order mark at the start of one is left out.
+    """Write documents to ``file``, without byte-order marks at their start.
 
     Raises:
         OSError: the file cannot be written.

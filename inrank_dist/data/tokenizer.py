@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly, by SentencePiece."""
+"""Lossless tokenisation with SentencePiece."""
 
 import functools
 import hashlib
@@ -17,20 +17,20 @@ from ..runtime.home import expand_home
 from .parts import META_SPACE, Cutter, neighbours
 from .settings import MIN_VOCABULARY, TokenizerSettings
 
-#: The piece between documents. Text that spells it out is ordinary text and never becomes this token.
+#: The piece between documents. The same characters in a text are encoded as ordinary text, never as this token.
 SEPARATOR = "<|endoftext|>"
 
-#: Text that is encoded at a time, in characters for each thread. So many tokens at most are in memory as Python lists.
+#: Characters to encode at a time per thread. Bounds the number of tokens held as Python lists.
 BATCH_CHARACTERS = 1 << 18
 
-#: Characters that pieces must not hold (SentencePiece uses three of them as marks, line ends keep pieces
-#: within lines); they become byte pieces.
+#: Characters that no piece may contain; they are encoded as byte pieces. SentencePiece uses three of them as marks, and
+#: excluding line ends keeps pieces within lines.
 NOT_IN_PIECES = re.compile("[\x00-\x1f\x7f\u2581\u2585]+")
 
-#: Longest line to train on, in characters; SentencePiece would drop longer ones whole.
+#: Longest line to train on, in characters. SentencePiece would drop longer lines entirely.
 LINE_CHARACTERS = 2000
 
-#: Characters that a normalization would change, among them compatibility forms and a decomposed one.
+#: Text that any normalization would change; includes compatibility forms and a decomposed character.
 PROBE = (
     f"  two spaces\n\ttab, \u00e9, e\u0301, \ufb01 \u2460 \uff21 \u212b \u00a0 \u3000 \u00ad A\r\n\U0001f600, \x00"
     f" {META_SPACE} end "
@@ -40,8 +40,7 @@ PROBE = (
 class Tokenizer:
     """A SentencePiece model for which ``decode(encode(text)) == text`` for every text.
 
-    ``vocab_size`` counts all ids; ``eos_id`` separates documents; ``fingerprint`` is the sha256 (hex) of the
-    model.
+    ``vocab_size`` counts all ids. ``eos_id`` separates documents. ``fingerprint`` is the sha256 (hex) of the model.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -55,10 +54,10 @@ class Tokenizer:
         return Tokenizer, (self.model,)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, with no separator added.
+        """Encode ``text`` without adding a separator.
 
         Raises:
-            UserError: the text holds a lone surrogate, which is half of a character.
+            UserError: the text contains a lone surrogate, half of a character.
         """
         try:
             text.encode()
@@ -69,26 +68,26 @@ class Tokenizer:
     def encode_documents(
         self, documents: Iterable[Iterable[str]], *, separate: bool = False, threads: int = 1
     ) -> "Encoding":
-        """Ids of documents that come in pieces of text, in memory that does not depend on their size.
+        """Encode documents that arrive in chunks of text, in memory that does not depend on their size.
 
         Args:
-            separate: whether the separator follows each document.
-            threads: how many encode at a time; the ids do not depend on it.
+            separate: whether to append the separator to each document.
+            threads: number of encoding threads. Does not change the ids.
         """
         return Encoding(self, documents, separate=separate, threads=threads)
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type, of those that packed data has, that holds every id."""
+        """The smallest dtype used for packed data that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
 
     @functools.cached_property
     def neighbours(self) -> frozenset[str]:
-        """Pairs of characters that stand beside each other in a piece of the vocabulary."""
+        """Pairs of adjacent characters within a piece of the vocabulary."""
         return neighbours(self._processor.id_to_piece(index) for index in range(self.vocab_size))
 
     def encode_parts(self, parts: list[str], threads: int) -> list[list[int]]:
-        """Ids of texts without ``META_SPACE``."""
+        """Ids of each text. No text may contain ``META_SPACE``."""
         return self._processor.encode(parts, num_threads=threads) if parts else []
 
     @functools.cached_property
@@ -97,11 +96,11 @@ class Tokenizer:
         return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; separators give nothing, bytes that are no character give U+FFFD."""
+        """Decode ``ids``. Separators are dropped, and bytes that are not valid UTF-8 become U+FFFD."""
         return self._processor.decode(list(ids))
 
     def save(self, path: Path | str) -> None:
-        """Write the model file, whole or not at all."""
+        """Write the model file atomically."""
         write_atomically(Path(path), self.model)
 
     @classmethod
@@ -109,29 +108,31 @@ class Tokenizer:
         """Read a model file.
 
         Raises:
-            UserError: there is no such file, it is no SentencePiece model, or it does not keep text exactly.
+            UserError: the file does not exist, is not a SentencePiece model, or does not preserve text exactly.
         """
         try:
             tokenizer = cls(expand_home(path, "tokenizer.path").read_bytes())
         except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}); name a model file") from error
+            raise UserError(
+                f"tokenizer {path} cannot be read ({error.strerror}); write the path of a model file"
+            ) from error
         except RuntimeError as error:
-            raise UserError(f"tokenizer {path} is not a SentencePiece model; name a model file") from error
+            raise UserError(f"tokenizer {path} is not a SentencePiece model; write the path of one") from error
         if tokenizer.eos_id < 0:
-            raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents; name another")
+            raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents; write another")
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise UserError(
-                f"tokenizer {path} does not give text back exactly; name one trained with byte_fallback,"
+                f"tokenizer {path} does not preserve text exactly; write one trained with byte_fallback,"
                 " identity normalization, add_dummy_prefix=false and remove_extra_whitespaces=false"
             )
         return tokenizer
 
 
 class Encoding(Iterable[np.ndarray]):
-    """The ids of documents, in arrays of some length one after another; can be run through once.
+    """The ids of documents as a sequence of arrays. Can be iterated only once.
 
     Attributes:
-        cutter: which says, at the end, how the text was cut.
+        cutter: afterwards tells how the text was cut.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Encoding(Iterable[np.ndarray]):
         self._tokenizer, self._documents, self._threads = tokenizer, documents, threads
         self._end = [tokenizer.eos_id] if separate else []
         self._parts: list[str] = []
-        # None stands for the ids of the next part.
+        # None is a placeholder for the ids of the next part.
         self._ids: list[list[int] | None] = []
         self._characters = 0
 
@@ -170,10 +171,10 @@ class Encoding(Iterable[np.ndarray]):
 
 
 def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
-    """The tokenizer of ``settings.path``.
+    """Load the tokenizer at ``settings.path``.
 
     Raises:
-        UserError: it cannot be used, or its vocabulary is not ``settings.vocab_size``.
+        UserError: the file cannot be used, or its vocabulary size is not ``settings.vocab_size``.
     """
     assert settings.path is not None
     tokenizer = Tokenizer.load(settings.path)
@@ -186,10 +187,10 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
-    """Train on the first ``settings.max_training_bytes`` of ``texts``; the same input gives the same model.
+    """Train on the first ``settings.max_training_bytes`` of ``texts``. Deterministic.
 
     Raises:
-        UserError: the text cannot fill the vocabulary, or its characters do not fit in it.
+        UserError: the text is too small for the vocabulary, or its characters do not fit into it.
     """
     model = io.BytesIO()
     try:
@@ -199,13 +200,12 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
             model_type=settings.kind,
             vocab_size=settings.vocab_size,
             byte_fallback=True,
-            # Rarer characters are written in bytes; at 1.0 the oddities of a corpus would fill a small
-            # vocabulary.
+            # Encode rarer characters as bytes. With 1.0 a corpus's rare characters would fill a small vocabulary.
             character_coverage=0.9995,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # Indentation becomes few tokens.
+            # Encode indentation in few tokens.
             allow_whitespace_only_pieces=True,
             eos_id=0,
             eos_piece=SEPARATOR,
@@ -213,7 +213,7 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokeni
             bos_id=-1,
             pad_id=-1,
             max_sentence_length=4 * LINE_CHARACTERS,
-            # unigram adds up floats by thread, so their number is part of the result.
+            # Unigram sums floats per thread, so the number of threads affects the result.
             num_threads=4,
             minloglevel=4,
         )

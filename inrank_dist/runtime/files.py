@@ -104,7 +104,7 @@ def _build_and_rename(target: Path, build: Callable[[Path], None], check: Callab
 def _disk_error(folder: Path, error: OSError) -> UserError:
     return UserError(
         f"data.cache_dir is {folder}, and it cannot be used ({error.strerror or error})"
-        "; name a folder that can be written and has room"
+        "; write a folder that can be written and has room"
     )
 
 
