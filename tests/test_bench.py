@@ -133,7 +133,7 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows["tiny"].endswith("4 of 4")
     assert "~" in rows["tiny"]
     assert "~" not in rows["tinier"]
-    assert "tiny: ~ the dense route was measured on 4 of 6 layers" in out
+    assert "tiny: ~ the dense method was measured on 4 of 6 layers" in out
     assert "tinier: ~" not in out
 
     written = json.loads((tmp_path / "decision.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 from pool import Pool
 from runs import Fails
 
-from inrank_dist.bench.speed import ABLATION, STANDARD, Form, Outcome, Row, Shape, measure_speed, pays_from
+from inrank_dist.bench.speed import ABLATION, STANDARD, Form, Outcome, Row, Shape, break_even_width, measure_speed
 from inrank_dist.bench.speed_table import conclusion, verdict
 from inrank_dist.commands.main import main
 from inrank_dist.engine.cost import Held
@@ -39,7 +39,7 @@ def test_every_form_is_measured_on_one_process() -> None:
         assert (row.flops < got.rows[Form("full")].flops) == (form.model not in ("full", "growing"))
     full, frozen, growing = (got.rows[Form(model)] for model in ("full", "frozen", "growing"))
     assert growing.held.parameters > full.held.parameters > frozen.held.parameters
-    assert got.promised(Form("frozen")) == full.flops / frozen.flops
+    assert got.flops_ratio(Form("frozen")) == full.flops / frozen.flops
     assert got.rows[Form("half")].flops < frozen.flops == got.rows[Form("bottleneck")].flops
 
 
@@ -65,7 +65,7 @@ def test_ratios_are_to_full_rank_in_the_same_form() -> None:
     full, compiled = Form("full"), Form("full", compiled=True)
     frozen, fast = Form("frozen"), Form("frozen", compiled=True)
     got = outcome({full: 4.0, compiled: 3.0, frozen: 2.0, fast: 1.0}, flops={frozen: 50, fast: 50})
-    assert (got.speedup(frozen), got.speedup(fast), got.promised(fast)) == (2.0, 3.0, 2.0)
+    assert (got.speedup(frozen), got.speedup(fast), got.flops_ratio(fast)) == (2.0, 3.0, 2.0)
     without = outcome({full: 4.0, fast: 1.0})
     assert without.speedup(fast) == 4.0
 
@@ -76,7 +76,7 @@ def test_break_even_lies_on_the_line_through_two_ranks() -> None:
     assert outcome(times).break_even(compiled=False) == pytest.approx(24)
     assert outcome(times | {Form("half"): 2.5}).break_even(compiled=False) is None  # the times do not tell
     assert outcome({Form("full"): 3.0, Form("frozen"): 2.0}).break_even(compiled=False) is None
-    assert outcome(times).break_even_promised == pytest.approx(64 * 12 / 18)
+    assert outcome(times).break_even_flops == pytest.approx(64 * 12 / 18)
     assert "eager 24; by arithmetic 43" in verdict(outcome(times))
     assert "none, slower at any" in verdict(outcome(times | {Form("full"): 0.5, Form("half"): 1.9}))
 
@@ -86,8 +86,8 @@ def test_low_rank_pays_from_a_width_on() -> None:
     widths = {
         w: outcome({full: 2.0, form: seconds}, w) for w, seconds in {64: 1.0, 128: 3.0, 256: 1.5, 512: 1.0}.items()
     }
-    assert pays_from(widths, form) == 256  # what is faster below a slower one does not count
-    assert pays_from({64: outcome({full: 1.0, form: 2.0})}, form) is None
+    assert break_even_width(widths, form) == 256  # what is faster below a slower one does not count
+    assert break_even_width({64: outcome({full: 1.0, form: 2.0})}, form) is None
     (line,) = conclusion(list(widths.values()))
     assert (
         "low rank pays here from width 256 on; widths (speed-up) 64 (2.00), 128 (0.67), 256 (1.33), 512 (2.00)" in line
@@ -133,7 +133,7 @@ def test_compiled_forms_and_the_ablation(capsys: pytest.CaptureFixture[str]) -> 
         ("--rank 600", "--rank is 600 but a width is 512; write at most 512"),
         ("--rounds 0", "--rounds is 0; write a whole number of at least 1"),
         ("--forms 12", "--forms has 12; the table has 11 rows"),
-        ("--forms 6,7", "leaves out full rank"),
+        ("--forms 6,7", "without the full-rank baseline; write 1 as well"),
         ("--precision fp16", "--precision"),
         ("--engine zero9", "--engine is zero9; write"),
         ("--json no/such/file", "--json is no/such/file, but no/such is no folder"),

@@ -1,1 +1,1 @@
-"""Measurements of parts of the trainer against what others do; behind ``inrank bench``."""
+"""Benchmarks behind ``inrank bench``: parts of the trainer compared with the alternatives."""

@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training: steps with a save behind them or in step with them, against steps without."""
+"""Cost of checkpoints: training steps with asynchronous or synchronous saves, compared with steps without."""
 
 import dataclasses
 import shutil
@@ -17,17 +17,17 @@ from ..train.checkpoint import list_checkpoints
 from ..train.loop import Trainer
 from .common import spread
 
-WAYS = ("off", "sync", "async")
+MODES = ("off", "sync", "async")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of a training step for each way of saving.
+    """Time of a training step in each saving mode.
 
     Attributes:
-        seconds: way -> seconds per step, one value a round.
-        bytes: of one checkpoint.
-        interval: steps to a checkpoint.
+        seconds: mode -> seconds per step, one value per round.
+        bytes: size of one checkpoint.
+        interval: steps per checkpoint.
     """
 
     seconds: dict[str, list[float]]
@@ -36,32 +36,33 @@ class Cost:
 
 
 def measure_checkpoints(config: Config, context: Context, data: Prepared, *, interval: int, rounds: int) -> Cost:
-    """Train in rounds of ``interval`` steps, each way of saving in turn, each round with one save after its first step.
+    """Train in rounds of ``interval`` steps, alternating between the modes. Each round saves once, after its first
+    step.
 
-    A round ends when its checkpoint is complete, so what a save behind the training takes away from later steps is
-    counted, too. Checkpoints go below the run folder and are removed. No rank event happens meanwhile.
+    A round ends when its checkpoint is complete, so the cost of an asynchronous save to later steps is counted. The
+    checkpoints are written below the run folder and removed afterwards. No rank events happen.
     """
     config.run.folder.mkdir(parents=True, exist_ok=True)
-    place = tempfile.mkdtemp(prefix="bench-", dir=config.run.folder) if context.is_main else ""
-    folder = Path(context.gather(place)[0])
+    name = tempfile.mkdtemp(prefix="bench-", dir=config.run.folder) if context.is_main else ""
+    folder = Path(context.gather(name)[0])
     trainer = Trainer(config, context, data)
     writer = trainer.writer
     writer.run_folder = folder
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     size = 0
-    for index in range(-1, rounds):  # the first round only warms up
-        for way in WAYS:
-            writer.settings = dataclasses.replace(writer.settings, async_=way == "async", keep=1)
+    for index in range(-1, rounds):  # the first round is a warm-up
+        for mode in MODES:
+            writer.settings = dataclasses.replace(writer.settings, async_=mode == "async", keep=1)
             context.barrier()
-            began = time.perf_counter()
+            start = time.perf_counter()
             for step in range(interval):
                 trainer.take_step()
-                if way != "off" and step == 0:
+                if mode != "off" and step == 0:
                     trainer.save()
             writer.finish()
             context.barrier()
             if index >= 0:
-                seconds[way].append((time.perf_counter() - began) / interval)
+                seconds[mode].append((time.perf_counter() - start) / interval)
     if context.is_main:
         size = sum(file.stat().st_size for file in list_checkpoints(folder)[-1].iterdir())
         shutil.rmtree(folder)
@@ -69,14 +70,14 @@ def measure_checkpoints(config: Config, context: Context, data: Prepared, *, int
 
 
 def as_table(cost: Cost) -> Table:
-    """One row a way: median (lowest-highest) over the rounds."""
+    """One row per mode: median (lowest-highest) over the rounds."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("checkpointing")
     for heading in ("ms per step", "ratio to off", "of which a save, ms"):
         table.add_column(heading, justify="right")
     off = statistics.median(cost.seconds["off"])
-    for way, rounds in cost.seconds.items():
+    for mode, rounds in cost.seconds.items():
         median = statistics.median(rounds)
-        save = "-" if way == "off" else f"{1e3 * cost.interval * (median - off):.1f}"
-        table.add_row(way, spread([1e3 * each for each in rounds]), f"{median / off:.3f}", save)
+        save = "-" if mode == "off" else f"{1e3 * cost.interval * (median - off):.1f}"
+        table.add_row(mode, spread([1e3 * each for each in rounds]), f"{median / off:.3f}", save)
     return table

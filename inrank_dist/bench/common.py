@@ -1,4 +1,4 @@
-"""What the tables of several measurements share."""
+"""Helpers for the tables of several benchmarks."""
 
 import statistics
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from ..runtime.context import Context
 MIB = 2**20
 
 
-def surroundings(context: Context) -> dict[str, Any]:
-    """Where it was measured."""
+def machine_info(context: Context) -> dict[str, Any]:
+    """Device, torch version and number of processes and threads of a measurement."""
     on_gpu = context.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(context.device) if on_gpu else "CPU",

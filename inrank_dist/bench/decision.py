@@ -1,9 +1,9 @@
-"""One decision of the rank rule, against the route of the published code, side by side.
+"""One rank decision, compared with the method of the published code.
 
-Ours is what training does at a decision: spectra of all layers from their Grams, then the rule. The
-published code (arXiv 2306.11250) forms the float32 ``in x out`` product of each layer's factors,
-takes its singular values with ``torch.linalg.svdvals``, and applies the rule; it does so in every process. The same
-rule reads both spectra here, so only the way to the spectrum differs.
+Our method is what training does at a decision: compute the spectra of all layers from their Gram matrices, then apply
+the rule. The published code (arXiv 2306.11250) forms the float32 ``in x out`` product of each layer's factors, computes
+its singular values with ``torch.linalg.svdvals``, and applies the rule, in every process. Both spectra are passed to
+the same rule here, so only the computation of the spectrum differs.
 """
 
 import logging
@@ -25,12 +25,12 @@ from ..train.memory import peak_extra_bytes
 
 log = logging.getLogger("inrank_dist")
 
-Answer = TypeVar("Answer")
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as far as a decision sees it: the two MLP matrices of every block are factored, as published."""
+    """A model's shape as seen by a decision. The two MLP matrices of every block are factorised, as published."""
 
     name: str
     blocks: int
@@ -38,7 +38,7 @@ class ModelShape:
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
-        """Layer -> ``(out, in)``, two a block."""
+        """Layer -> ``(out, in)``, two layers per block."""
         wide = 4 * self.hidden
         return {
             f"blocks.{block}.mlp.{part}": shape
@@ -61,13 +61,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is decided and how often it is measured.
+    """What to decide and how often to measure it.
 
     Attributes:
         rank: active rank ``r`` of every layer before the decision.
         buffer: ``b``; every layer has ``r + b`` modes.
-        repeats: rounds; each runs our route and then the dense one.
-        dense_layers: how many layers the dense route is measured on, whole blocks spread evenly; None: all.
+        repeats: number of rounds; each runs our method, then the dense one.
+        dense_layers: number of layers to measure the dense method on, as whole blocks spread evenly; None: all.
     """
 
     rank: int
@@ -83,14 +83,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Result:
-    """One shape, measured; seconds are those of single rounds, bytes are peaks beyond the factors themselves.
+    """Measurements of one shape. Seconds are per round; bytes are peaks beyond the factors themselves.
 
     Attributes:
         modes: ``R`` of every layer.
-        ours_seconds: whole model, a number a round.
-        dense_seconds: layer -> a number a round, for the layers that were measured.
-        ours_bytes_layer, ours_bytes: of a decision on one layer alone, and on the whole model.
-        dense_bytes: of one layer, and of the whole model too: it takes one layer after the other.
+        ours_seconds: for the whole model, one value per round.
+        dense_seconds: layer -> one value per round, for the measured layers.
+        ours_bytes_layer, ours_bytes: for a decision on a single layer, and on the whole model.
+        dense_bytes: for one layer, and also for the whole model, since it processes one layer at a time.
         ours, dense: layer -> active rank after the decision.
     """
 
@@ -106,34 +106,34 @@ class Result:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether the dense route's time for the whole model is that of a sample, scaled by the number of layers."""
+        """Whether the dense method's time for the whole model is extrapolated from a sample of layers."""
         return len(self.dense) < len(self.ours)
 
     @property
     def dense_whole(self) -> list[float]:
-        """Seconds of the dense route for the whole model, a number a round."""
+        """Seconds of the dense method for the whole model, one value per round."""
         scale = len(self.ours) / len(self.dense)
         return [sum(seconds) * scale for seconds in zip(*self.dense_seconds.values(), strict=True)]
 
     @property
     def share(self) -> float:
-        """Our time over the dense route's, whole model, medians."""
+        """Our time divided by the dense method's, for the whole model; medians."""
         return statistics.median(self.ours_seconds) / statistics.median(self.dense_whole)
 
     @property
     def different(self) -> dict[str, tuple[int, int]]:
-        """Layers where the two routes found different ranks: ours, dense."""
+        """Layers on which the two methods chose different ranks: (ours, dense)."""
         return {name: (self.ours[name], rank) for name, rank in self.dense.items() if rank != self.ours[name]}
 
 
 def measure_decision(shape: ModelShape, workload: Workload, context: Context) -> Result | None:
     """Measure one shape on this machine.
 
-    Our route runs in all processes, each with its rows; the dense one in process 0, on whole factors, while the others
-    wait (in the published code they would do the same work at the same time).
+    Our method runs in all processes, each on its rows of the factors. The dense one runs in process 0 on the whole
+    factors while the others wait (in the published code they would do the same work at the same time).
 
     Returns:
-        The result in process 0, None in the others.
+        The result on process 0, None on the others.
     """
     layers = shape.layers
     modes = workload.rule.modes(workload.rank, shape.hidden)
@@ -159,7 +159,7 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
 
     log.info("%s: memory of %d layers", shape.name, len(layers))
     pair = sample[:2]
-    for first in pair:  # fills the caches of both routes
+    for first in pair:  # warm up both methods
         ours([first])
         if context.is_main:
             dense(first)
@@ -189,14 +189,14 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
 
 
 def published_decision(factors: Factors, rule: RankRule, rank: int) -> Decision:
-    """The published route for one layer: singular values of the dense float32 ``in x out`` product, then the rule."""
+    """The published method for one layer: singular values of the dense float32 ``in x out`` product, then the rule."""
     product = factors.V @ factors.U.T
     sigma = torch.linalg.svdvals(product)
     return rule.decide(sigma.double().cpu(), rank, min(product.shape))
 
 
 def sample_layers(layers: list[str], count: int | None) -> list[str]:
-    """``count`` layers (an even number; None: all) as whole blocks of two, spread evenly over the model."""
+    """Choose ``count`` layers (an even number; None: all) as whole blocks of two, spread evenly over the model."""
     blocks = len(layers) // 2
     chosen = blocks if count is None else min(count // 2, blocks)
     starts = [2 * (index * blocks // chosen) for index in range(chosen)]
@@ -204,10 +204,10 @@ def sample_layers(layers: list[str], count: int | None) -> list[str]:
 
 
 def _factors(name: str, out: int, in_: int, modes: int, falloff: float, device: torch.device) -> Factors:
-    """Gaussian factors in float32 whose product has about the singular values ``exp(-i / falloff)``.
+    """Random Gaussian factors in float32 whose product has approximately the singular values ``exp(-i / falloff)``.
 
-    The same in every process. Falloffs differ from layer to layer, so that the rule raises the rank of most layers by
-    different amounts and leaves a few alone.
+    The same in every process. The falloff differs between layers, so that the rule raises most ranks by different
+    amounts and leaves a few unchanged.
     """
     generator = generator_for(0, "bench decision", name)
     root = torch.exp(-torch.arange(modes) / (2 * falloff))
@@ -220,8 +220,8 @@ def _rows(factors: Factors, context: Context) -> Factors:
     return Factors(U, V)
 
 
-def _timed(work: Callable[[], Answer]) -> tuple[float, Answer]:
-    """Seconds until the answer is there: ranks, as numbers on the host, so that a GPU has finished as well."""
-    began = time.perf_counter()
-    answer = work()
-    return time.perf_counter() - began, answer
+def _timed(work: Callable[[], Returned]) -> tuple[float, Returned]:
+    """Seconds until ``work`` returns. Its result is on the host, so a GPU has finished as well."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result

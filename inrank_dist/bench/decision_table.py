@@ -1,4 +1,4 @@
-"""What ``inrank bench decision`` prints and writes."""
+"""Output of ``inrank bench decision``."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ..runtime.context import Context
-from .common import MIB, spread, surroundings
+from .common import MIB, machine_info, spread
 from .decision import Result, Workload
 
 COLUMNS = (
@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def as_table(results: Sequence[Result]) -> Table:
-    """One row a shape: median (lowest-highest) over the rounds."""
+    """One row per shape: median (lowest-highest) over the rounds."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(COLUMNS):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
@@ -43,11 +43,11 @@ def as_table(results: Sequence[Result]) -> Table:
 
 
 def notes(results: Sequence[Result], workload: Workload, context: Context) -> Iterator[str]:
-    """Lines under the table: what was measured, what is extrapolated, where answers differ."""
-    place = surroundings(context)
+    """Lines below the table: what was measured, what is extrapolated, where the ranks differ."""
+    machine = machine_info(context)
     yield (
-        f"one decision from rank {workload.rank} with buffer {workload.buffer}, published rule; {place['device']}, "
-        f"torch {place['torch']}, {place['processes']} process(es) of {place['threads']} thread(s); median "
+        f"one decision from rank {workload.rank} with buffer {workload.buffer}, published rule; {machine['device']}, "
+        f"torch {machine['torch']}, {machine['processes']} process(es) of {machine['threads']} thread(s); median "
         f"(lowest-highest) of {workload.repeats} alternating rounds"
     )
     yield (
@@ -61,22 +61,22 @@ def notes(results: Sequence[Result], workload: Workload, context: Context) -> It
             for part in ("up", "down")
         )
         yield (
-            f"{result.shape.name}: dense route {up:.0f} ms for a wide in x out product (mlp.up), "
+            f"{result.shape.name}: dense method {up:.0f} ms for a wide in x out product (mlp.up), "
             f"{down:.0f} ms for a tall one (mlp.down)"
         )
         if result.extrapolated:
             yield (
-                f"{result.shape.name}: ~ the dense route was measured on {len(result.dense)} of {len(result.ours)} "
-                "layers, and its time for the model is that times the number of layers"
+                f"{result.shape.name}: ~ the dense method was measured on {len(result.dense)} of {len(result.ours)} "
+                "layers, and its time for the model is scaled to the number of layers"
             )
         for name, (ours, dense) in result.different.items():
             yield f"{result.shape.name}: ranks differ in {name}: {ours} by Grams, {dense} by the float32 SVD"
 
 
 def as_record(results: Sequence[Result], workload: Workload, context: Context) -> dict[str, Any]:
-    """JSON-able: everything that was measured, every round by itself; seconds and bytes."""
+    """JSON-serializable record of all measurements, round by round; seconds and bytes."""
     return {
-        **surroundings(context),
+        **machine_info(context),
         "rank": workload.rank,
         "buffer": workload.buffer,
         "repeats": workload.repeats,

@@ -1,7 +1,7 @@
-"""Do all nodes answer, and is one of them slow? Seconds, before hours are spent on a job that waits for the slowest.
+"""A health check of the nodes in seconds, before a long job that would wait for the slowest one.
 
-Every process multiplies a matrix, all of them reduce a small buffer together, and each node exchanges a larger one with
-the next in a ring: a slow node shows in the links to both of its neighbours, a slow link in one.
+Every process multiplies a matrix, all processes all-reduce a small buffer, and each node exchanges a larger buffer with
+the next one in a ring. A slow node shows on the links to both of its neighbours, a slow link only once.
 """
 
 import os
@@ -20,18 +20,18 @@ from .common import MIB
 
 REDUCED_BYTES, EXCHANGED_BYTES = MIB, 4 * MIB
 SLOW = 1.5
-"""Times as long as usual is slow, in arithmetic as on a link. Usual is what a quarter of them keep to: of three links a
-slow node makes two slow."""
+"""Factor above the usual time at which a node or link counts as slow. The usual time is the lower quartile, because a
+slow node slows down two of three links."""
 
 
 @dataclass
 class Node:
-    """What was measured on a node; seconds, medians over the repeats.
+    """Measurements of one node; seconds, medians over the repeats.
 
     Attributes:
-        processes: how many run there.
-        product: of a matrix by itself, in its slowest process.
-        link: exchange of ``EXCHANGED_BYTES`` in each direction with the next node of the ring; None: there is but one.
+        processes: number of processes on the node.
+        product: time of a matrix product in its slowest process.
+        link: time to exchange ``EXCHANGED_BYTES`` in each direction with the next node in the ring; None for one node.
     """
 
     name: str
@@ -42,54 +42,58 @@ class Node:
 
 @dataclass(frozen=True)
 class Report:
-    """All nodes in order, and the all-reduce of ``REDUCED_BYTES`` over all processes, seconds, every repeat."""
+    """All nodes in order, and the seconds of each all-reduce of ``REDUCED_BYTES`` over all processes."""
 
     nodes: list[Node]
     reduce: list[float] = field(default_factory=list)
 
     def slow(self) -> list[str]:
-        """Sentences on nodes and links that take much longer than the others."""
-        told = []
+        """Messages about nodes and links that are much slower than the others."""
+        messages = []
         usual = _quartile([node.product for node in self.nodes])
         for node in self.nodes:
             if node.product > SLOW * usual:
-                told.append(f"{node.name} computes slowly: {node.product / usual:.1f} times as long as the usual node")
+                messages.append(
+                    f"{node.name} computes slowly: {node.product / usual:.1f} times as long as the usual node"
+                )
         links = {index: node.link for index, node in enumerate(self.nodes) if node.link is not None}
-        if len(links) < 3:  # of two ends of one link nobody can say which is slow
-            return told
+        if len(links) < 3:  # with a single link, there is nothing to compare with
+            return messages
         usual = _quartile(list(links.values()))
         late = {index for index, seconds in links.items() if seconds > SLOW * usual}
         for index, node in enumerate(self.nodes):
             before = (index - 1) % len(self.nodes)
             if {before, index} <= late:
                 factor = min(links[before], links[index]) / usual
-                told.append(f"{node.name} sends slowly: {factor:.1f} times as long as usual to both of its neighbours")
+                messages.append(
+                    f"{node.name} sends slowly: {factor:.1f} times as long as usual to both of its neighbours"
+                )
         both = {i for i in late if {(i - 1) % len(self.nodes), (i + 1) % len(self.nodes)} & late}
         for index in sorted(late - both):
             after = self.nodes[(index + 1) % len(self.nodes)]
             factor = links[index] / usual
-            told.append(
+            messages.append(
                 f"the link {self.nodes[index].name} - {after.name} is slow: {factor:.1f} times as long as usual"
             )
-        return told
+        return messages
 
 
 def measure_nodes(context: Context, repeats: int) -> Report:
-    """Measure together; the process group is up if there are several processes.
+    """Measure on all processes, with the process group initialized if there are several.
 
     Raises:
-        RuntimeError: a node does not answer within the time-out of the process group.
+        RuntimeError: a node does not answer within the timeout of the process group.
     """
     size = 4096 if context.device.type == "cuda" else 512
     matrix = torch.ones(size, size, device=context.device)
     product = statistics.median(_timed(context, lambda: matrix @ matrix, repeats))
-    places = context.gather((_node_key(context), node_name(), product))
-    keys = list(dict.fromkeys(key for key, _, _ in places))
-    first = {key: rank for rank, (key, _, _) in reversed(list(enumerate(places)))}  # its first process
+    processes = context.gather((_node_key(context), node_name(), product))
+    keys = list(dict.fromkeys(key for key, _, _ in processes))
+    first = {key: rank for rank, (key, _, _) in reversed(list(enumerate(processes)))}  # first process of each node
     nodes = []
     for key in keys:
-        mine = [(name, seconds) for other, name, seconds in places if other == key]
-        nodes.append(Node(mine[0][0], len(mine), max(seconds for _, seconds in mine)))
+        members = [(name, seconds) for other, name, seconds in processes if other == key]
+        nodes.append(Node(members[0][0], len(members), max(seconds for _, seconds in members)))
     reduced = torch.ones(REDUCED_BYTES // 4, device=context.device)
     reduce = _timed(context, lambda: context.sum(reduced.fill_(1.0)), repeats) if context.world_size > 1 else []
     links = {}
@@ -109,7 +113,7 @@ def measure_nodes(context: Context, repeats: int) -> Report:
 
 
 def ring(nodes: int) -> Iterable[Sequence[tuple[int, int]]]:
-    """Each node with the next one, in rounds in which no node takes part twice; a single link for two nodes."""
+    """Pairs of adjacent nodes, in rounds in which each node takes part at most once. Two nodes have a single link."""
     links = [(index, (index + 1) % nodes) for index in range(nodes if nodes > 2 else nodes - 1)]
     rounds: list[list[tuple[int, int]]] = []
     for link in links:
@@ -126,19 +130,19 @@ def _quartile(seconds: list[float]) -> float:
 
 
 def node_name() -> str:
-    """What Slurm, or else the system, calls this node."""
+    """Name of this node, from Slurm or else from the system."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _node_key(context: Context) -> str:
-    """Processes with the same one share a node: torchrun numbers its agents, others number process after process."""
+    """Equal for processes on the same node. torchrun numbers its agents; others number processes consecutively."""
     return os.environ.get("GROUP_RANK") or str(context.rank - context.local_rank)
 
 
 def _exchange(context: Context, other: int) -> None:
-    there = torch.ones(EXCHANGED_BYTES // 4, device=context.device)
-    here = torch.empty_like(there)
-    operations = [dist.P2POp(dist.isend, there, other), dist.P2POp(dist.irecv, here, other)]
+    sent = torch.ones(EXCHANGED_BYTES // 4, device=context.device)
+    received = torch.empty_like(sent)
+    operations = [dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)]
     if context.rank > other:
         operations.reverse()
     for work in dist.batch_isend_irecv(operations):
@@ -146,7 +150,7 @@ def _exchange(context: Context, other: int) -> None:
 
 
 def _timed(context: Context, work: Callable[[], Tensor | None], repeats: int) -> list[float]:
-    """Seconds of each repeat, after two that nobody counts."""
+    """Seconds of each repeat, after two warm-up runs."""
     seconds = []
     for turn in range(repeats + 2):
         start = time.perf_counter()

@@ -1,7 +1,8 @@
-"""Does every way to train compute the same here? Each against one process on the CPU, in whole runs of a small model.
+"""Checks that every way to train gives the same result here as a single CPU process, in whole runs of a small model.
 
-A run has two growths and the freeze in thirty steps, so that forward and backward passes, optimizers, moments, rank
-decisions and events of a device are all in it. Text, model and start are the same; losses differ by rounding.
+A run of thirty steps includes two growth events and the freeze, so it covers a device's forward and backward passes,
+optimizers, moments, rank decisions and rank events. Text, model and initial values are the same; losses differ by
+rounding only.
 """
 
 import json
@@ -50,7 +51,7 @@ SMALL = {
 }
 
 FLOAT32, BF16 = 1e-5, 2e-2
-"""How far a loss may be from the CPU's, relative to it. On an H200 5e-7 and 3e-3 were seen."""
+"""Largest relative difference of a loss from the CPU's. On an H200, 5e-7 and 3e-3 were observed."""
 
 TEXT = "the rank of a factor grows when the modes it has no longer explain what was learned so far"
 
@@ -60,11 +61,11 @@ class Case:
     """A way to train.
 
     Attributes:
-        settings: beside ``SMALL``.
-        reference: those of the run on the CPU.
+        settings: in addition to ``SMALL``.
+        reference: settings of the CPU run, in addition to ``SMALL``.
         limit: largest relative difference of a loss.
-        resumes: whether the run is cut after step 18 and resumed.
-        gpu: whether it needs one.
+        resumes: whether to truncate the run after step 18 and resume it.
+        gpu: whether it needs a GPU.
     """
 
     name: str
@@ -107,13 +108,13 @@ CASES = (
 
 @dataclass(frozen=True)
 class Parity:
-    """What came of a case.
+    """Result of a case.
 
     Attributes:
-        difference: largest relative difference of a step's loss from the CPU's; nan where the run failed.
+        difference: largest relative difference of a step's loss from the CPU's; nan if the run failed.
         same_ranks: whether all rank events gave the same ranks.
-        seconds: of the run, its start included.
-        failure: the last line of a run that failed.
+        seconds: duration of the run, including startup.
+        failure: the last line of output, if the run failed.
     """
 
     case: Case
@@ -124,7 +125,7 @@ class Parity:
 
     @property
     def holds(self) -> bool:
-        """Whether it computes the same. In bf16 ranks may differ."""
+        """Whether the result is the same as on the CPU. With bf16 the ranks may differ."""
         return self.difference <= self.case.limit and (self.same_ranks or self.case.limit == BF16)
 
 
@@ -135,11 +136,11 @@ class _Trace:
 
 
 class Bench:
-    """Runs cases one after the other, in subprocesses.
+    """Runs cases one after another, in subprocesses.
 
     Args:
-        folder: where they go; an empty one.
-        timeout: seconds that a run may take.
+        folder: an empty folder for the runs.
+        timeout: of each run, in seconds.
     """
 
     def __init__(self, folder: Path, timeout: float = 300.0) -> None:
@@ -148,45 +149,45 @@ class Bench:
         write_corpus(folder / "corpus")
 
     def measure(self, cases: tuple[Case, ...]) -> Iterator[Parity]:
-        """One result a case, as it is done."""
+        """Yield the result of each case when it is done."""
         for case in cases:
             yield self._measure(case)
 
     def _measure(self, case: Case) -> Parity:
         key = json.dumps(dict(case.reference), sort_keys=True)
         if key not in self._references:
-            place = f"cpu-{len(self._references)}"
-            self._references[key] = self._train(place, {**case.reference, "parallel.engine": "local"}, on_cpu=True)
+            name = f"cpu-{len(self._references)}"
+            self._references[key] = self._train(name, {**case.reference, "parallel.engine": "local"}, on_cpu=True)
         reference = self._references[key]
         if isinstance(reference, str):
             return Parity(case, failure=f"on the CPU: {reference}")
-        began, place = time.monotonic(), case.name.replace(",", "").replace(" ", "-")
-        trace = self._train(place, case.settings)
+        start, name = time.monotonic(), case.name.replace(",", "").replace(" ", "-")
+        trace = self._train(name, case.settings)
         if case.resumes and not isinstance(trace, str):
-            cut(self._folder / place, 18)
-            trace = self._train(place, case.settings)
+            truncate(self._folder / name, 18)
+            trace = self._train(name, case.settings)
         if isinstance(trace, str):
             return Parity(case, failure=trace)
         pairs = zip(trace.losses, reference.losses, strict=True)
-        difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
-        return Parity(case, difference, trace.ranks == reference.ranks, time.monotonic() - began)
+        difference = max(abs(loss / expected - 1) for loss, expected in pairs)
+        return Parity(case, difference, trace.ranks == reference.ranks, time.monotonic() - start)
 
-    def _train(self, place: str, settings: Mapping[str, str], *, on_cpu: bool = False) -> "_Trace | str":
-        """Losses and ranks of a run; or the last line of one that failed."""
-        run = self._folder / place
-        given = {
+    def _train(self, name: str, settings: Mapping[str, str], *, on_cpu: bool = False) -> "_Trace | str":
+        """Losses and ranks of a run, or the last line of output if it failed."""
+        run = self._folder / name
+        overrides = {
             **SMALL,
             "data.paths": f"[{self._folder}/corpus/*.txt]",
             "data.cache_dir": str(self._folder / "cache"),
             **settings,
             "run.dir": str(run),
         }
-        file = self._folder / f"{place}.yaml"
-        file.write_text(load_config(None, [f"--{key}={value}" for key, value in given.items()])[0].to_yaml())
+        file = self._folder / f"{name}.yaml"
+        file.write_text(load_config(None, [f"--{key}={value}" for key, value in overrides.items()])[0].to_yaml())
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})}
-        words = [sys.executable, "-m", "inrank_dist.launcher.torchrun", "-n", "1", "train", "--config", str(file)]
+        argv = [sys.executable, "-m", "inrank_dist.launcher.torchrun", "-n", "1", "train", "--config", str(file)]
         try:
-            done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=self._timeout)
+            done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=self._timeout)
         except subprocess.TimeoutExpired:
             return f"not done within {self._timeout:g} s"
         if done.returncode:
@@ -197,14 +198,14 @@ class Bench:
         return _Trace([record["loss"] for record in records if record["kind"] == "step"], ranks)
 
 
-def possible(case: Case) -> bool:
-    """Whether this machine and installation can do it: some need a GPU, ZeRO needs DeepSpeed."""
+def is_supported(case: Case) -> bool:
+    """Whether this machine and installation support a case: some need a GPU, ZeRO needs DeepSpeed."""
     zero = case.settings.get("parallel.engine", "").startswith("zero")
     return (not case.gpu or torch.cuda.is_available()) and (not zero or find_spec("deepspeed") is not None)
 
 
-def cut(run: Path, step: int) -> None:
-    """Bring a run folder back to where it was when its job was killed just after the checkpoint of a step."""
+def truncate(run: Path, step: int) -> None:
+    """Remove the checkpoints after a step, as if the job had been killed just after that step's checkpoint."""
     for folder in named_folders(run):
         if step_of(folder) > step:
             shutil.rmtree(folder)

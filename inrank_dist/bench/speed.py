@@ -1,7 +1,7 @@
-"""``inrank bench speed``: steps of the full-rank model against steps of its low-rank forms, in alternating rounds.
+"""``inrank bench speed``: steps of the full-rank model compared with its low-rank forms, in alternating rounds.
 
-Every form is the trainer's own engine on the same batch: forward and backward pass, gradient norm, clipping, AdamW. The
-bottleneck is a model of the kind of CoLA (Liu et al., arXiv 2502.10940), with an activation between the factors.
+Every form runs in the trainer's own engine on the same batch: forward and backward pass, gradient norm, clipping,
+AdamW. The bottleneck is a CoLA-style model (Liu et al., arXiv 2502.10940) with an activation between the factors.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from .traffic import Collectives
 log = logging.getLogger("inrank_dist")
 
 Model = Literal["full", "fixed", "untruncated", "growing", "frozen", "half", "bottleneck"]
-SENDERS: tuple[Kind, ...] = ("ddp", "fsdp", "zero3")
+COUNTED_ENGINES: tuple[Kind, ...] = ("ddp", "fsdp", "zero3")
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Form:
     """One row of the table: a model and how it is run.
 
     Attributes:
-        model: full: dense; fixed: factors of the rank as asked for; growing: factors with a buffer over a dense base,
-            as before the freeze; untruncated: those without the base; frozen: factors of the rounded rank, as after the
-            freeze; half: of half that rank; bottleneck: as frozen, with an activation between the factors.
+        model: full: dense. fixed: factors of exactly the requested rank. growing: factors with a buffer over a dense
+            base, as before the freeze. untruncated: the same without the base. frozen: factors of the rounded rank, as
+            after the freeze. half: half that rank. bottleneck: like frozen, with an activation between the factors.
         compiled: whether blocks and loss are compiled.
-        fused: whether factors that read the same input run as one product.
-        fused_adam: whether AdamW is torch's fused one.
+        fused: whether factors that read the same input are computed in one product.
+        fused_adam: whether to use torch's fused AdamW.
     """
 
     model: Model
@@ -60,9 +60,9 @@ class Form:
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """Label in the table."""
         extras = [("not joined", not self.fused), ("compiled", self.compiled), ("plain AdamW", not self.fused_adam)]
-        return ", ".join([LABELS[self.model], *(word for word, is_so in extras if is_so)])
+        return ", ".join([LABELS[self.model], *(label for label, applies in extras if applies)])
 
 
 LABELS: dict[Model, str] = {
@@ -101,7 +101,7 @@ ABLATION = (
     Form("frozen"),
     Form("frozen", compiled=True),
 )
-"""One more in each row: no base, no buffer, rank rounded, factors joined, AdamW fused, compiled."""
+"""Each row changes one thing: no base, no buffer, rank rounded, factors joined, AdamW fused, compiled."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Shape:
     """A model to measure, and the batch of one process.
 
     Attributes:
-        rank: of the factors; None: a quarter of the width.
+        rank: of the factors; None means a quarter of the width.
         targets: ``lowrank.targets``.
     """
 
@@ -123,20 +123,20 @@ class Shape:
     buffer: int = 64
 
     @property
-    def asked(self) -> int:
+    def requested_rank(self) -> int:
         return self.rank or self.hidden // 4
 
 
 @dataclass
 class Row:
-    """One form, measured.
+    """Measurements of one form.
 
     Attributes:
-        flops: of one token, forward and backward.
-        seconds: of one step, a number a round.
-        held: bytes of weights, gradients and moments in this process, by the formulas.
-        extra: bytes that a step holds at most beyond weights and moments, measured.
-        sent: engine -> bytes that one process sends in a step, measured, and by the formula.
+        flops: per token, forward and backward.
+        seconds: per step, one value per round.
+        held: bytes of weights, gradients and moments in this process, by formula.
+        extra: peak bytes of a step beyond weights and moments, measured.
+        sent: engine -> bytes that one process sends per step: (measured, by formula).
     """
 
     form: Form
@@ -152,17 +152,17 @@ class Row:
 
     @property
     def peak(self) -> int:
-        """Bytes of this process at the most."""
+        """Peak bytes of this process."""
         return self.held.parameters + self.held.moments + self.extra
 
 
 @dataclass
 class Outcome:
-    """One shape, measured.
+    """Measurements of one shape.
 
     Attributes:
-        rank: as asked for; rounded: as the freeze rounds it; half: half of that, rounded likewise.
-        tokens: of one step, all processes together.
+        rank: as requested; rounded: as the freeze rounds it; half: half of that, rounded in the same way.
+        tokens: per step, over all processes.
         peak: of one device.
     """
 
@@ -176,33 +176,33 @@ class Outcome:
     rows: dict[Form, Row]
 
     def speedup(self, form: Form) -> float:
-        """Median time of the full-rank model in the same form over that of ``form``."""
+        """Median time of the full-rank model in the same form, divided by the median time of ``form``."""
         return self.reference(form).median / self.rows[form].median
 
-    def promised(self, form: Form) -> float:
-        """The same ratio of floating-point operations."""
+    def flops_ratio(self, form: Form) -> float:
+        """The same ratio in floating-point operations."""
         return self.reference(form).flops / self.rows[form].flops
 
     def reference(self, form: Form) -> Row:
-        """The full-rank model, compiled if ``form`` is, with the same AdamW; plainly where that was not measured."""
-        same = Form("full", compiled=form.compiled, fused_adam=form.fused_adam)
-        return self.rows.get(same) or self.rows[Form("full")]
+        """The full-rank model with the same compilation and AdamW as ``form``, or else the plain full-rank model."""
+        matching = Form("full", compiled=form.compiled, fused_adam=form.fused_adam)
+        return self.rows.get(matching) or self.rows[Form("full")]
 
     def break_even(self, *, compiled: bool) -> float | None:
-        """Rank at which a step takes as long as one of the full-rank model, on the line through the two ranks that were
-        measured; below 1 where low rank is always slower; None where the times do not tell."""
-        form, less = Form("frozen", compiled=compiled), Form("half", compiled=compiled)
-        if form not in self.rows or less not in self.rows:
+        """Rank at which a step takes as long as with full rank, by linear interpolation through the two measured ranks.
+        Below 1 if low rank is always slower; None if the times do not determine it."""
+        form, half = Form("frozen", compiled=compiled), Form("half", compiled=compiled)
+        if form not in self.rows or half not in self.rows:
             return None
         ranks = self.rounded, self.half
         if ranks[0] == ranks[1]:
             return None
-        slope = (self.rows[form].median - self.rows[less].median) / (ranks[0] - ranks[1])
+        slope = (self.rows[form].median - self.rows[half].median) / (ranks[0] - ranks[1])
         return ranks[0] + (self.reference(form).median - self.rows[form].median) / slope if slope > 0 else None
 
     @property
-    def break_even_promised(self) -> float:
-        """The same rank by arithmetic: factors of it have as many parameters as the dense layers."""
+    def break_even_flops(self) -> float:
+        """The break-even rank by arithmetic, at which the factors have as many parameters as the dense layers."""
         h = self.shape.hidden
         pairs = {"mlp": [(4 * h, h)] * 2, "all": [(h, h)] * 4 + [(4 * h, h)] * 2}[self.shape.targets]
         return sum(a * b for a, b in pairs) / sum(a + b for a, b in pairs)
@@ -211,17 +211,17 @@ class Outcome:
 def measure_speed(
     shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int
 ) -> Outcome:
-    """Time a step of every form, in alternating rounds after one that only warms up; on several processes count what
-    ``SENDERS`` send, too.
+    """Time a step of every form in alternating rounds, after one warm-up round. With several processes, also count the
+    bytes that ``COUNTED_ENGINES`` send.
 
     Args:
         kind: engine.
-        rounds: of every form.
+        rounds: number of rounds of every form.
     """
     config = _config(shape, context, kind, bf16)
     skeleton = dense_skeleton(config.model, shape.vocab)
     multiple = config.lowrank.final_multiple(context.device.type)
-    rounded = _rounded(shape.asked, multiple)
+    rounded = _rounded(shape.requested_rank, multiple)
     half = _rounded(max(rounded // 2, 1), multiple)
     layouts = {form.model: _layout(form.model, shape, skeleton, rounded, half) for form in forms}
     generator = generator_for(0, "bench", context.rank)
@@ -234,16 +234,16 @@ def measure_speed(
     for form in forms:
         module = convert(skeleton, layouts[form.model])
         rows[form] = Row(form, flops_per_token(module, shape.seq), held_bytes(module, setup))
-    log.info("width %d, targets %s: %d forms, first they warm up", shape.hidden, shape.targets, len(forms))
+    log.info("width %d, targets %s: %d forms, warming up", shape.hidden, shape.targets, len(forms))
     for index in range(-1, rounds):
         for form in forms:
             with _running(engines[form.model], form):
-                _wait(context)
-                began = time.perf_counter()
+                _synchronize(context)
+                start = time.perf_counter()
                 _step(engines[form.model], batch, tokens)
-                _wait(context)
+                _synchronize(context)
                 if index >= 0:
-                    rows[form].seconds.append(time.perf_counter() - began)
+                    rows[form].seconds.append(time.perf_counter() - start)
     for form in forms:
         with _running(engines[form.model], form):
             step = partial(_step, engines[form.model], batch, tokens)
@@ -257,11 +257,11 @@ def measure_speed(
             if row.form.model in ("full", "growing", "frozen") and not row.form.compiled and row.form.fused:
                 row.sent = _sent(config, context, skeleton, layouts[row.form.model], batch, tokens)
     peak = peak_of(context.device, bf16=bf16)
-    return Outcome(shape, shape.asked, rounded, half, kind, tokens, peak, rows)
+    return Outcome(shape, shape.requested_rank, rounded, half, kind, tokens, peak, rows)
 
 
 def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
-    words = {
+    settings = {
         "model.num_layers": shape.layers,
         "model.num_heads": max(shape.hidden // 64, 1),
         "model.hidden_size": shape.hidden,
@@ -270,15 +270,15 @@ def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
         "train.global_batch_size": shape.batch * context.world_size,
         "train.micro_batch_size": shape.batch,
         "train.precision": "bf16" if bf16 else "fp32",
-        "train.compile": "true",  # forms that are not compiled are run eagerly all the same
+        "train.compile": "true",  # forms that are not compiled still run eagerly, see _running
         "lowrank.targets": f"[{shape.targets}]",
         "parallel.engine": kind,
     }
-    return load_config(None, [f"--{key}={value}" for key, value in words.items()])[0]
+    return load_config(None, [f"--{key}={value}" for key, value in settings.items()])[0]
 
 
 def _rounded(rank: int, multiple_of: int) -> int:
-    """As the freeze rounds one rank by itself: to the nearest multiple."""
+    """Round a rank as the freeze rounds a single rank: to the nearest multiple."""
     group = fitting_multiple(multiple_of, rank)
     return round(rank / group) * group
 
@@ -287,7 +287,7 @@ def _layout(model: Model, shape: Shape, skeleton: LanguageModel, rounded: int, h
     if model == "full":
         return {}
     buffered = model in ("growing", "untruncated")
-    rank = {"frozen": rounded, "bottleneck": rounded, "half": half}.get(model, shape.asked)
+    rank = {"frozen": rounded, "bottleneck": rounded, "half": half}.get(model, shape.requested_rank)
     modes = min(rank + shape.buffer, shape.hidden) if buffered else rank
     layer = LayerLayout(rank, modes, base=model == "growing")
     return dict.fromkeys(find_targets(skeleton, [shape.targets]), layer)
@@ -297,27 +297,27 @@ def _engine(config: Config, context: Context, skeleton: LanguageModel, layout: L
     engine = build_engine(config, context, skeleton, layout, _values(convert(skeleton, layout)))
     if model == "bottleneck":
         set_activation(engine.module, "silu")
-    engine.set_base_scale(0.5)  # as in the middle of its decay
+    engine.set_base_scale(0.5)  # halfway through its decay
     return engine
 
 
 def _values(module: LanguageModel) -> Values:
-    """Start values that cost next to nothing: a few random numbers again and again."""
-    few = torch.randn(2**20, generator=generator_for(0, "bench values")) * 0.02
+    """Cheap initial values: a few random numbers, repeated."""
+    noise = torch.randn(2**20, generator=generator_for(0, "bench values")) * 0.02
     shapes = {name: parameter.shape for name, parameter in module.named_parameters(remove_duplicate=False)}
 
     def value(name: str) -> Tensor:
         if "norm" in name or name.endswith("bias"):
             return torch.full(shapes[name], float(name.endswith("weight")))
         size = shapes[name].numel()
-        return few.repeat(-(-size // len(few)))[:size].view(shapes[name])
+        return noise.repeat(-(-size // len(noise)))[:size].view(shapes[name])
 
     return value
 
 
 @contextmanager
 def _running(engine: Engine, form: Form) -> Iterator[None]:
-    """Run an engine in a form."""
+    """Switch an engine to a form."""
     set_joining(engine.module, form.fused)
     for group in engine.optimizer.param_groups:
         if "fused" in group:
@@ -326,7 +326,7 @@ def _running(engine: Engine, form: Form) -> Iterator[None]:
         yield
 
 
-def _wait(context: Context) -> None:
+def _synchronize(context: Context) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
     context.barrier()
@@ -346,9 +346,9 @@ def _sent(
     batch: Batches,
     tokens: int,
 ) -> dict[str, tuple[float, float]]:
-    """Engine -> what one process sends in a step, measured in the third one, and by the formula."""
+    """Engine -> bytes that one process sends in a step: measured in the third step, and by formula."""
     counted: dict[str, tuple[float, float]] = {}
-    for kind in SENDERS:
+    for kind in COUNTED_ENGINES:
         if kind.startswith("zero") and not find_spec("deepspeed"):
             continue
         other = dataclasses.replace(
@@ -357,7 +357,7 @@ def _sent(
             train=dataclasses.replace(config.train, compile=False),
         )
         engine = build_engine(other, context, skeleton, layout, _values(convert(skeleton, layout)))
-        for _ in range(3):  # ZeRO-3 takes note of what comes when, and is settled then
+        for _ in range(3):  # ZeRO-3 records the order of parameters first; the third step is representative
             with Collectives() as collectives:
                 _step(engine, batch, tokens)
         setup = cost_setup(other, context.world_size)
@@ -366,11 +366,11 @@ def _sent(
     return counted
 
 
-def pays_from(outcomes: Mapping[int, Outcome], form: Form) -> int | None:
-    """The smallest of the measured widths from which on the low-rank form is faster than full rank at every width."""
-    pays = None
+def break_even_width(outcomes: Mapping[int, Outcome], form: Form) -> int | None:
+    """The smallest measured width from which on the low-rank form is faster than full rank at every width."""
+    found = None
     for width in sorted(outcomes, reverse=True):
         if form not in outcomes[width].rows or outcomes[width].speedup(form) <= 1:
             break
-        pays = width
-    return pays
+        found = width
+    return found

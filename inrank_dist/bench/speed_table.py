@@ -1,4 +1,4 @@
-"""What ``inrank bench speed`` prints and writes."""
+"""Output of ``inrank bench speed``."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from ..runtime.context import Context
-from .common import MIB, spread, surroundings
-from .speed import SENDERS, Form, Outcome, Row, pays_from
+from .common import MIB, machine_info, spread
+from .speed import COUNTED_ENGINES, Form, Outcome, Row, break_even_width
 
 HEADINGS = (
     "ms per step", "speed-up", "by\narithmetic", "of it", "tokens/s", "MFU", "MFU\nas dense", "peak\nMiB", "ratio",
@@ -16,30 +16,30 @@ HEADINGS = (
 
 
 def as_table(outcome: Outcome) -> Table:
-    """One row a form: median (lowest-highest) over the rounds."""
+    """One row per form: median (lowest-highest) over the rounds."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     counted = any(row.sent for row in outcome.rows.values())
     table.add_column("")
-    for heading in [*HEADINGS, *([f"{kind} sends\nMiB a step" for kind in SENDERS] if counted else [])]:
+    for heading in [*HEADINGS, *([f"{kind} sends\nMiB a step" for kind in COUNTED_ENGINES] if counted else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
     processes = outcome.tokens // (outcome.shape.batch * outcome.shape.seq)
     for form, row in outcome.rows.items():
         full = outcome.reference(form)
         share = outcome.tokens / row.median / (outcome.peak.flops * processes)
-        sent = [f"{row.sent[kind][0] / MIB:.1f}" if kind in row.sent else "-" for kind in SENDERS] if counted else []
-        speedup, promised = outcome.speedup(form), outcome.promised(form)
+        sent = [f"{row.sent[kind][0] / MIB:.1f}" if kind in row.sent else "-" for kind in COUNTED_ENGINES]
+        speedup, flops_ratio = outcome.speedup(form), outcome.flops_ratio(form)
         table.add_row(
             form.name,
             spread([1e3 * seconds for seconds in row.seconds]),
             f"{speedup:.2f}",
-            f"{promised:.2f}",
-            f"{speedup / promised:.2f}",
+            f"{flops_ratio:.2f}",
+            f"{speedup / flops_ratio:.2f}",
             f"{outcome.tokens / row.median:.0f}",
             f"{share * row.flops:.2f}",
             f"{share * full.flops:.2f}",
             f"{row.peak / MIB:.0f}",
             f"{row.peak / full.peak:.2f}",
-            *sent,
+            *(sent if counted else []),
         )
     return table
 
@@ -54,53 +54,59 @@ def title(outcome: Outcome) -> str:
 
 
 def verdict(outcome: Outcome) -> str:
-    """Where low rank breaks even at this shape."""
-    told = []
+    """The break-even rank at this shape."""
+    parts = []
     for compiled in (False, True):
         if Form("half", compiled=compiled) in outcome.rows:
             rank = outcome.break_even(compiled=compiled)
-            found = "not told by these times" if rank is None else f"{rank:.0f}" if rank >= 1 else "none, slower at any"
-            told.append(f"{'compiled' if compiled else 'eager'} {found}")
-    return f"break-even rank: {', '.join(told)}; by arithmetic {outcome.break_even_promised:.0f}" if told else ""
+            found = "not determined by these times"
+            if rank is not None:
+                found = f"{rank:.0f}" if rank >= 1 else "none, slower at any"
+            parts.append(f"{'compiled' if compiled else 'eager'} {found}")
+    return f"break-even rank: {', '.join(parts)}; by arithmetic {outcome.break_even_flops:.0f}" if parts else ""
 
 
 def conclusion(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """From which width low rank pays, for each choice of targets."""
+    """The width from which on low rank is faster, for each choice of targets."""
     for targets in dict.fromkeys(outcome.shape.targets for outcome in outcomes):
         widths = {outcome.shape.hidden: outcome for outcome in outcomes if outcome.shape.targets == targets}
         for form in (Form("frozen"), Form("frozen", compiled=True)):
             if len(widths) < 2 or any(form not in outcome.rows for outcome in widths.values()):
                 continue
-            pays = pays_from(widths, form)
+            width_from = break_even_width(widths, form)
             measured = ", ".join(f"{width} ({widths[width].speedup(form):.2f})" for width in sorted(widths))
-            where = f"pays here from width {pays} on" if pays is not None else "does not pay here at the largest width"
+            where = (
+                f"pays here from width {width_from} on"
+                if width_from is not None
+                else "does not pay here at the largest width"
+            )
             yield f"targets {targets}, {form.name}: low rank {where}; widths (speed-up) {measured}"
 
 
 def notes(outcomes: Sequence[Outcome], context: Context, rounds: int, precision: str) -> Iterator[str]:
-    """Lines under the tables: where and how it was measured."""
-    place, first = surroundings(context), outcomes[0]
+    """Lines below the tables: where and how it was measured."""
+    machine, first = machine_info(context), outcomes[0]
     yield (
-        f"{place['device']}, torch {place['torch']}, {place['processes']} process(es) of {place['threads']} thread(s), "
-        f"engine {first.engine}, {precision}; median (lowest-highest) of {rounds} alternating rounds"
+        f"{machine['device']}, torch {machine['torch']}, {machine['processes']} process(es) of {machine['threads']} "
+        f"thread(s), engine {first.engine}, {precision}; median (lowest-highest) of {rounds} alternating rounds"
     )
     yield (
         "speed-up: full rank in the same form (compiled or not) over this; by arithmetic: the same ratio of "
         f"floating-point operations; MFU: of {first.peak.flops / 1e12:.3g} TFLOP/s ({first.peak.source}), as dense: "
         "with the operations of full rank"
     )
-    yield "peak: weights and moments, and the most that a step held beyond them, of process 0; ratio: to full rank"
+    yield "peak: weights, moments and the peak memory of a step beyond them, of process 0; ratio: to full rank"
     if any(row.sent for outcome in outcomes for row in outcome.rows.values()):
         without = "" if find_spec("deepspeed") else "; zero3 needs the extra deepspeed, which is not installed"
-        yield f"sends: of one process in a step, counted at the collectives, as rings send it{without}"
+        yield f"sends: bytes of one process per step, counted at the collectives, with ring algorithms{without}"
     else:
-        yield "what ddp, fsdp and zero3 send is counted under torchrun, on several processes"
+        yield "bytes sent by ddp, fsdp and zero3 are counted with several processes (torchrun)"
 
 
 def as_record(outcomes: Sequence[Outcome], context: Context, rounds: int, precision: str) -> dict[str, Any]:
-    """JSON-able: everything that was measured, every round by itself; seconds and bytes."""
+    """JSON-serializable record of all measurements, round by round; seconds and bytes."""
     return {
-        **surroundings(context),
+        **machine_info(context),
         "rounds": rounds,
         "precision": precision,
         "shapes": [
@@ -114,7 +120,7 @@ def as_record(outcomes: Sequence[Outcome], context: Context, rounds: int, precis
                 "peak_source": outcome.peak.source,
                 "break_even_rank": outcome.break_even(compiled=False),
                 "break_even_rank_compiled": outcome.break_even(compiled=True),
-                "break_even_rank_by_arithmetic": outcome.break_even_promised,
+                "break_even_rank_by_arithmetic": outcome.break_even_flops,
                 "forms": [_row(outcome, form, row) for form, row in outcome.rows.items()],
             }
             for outcome in outcomes
@@ -128,7 +134,7 @@ def _row(outcome: Outcome, form: Form, row: Row) -> Mapping[str, Any]:
         **vars(form),
         "seconds": row.seconds,
         "speedup": outcome.speedup(form),
-        "speedup_by_arithmetic": outcome.promised(form),
+        "speedup_by_arithmetic": outcome.flops_ratio(form),
         "flops_per_token": row.flops,
         "parameters_bytes": row.held.parameters,
         "gradients_bytes": row.held.gradients,

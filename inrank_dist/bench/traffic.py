@@ -1,4 +1,4 @@
-"""What collectives carry, counted where they pass torch's dispatcher."""
+"""Counts the traffic of collectives in torch's dispatcher."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Counted = tuple[str, int]
-"""An operation and the bytes of the tensors that it was given."""
+"""Name of an operation and the bytes of its tensor arguments."""
 
 
 class Collectives(TorchDispatchMode):
-    """Every operation on a process group meanwhile, whoever calls it: they all pass torch's dispatcher.
+    """Records every operation on a process group, whoever calls it, since all pass torch's dispatcher.
 
     Attributes:
-        seen: the operations in their order.
-        sent: bytes that this process sent, as a ring of all processes sends them (``engine.cost``).
+        seen: the operations in order.
+        sent: bytes that this process sent, assuming ring algorithms over all processes (see ``engine.cost``).
     """
 
     NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")
-    SILENT = ("wait_tensor", "wrap_tensor_autograd")
+    IGNORED = ("wait_tensor", "wrap_tensor_autograd")
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,19 +30,19 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # DTensor comes back with what it does to its parts, collectives among it
+            return NotImplemented  # DTensor will call us again with its local tensors and collectives
         name = func.overloadpacket.__name__
-        if func.namespace in self.NAMESPACES and name not in self.SILENT:
+        if func.namespace in self.NAMESPACES and name not in self.IGNORED:
             tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-            given = sum(tensor.nbytes for tensor in tensors)
-            self.seen.append((name.strip("_"), given))
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            self.seen.append((name.strip("_"), nbytes))
             N = dist.get_world_size()
             if name.strip("_").startswith(("allreduce", "all_reduce")):
-                self.sent += 2 * given * (N - 1) / N
+                self.sent += 2 * nbytes * (N - 1) / N
             elif name.startswith("alltoall_base"):
                 _, parted, _, _, sizes = args[:5]
-                sizes = sizes or [1] * N  # none given: equal parts
+                sizes = sizes or [1] * N  # an empty list means equal parts
                 self.sent += parted.nbytes * (1 - sizes[dist.get_rank()] / max(sum(sizes), 1))
-            else:  # a gather or scatter: a whole and a part are given
-                self.sent += given * N / (N + 1) * (N - 1) / N
+            else:  # a gather or scatter: the arguments are a whole tensor and one part
+                self.sent += nbytes * N / (N + 1) * (N - 1) / N
         return func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""``inrank bench``: measurements on the machine at hand."""
+"""``inrank bench``: benchmarks on this machine."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 MODULES: dict[str, tuple[Any, str]] = {
     "speed": (bench_speed, "time, memory and communication of a step, full rank against low rank (default)"),
-    "parity": (bench_parity, "does every engine and precision compute the same here as on the CPU"),
-    "nodes": (bench_nodes, "do all nodes answer, and is one of them slow: the health check before a job"),
+    "parity": (bench_parity, "whether every engine and precision computes the same here as on the CPU"),
+    "nodes": (bench_nodes, "health check before a job: whether all nodes answer and none is slow"),
 }
-"""Subjects with a module of their own, and their meaning."""
+"""Subjects with a module of their own, and their help texts."""
 TIMEOUT_SECONDS = 4 * 3600
-"""How long processes wait for process 0, which alone measures the dense route."""
+"""How long processes wait for process 0, which measures the dense method alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``[SUBJECT] [options]``; without a subject it is ``speed``."""
+    """``[SUBJECT] [options]``; the default subject is ``speed``."""
     subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", dest="subject", required=True)
     for name, (module, meaning) in MODULES.items():
         subject = subjects.add_parser(name, help=meaning, description=module.DESCRIPTION, allow_abbrev=False)
@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decision = subjects.add_parser(
         "decision",
         help="time and extra memory of one rank decision against the dense SVD of the published code",
-        description="One rank decision: our Grams against the float32 svdvals of the dense product, as published. "
-        "The two MLP matrices of every block are factored; factors are random with a decaying spectrum. Starts in one "
-        "process or under torchrun, on GPUs where there are any.",
+        description="One rank decision: our Gram matrices against the float32 svdvals of the dense product, as "
+        "published. The two MLP matrices of every block are factorised; the factors are random with a decaying "
+        "spectrum. Runs in one process or under torchrun, on GPUs if there are any.",
         allow_abbrev=False,
     )
     decision.add_argument(
@@ -55,38 +55,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decision.add_argument(
         "--buffer", metavar="B", type=int, default=100, help="modes beyond the active rank (default 100, as published)"
     )
-    decision.add_argument("--repeats", metavar="N", type=int, default=3, help="rounds of both routes (default 3)")
+    decision.add_argument("--repeats", metavar="N", type=int, default=3, help="rounds of both methods (default 3)")
     decision.add_argument(
         "--dense-layers",
         metavar="N",
         default="8",
-        help="layers to measure the dense route on, or all (default 8); with fewer than all, its time for the whole "
-        "model is extrapolated, marked with ~",
+        help="layers to measure the dense method on, or all (default 8); with fewer than all, its time for the whole "
+        "model is extrapolated and marked with ~",
     )
-    decision.add_argument(
-        "--json", metavar="FILE", type=path_argument, help="write everything that was measured there as well"
-    )
+    decision.add_argument("--json", metavar="FILE", type=path_argument, help="also write all measurements to this file")
     checkpoint = subjects.add_parser(
         "checkpoint",
         help="time per step while saving checkpoints against without",
-        description="Steps of a config's model with a save in step with the training (sync) and behind it (async), "
-        "against steps without, in alternating rounds. Starts in one process or under torchrun; other settings of the "
-        "config as --section.key VALUE.",
+        description="Steps of a config's model with synchronous (sync) and asynchronous (async) saves, against steps "
+        "without, in alternating rounds. Runs in one process or under torchrun. Other settings of the config are given "
+        "as --section.key VALUE.",
         allow_abbrev=False,
     )
     checkpoint.add_argument("--config", metavar="FILE", required=True, help="YAML file with the settings")
-    checkpoint.add_argument("--interval", metavar="N", type=int, default=20, help="steps to a checkpoint (default 20)")
-    checkpoint.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of each way (default 5)")
+    checkpoint.add_argument("--interval", metavar="N", type=int, default=20, help="steps per checkpoint (default 20)")
+    checkpoint.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of each mode (default 5)")
 
 
-def complete(words: Sequence[str]) -> list[str]:
-    """Without a subject it is ``speed``."""
-    bare = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
-    return ["speed", *words] if bare else list(words)
+def complete(argv: Sequence[str]) -> list[str]:
+    """Insert the default subject, ``speed``, if none is given."""
+    bare = not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help"))
+    return ["speed", *argv] if bare else list(argv)
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Measure and print one table."""
+    """Measure and print a table."""
     if arguments.subject in MODULES:
         no_overrides(rest)
         MODULES[arguments.subject][0].run(arguments)
@@ -96,7 +94,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         return
     no_overrides(rest)
     shapes, workload = _shapes(arguments.shapes), _workload(arguments)
-    _refuse_misfit(workload, shapes)
+    _check_fits(workload, shapes)
     refuse_unwritable(arguments.json)
     context = Context()
     context.start(TIMEOUT_SECONDS)
@@ -106,13 +104,13 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    # Here, because it brings in what reads text, which the other subjects can do without.
-    from ..bench.checkpoint import WAYS, measure_checkpoints
+    # Imported here, because it imports data readers that the other subjects do not need.
+    from ..bench.checkpoint import MODES, measure_checkpoints
     from ..data import prepare
 
     at_least_one(arguments, "interval", "rounds")
     config, _ = load_config(arguments.config, overrides)
-    steps = (arguments.rounds + 1) * len(WAYS) * arguments.interval
+    steps = (arguments.rounds + 1) * len(MODES) * arguments.interval
     config.train.steps = max(config.train.steps, steps)
     context = Context()
     keep_freed_memory(context.device)
@@ -166,7 +164,7 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     return Workload(arguments.rank, arguments.buffer, arguments.repeats, count)
 
 
-def _refuse_misfit(workload: Workload, shapes: Sequence[ModelShape]) -> None:
+def _check_fits(workload: Workload, shapes: Sequence[ModelShape]) -> None:
     narrow = min(shapes, key=lambda shape: shape.hidden)
     cap = workload.rule.cap(narrow.hidden)
     if workload.rank > cap or workload.rank + workload.buffer > narrow.hidden:

@@ -1,11 +1,11 @@
-"""``inrank bench nodes``: the health check before a job, one table."""
+"""``inrank bench nodes``: a health check of the nodes before a job."""
 
 import argparse
 import logging
 
 from rich.table import Table
 
-from ..bench.common import MIB, spread, surroundings
+from ..bench.common import MIB, machine_info, spread
 from ..bench.nodes import EXCHANGED_BYTES, REDUCED_BYTES, Report, measure_nodes
 from ..runtime.context import Context
 from .common import at_least_one, console
@@ -13,16 +13,17 @@ from .common import at_least_one, console
 log = logging.getLogger("inrank_dist")
 
 DESCRIPTION = (
-    "Do all nodes answer, and is one of them slow? A matrix product in every process, a small all-reduce over all, an "
-    "exchange of each node with the next. Start it as the job: launch/torchrun.sh -N 16 -m node1 bench nodes."
+    "Check that all nodes answer and that none is slow: a matrix product in every process, a small all-reduce over "
+    "all, and an exchange of each node with the next. Start it like the job: "
+    "launch/torchrun.sh -N 16 -m node1 bench nodes."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``[--repeats N] [--timeout SECONDS]``."""
-    parser.add_argument("--repeats", metavar="N", type=int, default=10, help="of every measurement (default 10)")
+    parser.add_argument("--repeats", metavar="N", type=int, default=10, help="of each measurement (default 10)")
     parser.add_argument(
-        "--timeout", metavar="SECONDS", type=int, default=120, help="after which a node that is silent is lost (120)"
+        "--timeout", metavar="SECONDS", type=int, default=120, help="how long a node may take to answer (default 120)"
     )
 
 
@@ -48,17 +49,17 @@ def _show(report: Report, context: Context) -> None:
         table.add_row(node.name, str(node.processes), f"{1e3 * node.product:.2f}", link, rate)
     screen = console(width=200)
     screen.print(table)
-    where = surroundings(context)
+    machine = machine_info(context)
     if report.reduce:
         log.info(
             "all-reduce of %d MiB over %d processes: %s ms (%s, torch %s)",
             REDUCED_BYTES // MIB,
             context.world_size,
             spread([1e3 * seconds for seconds in report.reduce]),
-            where["device"],
-            where["torch"],
+            machine["device"],
+            machine["torch"],
         )
-    for sentence in report.slow():
-        log.warning("warning: %s", sentence)
+    for message in report.slow():
+        log.warning("warning: %s", message)
     if not report.slow():
         log.info("all %d node(s) answer, none is slow", len(report.nodes))

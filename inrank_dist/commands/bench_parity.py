@@ -1,4 +1,4 @@
-"""``inrank bench parity``: does every way to train compute the same here as on the CPU."""
+"""``inrank bench parity``: checks that every way to train computes the same here as on the CPU."""
 
 import argparse
 import math
@@ -8,41 +8,41 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ..bench.parity import CASES, Bench, Parity, possible
+from ..bench.parity import CASES, Bench, Parity, is_supported
 from ..runtime.errors import JobFailed, UserError
 from ..runtime.home import path_argument
 from .common import at_least_one, console, refuse_unwritable, write_record
 
 DESCRIPTION = (
-    "Small whole runs with two growths and the freeze, by every engine, precision and way to run of this machine, "
+    "Small whole runs with two growth events and the freeze, with every engine, precision and mode of this machine, "
     "against one process on its CPU: the largest relative difference of a step's loss, and whether the ranks are the "
-    "same. Exit status 1 where one does not hold."
+    "same. Exit status 1 if a case does not hold."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``[--only NAMES] [--timeout SECONDS] [--json FILE]``."""
-    parser.add_argument("--only", metavar="NAMES", help="cases whose names begin so, comma-separated (default: all)")
+    parser.add_argument("--only", metavar="NAMES", help="comma-separated prefixes of case names (default: all)")
     parser.add_argument("--timeout", metavar="SECONDS", type=int, default=300, help="of one run (default 300)")
-    parser.add_argument("--json", metavar="FILE", type=path_argument, help="write the results there as well")
+    parser.add_argument("--json", metavar="FILE", type=path_argument, help="also write the results to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print a table as it grows, and fail where a case does."""
+    """Measure, print a table, and fail if a case does."""
     at_least_one(arguments, "timeout")
     refuse_unwritable(arguments.json)
     wanted = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
     cases = tuple(case for case in CASES if not wanted or any(case.name.startswith(name) for name in wanted))
     if not cases:
-        raise UserError(f"--only is {arguments.only}; write beginnings of {'; '.join(case.name for case in CASES)}")
-    if left_out := [case.name for case in cases if not possible(case)]:
-        print(f"left out, for want of a GPU or of DeepSpeed: {'; '.join(left_out)}")
-        cases = tuple(case for case in cases if possible(case))
+        raise UserError(f"--only is {arguments.only}; write prefixes of {'; '.join(case.name for case in CASES)}")
+    if skipped := [case.name for case in cases if not is_supported(case)]:
+        print(f"left out, for want of a GPU or of DeepSpeed: {'; '.join(skipped)}")
+        cases = tuple(case for case in cases if is_supported(case))
     results: list[Parity] = []
     with tempfile.TemporaryDirectory(prefix="inrank-parity-") as folder:
         for result in Bench(Path(folder), arguments.timeout).measure(cases):
             results.append(result)
-            print(f"{result.case.name}: {_said(result)}", flush=True)
+            print(f"{result.case.name}: {_summary(result)}", flush=True)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(("", "largest relative difference", "limit", "ranks", "seconds", "")):
         table.add_column(heading, justify="left" if index in (0, 3, 5) else "right", no_wrap=True)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             result.case.name,
             f"{result.difference:.1e}",
             f"{result.case.limit:.0e}",
-            "same" if result.same_ranks else "others",
+            "same" if result.same_ranks else "different",
             f"{result.seconds:.1f}",
             "holds" if result.holds else "DOES NOT HOLD",
         )
@@ -73,11 +73,12 @@ def run(arguments: argparse.Namespace) -> None:
         },
     }
     write_record(arguments.json, record)
-    if wrong := [result.case.name for result in results if not result.holds]:
-        raise JobFailed(f"does not compute the same as on the CPU: {'; '.join(wrong)}")
+    if failed := [result.case.name for result in results if not result.holds]:
+        raise JobFailed(f"does not compute the same as on the CPU: {'; '.join(failed)}")
 
 
-def _said(result: Parity) -> str:
+def _summary(result: Parity) -> str:
     if result.failure:
         return f"failed ({result.failure})"
-    return f"{result.difference:.1e}, {'the same' if result.same_ranks else 'other'} ranks, {result.seconds:.1f} s"
+    ranks = "the same" if result.same_ranks else "different"
+    return f"{result.difference:.1e}, {ranks} ranks, {result.seconds:.1f} s"

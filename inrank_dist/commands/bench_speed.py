@@ -1,4 +1,4 @@
-"""``inrank bench speed``: full rank against low rank."""
+"""``inrank bench speed``: full rank compared with low rank."""
 
 import argparse
 import typing
@@ -21,9 +21,9 @@ MODELS = {name if name == "1.3b" else f"gpt2-{name}": (shape.hidden, shape.block
 """Name -> width and number of layers, with the vocabulary of GPT-2."""
 
 DESCRIPTION = """Steps of the full-rank model and of its low-rank forms, on the same batch, in alternating rounds: fixed
-rank, InRank before and after the freeze, factors that read the same input joined and not, compiled and not, and a
-bottleneck with an activation between the factors (CoLA's kind) at the same rank. Starts in one process or under
-torchrun, where what ddp, fsdp and zero3 send is counted too."""
+rank, InRank before and after the freeze, with and without joined factors that read the same input, with and without
+torch.compile, and a CoLA-style bottleneck with an activation between the factors, at the same rank. Runs in one process
+or under torchrun, which also counts what ddp, fsdp and zero3 send."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models",
         metavar="LIST",
-        help=f"instead of widths, of {', '.join(MODELS)}, all with GPT-2's vocabulary of 50257",
+        help=f"instead of widths: of {', '.join(MODELS)}, all with GPT-2's vocabulary of 50257",
     )
     parser.add_argument("--layers", metavar="N", type=int, help="blocks at each width (default 1)")
-    parser.add_argument("--vocab", metavar="N", type=int, help="tokens of the vocabulary (default 8192)")
-    parser.add_argument("--seq", metavar="N", type=int, default=256, help="tokens of a sequence (default 256)")
-    parser.add_argument("--batch", metavar="N", type=int, default=2, help="sequences a process (default 2)")
+    parser.add_argument("--vocab", metavar="N", type=int, help="vocabulary size (default 8192)")
+    parser.add_argument("--seq", metavar="N", type=int, default=256, help="tokens per sequence (default 256)")
+    parser.add_argument("--batch", metavar="N", type=int, default=2, help="sequences per process (default 2)")
     parser.add_argument("--targets", metavar="LIST", default="mlp,all", help="mlp, all or both (default both)")
     parser.add_argument("--rank", metavar="R", type=int, help="rank of every layer (default: a quarter of the width)")
     parser.add_argument(
-        "--buffer", metavar="B", type=int, default=64, help="modes beyond it before the freeze (default 64)"
+        "--buffer", metavar="B", type=int, default=64, help="modes beyond the rank before the freeze (default 64)"
     )
     parser.add_argument("--rounds", metavar="N", type=int, default=5, help="rounds of every form (default 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
@@ -50,18 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--forms",
         metavar="NUMBERS",
-        help="of the table's rows, such as 1,2,6,7 (default all); the first must be a full-rank one",
+        help="rows of the table, such as 1,2,6,7 (default all); the first must be a full-rank one",
     )
     parser.add_argument(
-        "--ablation", action="store_true", help="other rows: what each step from growing to frozen and compiled buys"
+        "--ablation", action="store_true", help="other rows: the effect of each step from growing to frozen, compiled"
     )
-    parser.add_argument(
-        "--json", metavar="FILE", type=path_argument, help="write everything that was measured there as well"
-    )
+    parser.add_argument("--json", metavar="FILE", type=path_argument, help="also write all measurements to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and print a table a shape and choice of targets."""
+    """Measure and print a table for each shape and choice of targets."""
     at_least_one(arguments, "layers", "vocab", "seq", "batch", "rank", "buffer", "rounds")
     if arguments.vocab is not None and arguments.vocab < MIN_VOCABULARY:
         raise UserError(f"--vocab is {arguments.vocab}; write at least {MIN_VOCABULARY}")
@@ -73,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     refuse_unwritable(arguments.json)
     context = Context()
     if context.device.type == "cuda":
-        forms = tuple(form for form in forms if form.fused_adam)  # torch's plain AdamW keeps its steps elsewhere
+        forms = tuple(form for form in forms if form.fused_adam)  # torch's plain AdamW keeps its steps on the CPU
     kind: Kind = ParallelSettings(engine=arguments.engine).resolve(context.world_size)
     keep_freed_memory(context.device)
     context.start(TIMEOUT_SECONDS, always=kind != "local")
@@ -109,7 +107,7 @@ def _conclude(outcomes: Sequence[Outcome], context: Context, arguments: argparse
 
 
 def _shapes(arguments: argparse.Namespace) -> list[Shape]:
-    targets = _words(arguments.targets)
+    targets = _items(arguments.targets)
     for target in targets:
         if target not in ("mlp", "all"):
             raise UserError(f"--targets has {target!r}; write mlp, all or mlp,all")
@@ -117,8 +115,8 @@ def _shapes(arguments: argparse.Namespace) -> list[Shape]:
     if arguments.models:
         for option in ("widths", "layers", "vocab"):
             if getattr(arguments, option) is not None:
-                raise UserError(f"--models and --{option} cannot both be; write one of them, or --models ''")
-        for name in _words(arguments.models):
+                raise UserError(f"--models and --{option} cannot both be given; write one of them, or --models ''")
+        for name in _items(arguments.models):
             if name not in MODELS:
                 raise UserError(f"--models has {name!r}; write a comma-separated list of {', '.join(MODELS)}")
             sizes.append((*MODELS[name], 50257))
@@ -156,16 +154,16 @@ def _forms(arguments: argparse.Namespace) -> tuple[Form, ...]:
     if arguments.no_compile:
         forms = tuple(form for form in forms if not form.compiled)
     if not any(form.model == "full" and not form.compiled for form in forms):
-        raise UserError(f"--forms {arguments.forms} leaves out full rank, with which all is compared; write 1 as well")
+        raise UserError(f"--forms is {arguments.forms}, without the full-rank baseline; write 1 as well")
     return forms
 
 
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",")))
+def _items(text: str) -> list[str]:
+    return list(dict.fromkeys(item.strip() for item in text.split(",")))
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
-    for word in _words(text):
-        if not (word.isascii() and word.isdecimal() and int(word) >= least):
-            raise UserError(f"{option} has {word!r}; write comma-separated whole numbers of at least {least}")
-    return [int(word) for word in _words(text)]
+    for item in _items(text):
+        if not (item.isascii() and item.isdecimal() and int(item) >= least):
+            raise UserError(f"{option} has {item!r}; write comma-separated whole numbers of at least {least}")
+    return [int(item) for item in _items(text)]
