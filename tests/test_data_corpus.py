@@ -201,7 +201,7 @@ def test_an_edit_that_keeps_size_and_time_is_noticed(
     """``cp -p`` and ``touch -r`` keep both; the memory of hashes of big files must not be fooled either."""
     if remembered:
         monkeypatch.setattr(hashing, "REMEMBER_FROM_BYTES", 0)
-        monkeypatch.setattr(hashing, "CLOCK_TICK_S", -1.0)
+        monkeypatch.setattr(hashing, "CLOCK_RESOLUTION_S", -1.0)
     settings = {"source": "files", "paths": [write(tmp_path / "a.txt", "before")]}
     first = identity(tmp_path, **settings)
     assert identity(tmp_path, **settings) == first

@@ -90,7 +90,7 @@ def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> N
     page = (folder / "study.html").read_text()
     for text in ("Equal tokens", "Equal FLOPs", "dense", "inrank", "Student", "tuning_seeds"):
         assert text in page
-    assert "Not all were tuned as hard; points of the grids: dense 1, inrank 2." in page
+    assert "Not all variants were tuned equally; points of the grids: dense 1, inrank 2." in page
 
 
 @pytest.mark.nightly

@@ -1,4 +1,4 @@
-"""``inrank study``: variants of one config against their controls."""
+"""``inrank study``: compares variants of one config with their controls."""
 
 import argparse
 import logging
@@ -18,22 +18,22 @@ log = logging.getLogger("inrank_dist")
 
 DESCRIPTION = """\
 Trains variants of one config, each with its control, over the same seeds, and writes one table (study.html and
-study.json in the study's folder). What is tuned is chosen on other seeds. Runs that are there are not done again;
-stopped, the same command goes on. Several of it may work on one study, on one machine or as a Slurm array
-(sbatch --array=1-8 ... inrank study FILE): each takes runs that nobody has taken.
+study.json in the study's folder). Tuning uses separate seeds. Runs that are already done are not repeated; if stopped,
+the same command resumes. Several workers may share one study, on one machine or as a Slurm array
+(sbatch --array=1-8 ... inrank study FILE): each takes runs that no other worker has taken.
 
 FILE, for example:
 
-  base: quickstart.yaml            a config, beside FILE
-  dir: runs/my-study               (default runs/ and the name of FILE)
-  processes: 1                     of each run
+  base: quickstart.yaml            a config, relative to FILE
+  dir: runs/my-study               (default: runs/ and the name of FILE)
+  processes: 1                     per run
   seeds: [0, 1, 2]
   tuning_seeds: [100]
-  budget:                          of each run; tokens: those of the base config, unless said otherwise
+  budget:                          per run; tokens: default that of the base config
     tokens: 1.2e6
     flops: control                 a second table: as many as its control used, or a number
-    seconds: control               and a third
-  settings: {eval.batches: 32}     of all
+    seconds: control               a third table
+  settings: {eval.batches: 32}     for all variants
   variants:
     dense:
       settings: {lowrank.mode: full}
@@ -49,18 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = DESCRIPTION
     parser.add_argument("file", metavar="FILE", type=path_argument, help="YAML file of the study")
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="runs at the same time, here (default 1)")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=1, help="concurrent runs on this machine (default 1)"
+    )
     parser.add_argument(
         "--threads",
         metavar="N",
         type=int,
-        help="of each process of a run (sets OMP_NUM_THREADS; with several workers the cores divided by all processes)",
+        help="per process of a run (sets OMP_NUM_THREADS; with several workers, the cores divided by all processes)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the file, say what would be run, touch nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check the file and list the runs without starting any")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Do what is left of a study and show its results."""
+    """Do the remaining runs of a study and show its results."""
     no_overrides(rest)
     at_least_one(arguments, "workers", "threads")
     study = read_study(arguments.file)
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             print(f"{'done' if worker.outcome(each) else 'to do'}  {each.title()}")
         print(f"{len(runs)} runs can be named by now; those of tuned variants follow their grids")
         return
-    with _others(arguments.file, arguments.workers - 1, threads):
+    with _more_workers(arguments.file, arguments.workers - 1, threads):
         worker.work()
     comparison = compare(worker)
     page, record = write_results(study, comparison)
@@ -88,16 +90,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 @contextmanager
-def _others(file: Path, count: int, threads: int | None) -> Iterator[None]:
-    """So many more workers meanwhile; they end when all is done, or are stopped when this one is."""
-    words = [sys.executable, "-m", "inrank_dist", "study", str(file), *(["--threads", str(threads)] if threads else [])]
-    others = [subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(count)]
+def _more_workers(file: Path, count: int, threads: int | None) -> Iterator[None]:
+    """Run ``count`` more workers within the context. They exit when all is done, or are stopped when this one is."""
+    argv = [sys.executable, "-m", "inrank_dist", "study", str(file), *(["--threads", str(threads)] if threads else [])]
+    workers = [subprocess.Popen(argv, stdout=subprocess.DEVNULL, start_new_session=True) for _ in range(count)]
     try:
         yield
     except BaseException:
-        for other in others:
-            other.terminate()
+        for worker in workers:
+            worker.terminate()
         raise
     finally:
-        for other in others:
-            other.wait()
+        for worker in workers:
+            worker.wait()

@@ -1,4 +1,4 @@
-"""A run folder as one HTML file that needs nothing else."""
+"""Renders a run folder as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ from .style import page
 def write_report(run_folder: Path, report: Path | None = None) -> Path:
     """Write the report of a run folder, from its metrics and config, and return its path.
 
-    Works on a run that still goes on or was killed, and without a config. The file appears whole or not at
-    all.
+    Also works for a run that is still going or was killed, and without a config. The file is written atomically.
 
     Args:
         report: the file; None: ``report.html`` in the run folder.
 
     Raises:
-        UserError: the folder does not exist, holds no records or cannot be read, or the file cannot be written.
+        UserError: the folder does not exist, has no records or cannot be read, or the file cannot be written.
     """
     run_folder = Path(run_folder)
     check_run_folder(run_folder)
@@ -39,14 +38,14 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
         raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
     content = _page(run_folder, history)
     report = report or run_folder / "report.html"
-    fresh = report.with_name(f"{report.name}.tmp")
+    temporary = report.with_name(f"{report.name}.tmp")
     try:
-        # Sampled text may hold half a character pair, which UTF-8 has no bytes for.
-        with fresh.open("w", encoding="utf-8", errors="replace") as file:
+        # Sampled text may contain a lone surrogate, which UTF-8 cannot encode.
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(report)
+        temporary.replace(report)
     except OSError as error:
         raise UserError(
             f"{report} cannot be written ({error.strerror or error}); write --output FILE with a file that can"
@@ -83,7 +82,7 @@ def _page(run_folder: Path, history: History) -> str:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """The config as nested dicts; empty where it cannot be read, for its text is shown all the same."""
+    """The config as nested dicts; empty if it cannot be parsed, since its text is shown in any case."""
     try:
         settings = yaml_text.load(text)
     except ValueError:
@@ -113,7 +112,7 @@ def _header(name: str, history: History, settings: dict[str, Any]) -> str:
 
 
 def _when(time: Any) -> str:
-    """Seconds since 1970 as a date; what is already text stays."""
+    """Format seconds since the epoch as a date; text is returned unchanged."""
     seconds = number(time)
     if seconds is None:
         return str(time)

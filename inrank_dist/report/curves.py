@@ -1,4 +1,4 @@
-"""Which curves of a run are drawn, against which references."""
+"""The plots of a run: which curves to draw, and against which references."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loss_figure(history: History) -> str:
 
 
 def dynamics_figures(history: History) -> str:
-    """Learning rate, gradient norm, throughput and parameters, small."""
+    """Small plots of the learning rate, gradient norm, throughput and number of parameters."""
     dense = number(history.summary.get("parameters_dense"))
     references = [Reference(y=dense, label="dense")] if dense and history.table.ranks else []
     plots = [
@@ -78,7 +78,7 @@ def dynamics_figures(history: History) -> str:
 
 
 def rank_figures(history: History, threshold: float | None) -> str:
-    """The rank of every layer, their mean beside the null rank, the explained ratio and the effective rank."""
+    """The rank of every layer, the mean rank with the mean null rank, the explained ratio and the effective rank."""
     if not history.layers:
         return ""
     table, means = history.table, history.means
@@ -127,13 +127,13 @@ def rank_figures(history: History, threshold: float | None) -> str:
 
 
 def threshold_of(settings: dict[str, Any]) -> float | None:
-    """``lowrank.threshold`` of the resolved config, if it is there."""
+    """``lowrank.threshold`` of the resolved config, or None."""
     section = settings.get("lowrank")
     return number(section.get("threshold")) if isinstance(section, dict) else None
 
 
 def marks(history: History) -> list[Mark]:
-    """Growth, freeze, base removal and resumes as vertical marks."""
+    """Vertical marks for growth, freeze, base removal and resumes."""
     found = []
     for change in history.rank_changes:
         label, colour, dash = MARK_STYLE.get(change.action, ("rank event", "--c7", ""))

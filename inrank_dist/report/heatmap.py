@@ -1,4 +1,4 @@
-"""The rank of every layer over time as a heat map: a row a layer, readable for a few and for hundreds of them."""
+"""A heat map of the rank of every layer over time, one row per layer, readable for a few or hundreds of layers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .history import Layer, Points
 from .plot import BOTTOM, Mark, legend_entry, vertical_mark, x_axis
 
 LEVELS = 7
-"""Colours of the scale, ``--h1`` (low) to ``--h7`` (high); ``--h0`` is the rank that the layers started with."""
+"""Number of colours in the scale, ``--h1`` (low) to ``--h7`` (high). ``--h0`` is for the initial rank."""
 
 COLUMNS = 240
-"""Moments that a row is drawn at, at most."""
+"""Maximum number of columns per row."""
 
 LABEL_HEIGHT = 12
 HEADING = 18
@@ -25,13 +25,13 @@ MARK_SPACE = 6
 class HeatMap:
     """Ranks of layers over optimizer steps.
 
-    Layers of one kind stand together, so that neighbours can be compared; their order within it is the model's.
+    Layers of the same kind are grouped, so that they can be compared; within a group they are in the model's order.
 
     Attributes:
-        layers: every layer; rows with equal ``kind`` make a group.
-        notes: layer -> what stands right of its row, where there is room, and in its tooltip.
-        start_rank: the rank that the layers started with, drawn in a colour of its own; None: not known.
-        marks: vertical ones, as in the other plots.
+        layers: all layers; layers with the same ``kind`` form a group.
+        notes: layer -> text to the right of its row, if there is room, and in its tooltip.
+        start_rank: the layers' initial rank, drawn in a separate colour; None if unknown.
+        marks: vertical marks, as in the other plots.
         x_end: last step.
     """
 
@@ -42,7 +42,7 @@ class HeatMap:
     x_end: float
 
     def figure(self, wide: int, narrow: int) -> str:
-        """The map with title and legend, ``wide`` pixels for desk and paper, ``narrow`` for a phone."""
+        """The map with title and legend: ``wide`` pixels wide on screen and paper, ``narrow`` on a phone."""
         ranks = sorted({value for layer in self.layers for _, value in layer.rank if value is not None})
         if not ranks:
             return ""
@@ -80,7 +80,7 @@ class HeatMap:
             for layer in layers:
                 for first, last, value in spans(layer.rank, x_end):
                     x0, x1 = px(first), px(last)
-                    # A hair taller than the row, or the seams between rows would shine through.
+                    # Slightly taller than the row, or gaps between rows would be visible.
                     shape = f"M{x0:.1f} {y:.1f}H{x1:.1f}V{y + row + (0.3 if row < 6 else -1):.1f}H{x0:.1f}Z"
                     cells.setdefault(scale.level(value), []).append(shape)
                 rows.append(self._tooltip(layer, y, left, right, row))
@@ -123,7 +123,7 @@ class HeatMap:
 
 
 class _Scale:
-    """From a rank to the number of a colour."""
+    """Maps ranks to colour numbers."""
 
     def __init__(self, ranks: Sequence[float], start: float | None) -> None:
         self.start = start
@@ -133,7 +133,7 @@ class _Scale:
         self.levels = sorted({self.level(rank) for rank in found})
 
     def level(self, rank: float) -> int:
-        """0 for the start, else 1 to ``LEVELS``."""
+        """0 for the initial rank, else 1 to ``LEVELS``."""
         if rank == self.start:
             return 0
         if self.high == self.low:
@@ -156,14 +156,14 @@ def _patch(levels: Sequence[int]) -> str:
 
 
 def row_height(layers: int) -> float:
-    """Pixels of a row: enough for its name with few layers, and a page for hundreds."""
+    """Height of a row in pixels: tall enough for a label with few layers, and about a page in total with hundreds."""
     return 15.0 if layers <= 48 else max(3.0, 720 / layers)
 
 
 def spans(points: Points, x_end: float) -> list[tuple[float, float, float]]:
-    """``(from, to, rank)`` of a row, the last one to ``x_end``; at most ``COLUMNS``.
+    """Segments ``(from, to, rank)`` of a row, the last one ending at ``x_end``; at most ``COLUMNS``.
 
-    A change that would be narrower than a column is drawn with the value at the column's end.
+    Changes within one column are merged into the value at the column's end.
     """
     width = x_end / COLUMNS
     result: list[tuple[float, float, float]] = []
@@ -181,7 +181,7 @@ def spans(points: Points, x_end: float) -> list[tuple[float, float, float]]:
 
 
 def _number(layer: Layer) -> str:
-    """The numbers in a layer's name, which tell it from others of its kind."""
+    """The numbers in a layer's name, which distinguish it from others of its kind."""
     return escape(".".join(part for part in layer.name.split(".") if part.isdigit()))
 
 

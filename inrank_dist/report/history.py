@@ -1,4 +1,4 @@
-"""A run's records sorted by what they tell, ready to be drawn."""
+"""The records of a run, organized for plotting."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Points = list[tuple[float, float | None]]
 
 @dataclass(kw_only=True)
 class Layer:
-    """One low-rank layer: what is known of it at the end, and how it got there."""
+    """One low-rank layer: its shape and the history of its rank."""
 
     name: str
     shape: tuple[int, int] | None = None
     rank: Points = field(default_factory=list)
-    """Where it changed, and what it became."""
+    """Steps at which the rank changed, with the new rank."""
 
     @property
     def kind(self) -> str:
@@ -29,7 +29,7 @@ class Layer:
 
     @property
     def factor_parameters(self) -> int | None:
-        """``r * (out + in)`` at the present rank."""
+        """``r * (out + in)`` at the current rank."""
         rank = last(self.rank)
         return None if self.shape is None or rank is None else round(rank * sum(self.shape))
 
@@ -40,11 +40,11 @@ class Layer:
 
 
 class History:
-    """The records of one run by kind; where a step was logged twice the later record counts.
+    """The records of one run by kind. If a step was logged twice, the later record is used.
 
-    ``summary`` is empty unless the run ended after its last logged step. ``layers`` maps names to ``Layer``
-    in the order the run named them. ``means`` holds, for rank, null rank, explained and effective rank, the mean over
-    all layers at every check, each layer holding its value until its next one.
+    ``summary`` is empty unless the run has finished after its last logged step. ``layers`` maps names to ``Layer`` in
+    the order in which the run first named them. ``means`` holds the mean over all layers of the rank, null rank,
+    explained ratio and effective rank at every check, with each layer keeping its value until its next check.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -64,7 +64,7 @@ class History:
         for record in records:
             self.count += 1
             kind, step = record.get("kind"), record.get("step")
-            # The curve of a layer is told by its events; a later process only repeats where it took over.
+            # Events define the ranks over time; the start record of a resumed run only repeats the current ones.
             if kind != "start" or not self.start:
                 self.table.update(record)
             if kind == "start":
@@ -111,7 +111,7 @@ class History:
         self._take_ranks(layers, step, measured=True)
 
     def _take_ranks(self, names: Iterable[str], step: float, *, measured: bool = False) -> None:
-        """Draw what the table holds of these layers now; ``measured``: their spectra as well."""
+        """Append the table's current values for these layers; ``measured``: including values from their spectra."""
         table, ranks = self.table, self.table.ranks
         for name in names:
             points, rank = self._layer(name).rank, ranks.get(name)
@@ -131,37 +131,37 @@ class History:
         return layer
 
     def curve(self, key: str) -> Points:
-        """``key`` of every logged step; None where it is missing or not finite."""
+        """``key`` at every logged step; None where it is missing or not finite."""
         return [(record["step"], number(record.get(key))) for record in self.steps]
 
     def eval_curve(self, key: str) -> Points:
-        """``key`` of every evaluation; None where it is missing or not finite."""
+        """``key`` at every evaluation; None where it is missing or not finite."""
         return [(record["step"], number(record.get(key))) for record in self.evals]
 
     def first(self, key: str) -> Any:
-        """``key`` from the summary, or else from the start of the run, or None."""
+        """``key`` from the summary, or else from the start record, or None."""
         return self.summary.get(key, self.start.get(key))
 
     @property
     def last_step(self) -> int:
-        """The last step the records speak of; 0 if none."""
+        """The last step in the records; 0 if there is none."""
         ends = [record["step"] for record in (*self.steps[-1:], *self.evals[-1:])]
         return int(max([*ends, number(self.summary.get("step")) or 0]))
 
     @property
     def start_rank(self) -> float | None:
-        """The rank that the layers started with; None where it is not recorded, or is not one."""
+        """The layers' initial rank; None if it was not recorded or differs between layers."""
         first = {number(rank) for rank in (self.start.get("ranks") or {}).values()}
         return self.table.initial_rank or (first.pop() if len(first) == 1 and not self.start.get("step") else None)
 
     @property
     def ended(self) -> bool:
-        """True if a summary closes the records."""
+        """Whether the records end with a summary."""
         return bool(self.summary)
 
     @property
     def decision_seconds(self) -> float:
-        """Time spent on decisions on rank; a check and an event of one step are one decision."""
+        """Seconds spent on rank decisions. A check and an event at the same step are one decision."""
         return sum(self._decision_seconds.values())
 
     @property
@@ -190,18 +190,18 @@ class History:
 
     @property
     def parameters(self) -> float | None:
-        """Parameters at the end of the records."""
+        """Number of parameters at the end of the records."""
         value = number(self.summary.get("parameters"))
         return value if value is not None else last(self.curve("parameters"))
 
     @property
     def parameters_start(self) -> float | None:
-        """Parameters before the first step."""
+        """Number of parameters before the first step."""
         return number(self.summary.get("parameters_start", self.start.get("parameters")))
 
     @property
     def tokens(self) -> float | None:
-        """Tokens trained on in all."""
+        """Total number of training tokens."""
         value = number(self.summary.get("tokens"))
         return value if value is not None else last(self.curve("tokens"))
 
@@ -218,7 +218,7 @@ def last(points: Points) -> float | None:
 
 
 def _put(points: Points, step: float, value: float | None) -> None:
-    """Append, or replace what the same step said before."""
+    """Append a point, or replace the previous one if it is for the same step."""
     if points and points[-1][0] == step:
         points.pop()
     points.append((step, value))

@@ -1,4 +1,4 @@
-"""A small SVG plotter: lines, steps, references and marks; no script, colours from CSS variables."""
+"""A small SVG plotter for lines, steps, references and marks. No scripts; colours are CSS variables."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ Scale = Callable[[float], float]
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 10, 40
 MAX_POINTS = 500
 MARK_DISTANCE = 4.0
-"""Pixels between two marks of one label; nearer ones are left out, or thousands would make a wall."""
+"""Minimum distance in pixels between marks with the same label. Closer ones are dropped, as they would fill the
+plot."""
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(kw_only=True)
 class Line:
-    """One curve. None in ``points`` breaks it."""
+    """One curve. None in ``points`` is a gap."""
 
     label: str
     points: Points
     colour: str
     """A CSS variable, such as ``--c0``."""
     tooltip: str = ""
-    """Shown when the curve is pointed at; empty: the label."""
+    """Shown when hovering over the curve; defaults to the label."""
     width: float = 1.6
     opacity: float = 1.0
     dash: str = ""
     """An SVG dash pattern; empty: solid."""
     steps: bool = False
-    """Hold each value until the next point, as ranks do."""
+    """Whether to hold each value until the next point, as for ranks."""
     dots: bool = False
-    """Draw each point, with its value as a tooltip."""
+    """Whether to draw each point, with its value as a tooltip."""
     scales: bool = True
-    """Whether the y axis must hold every point of this line; if not, only the middle 98%."""
+    """Whether the y axis covers all points of this line; otherwise it covers only the middle 98%."""
 
 
 @dataclass(kw_only=True)
 class Mark:
-    """A vertical mark at ``x``; marks of one ``label`` share one entry of the legend."""
+    """A vertical mark at ``x``. Marks with the same ``label`` share a legend entry."""
 
     x: float
     label: str
@@ -53,7 +54,7 @@ class Mark:
 
 @dataclass(kw_only=True)
 class Reference:
-    """A dashed horizontal line with its name written on it."""
+    """A dashed horizontal line with its label written on it."""
 
     y: float
     label: str
@@ -61,7 +62,7 @@ class Reference:
 
 @dataclass(kw_only=True)
 class Plot:
-    """Everything on one pair of axes. ``svg`` draws it at any width, so text keeps its size on a phone."""
+    """A plot with one pair of axes. ``svg`` draws it at any width, so that text keeps its size on a phone."""
 
     title: str
     unit: str = ""
@@ -71,16 +72,16 @@ class Plot:
     x_end: float
     from_zero: bool = False
     log: bool = False
-    """A logarithmic y axis, where the values are positive and span a factor of 5."""
+    """Use a logarithmic y axis if the values are positive and span more than a factor of 5."""
 
     @property
     def empty(self) -> bool:
-        """True if there is no point to draw."""
+        """Whether there are no points to draw."""
         return not any(value is not None for line in self.lines for _, value in line.points)
 
     @property
     def scale(self) -> str:
-        """``log scale`` where the y axis is drawn so."""
+        """``log scale`` if the y axis is logarithmic, else empty."""
         return "log scale" if self._is_log(*self._range()) else ""
 
     def svg(self, width: int, height: int) -> str:
@@ -99,7 +100,7 @@ class Plot:
         def py(y: float) -> float:
             return bottom - (warp(y) - warp(low)) / (warp(high) - warp(low)) * (bottom - TOP)
 
-        # Wider than the axes by the radius of a dot, so that the last dot is whole.
+        # Wider than the axes by the radius of a dot, so that the last dot is not clipped.
         clip = f"clip-{''.join(c for c in self.title.lower() if c.isalnum())}-{width}"
         parts = [
             (
@@ -161,7 +162,7 @@ class Plot:
         return [f'<path class="curve" d="{"".join(path)}" {stroke}>{tip}</path>', *dots]
 
     def _range(self) -> tuple[float, float]:
-        """The least and greatest y that must be on the axis."""
+        """The minimum and maximum y that the axis must cover."""
         values = [reference.y for reference in self.references]
         for line in self.lines:
             finite = sorted(v for _, v in line.points if v is not None and (v > 0 or not self.log))
@@ -200,7 +201,7 @@ def _y_axis(ticks: list[float], py: Scale, right: float) -> list[str]:
 
 
 def vertical_mark(mark: Mark, x: float, top: float, bottom: float, opacity: float) -> str:
-    """A mark as one ``<line>`` at the pixel ``x``."""
+    """A mark as a ``<line>`` at pixel ``x``."""
     return (
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom:.1f}" stroke-width="1.2" stroke-opacity="{opacity:g}" '
         f'style="stroke:var({mark.colour})" stroke-dasharray="{mark.dash}"><title>{escape(mark.tooltip)}</title></line>'
@@ -208,12 +209,12 @@ def vertical_mark(mark: Mark, x: float, top: float, bottom: float, opacity: floa
 
 
 def x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
-    """The axis of optimizer steps below a drawing, from ``px(0)`` to ``right``."""
+    """The x axis, in optimizer steps, from ``px(0)`` to ``right``."""
     ticks = [tick for tick in linear_ticks(0, x_end, max(3, int(right) // 110)) if tick <= x_end * 1.0001]
     parts = [f'<line class="axis" x1="{px(0):.1f}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
     for text, tick in zip(tick_labels(ticks), ticks, strict=True):
         x = px(tick)
-        # A label under the right end would be cut by the edge of the drawing.
+        # A centred label at the right end would be clipped.
         place, anchor = (right + RIGHT - 1, "end") if x > right - 20 else (x, "middle")
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
@@ -224,7 +225,7 @@ def x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
 
 
 def figure(plot: Plot, height: int, wide: int) -> str:
-    """The plot with title and legend, ``wide`` pixels for desk and paper, 350 for a phone; "" if empty."""
+    """The plot with title and legend: ``wide`` pixels wide on screen and paper, 350 on a phone. Empty if no points."""
     if plot.empty:
         return ""
     entries: dict[str, str] = {}
@@ -245,7 +246,7 @@ def figure(plot: Plot, height: int, wide: int) -> str:
 
 
 def legend_entry(label: str, drawn: Line | Mark) -> str:
-    """A line or a mark in small, and its label."""
+    """A legend entry: a short line in the style of ``drawn``, and the label."""
     ends = 'x1="9" x2="9" y1="0" y2="12"' if isinstance(drawn, Mark) else 'x1="0" x2="18" y1="6" y2="6"'
     faint = f'stroke-opacity="{drawn.opacity}"' if isinstance(drawn, Line) else ""
     return (
@@ -255,7 +256,7 @@ def legend_entry(label: str, drawn: Line | Mark) -> str:
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round numbers whose span holds ``low`` and ``high``."""
+    """About ``count`` round numbers that span ``low`` to ``high``."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
@@ -264,7 +265,7 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten whose span holds ``low`` and ``high``; with 2 and 5 between them below three decades."""
+    """Powers of ten that span ``low`` to ``high``; below three decades also 2 and 5 times these."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [factor * 10.0**decade for decade in decades for factor in factors]
@@ -274,7 +275,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_labels(ticks: list[float]) -> list[str]:
-    """One notation for all ticks of an axis: plain, thousands (k), millions (M), or a power of ten."""
+    """Labels for all ticks of an axis in one notation: plain, thousands (k), millions (M), or a power of ten."""
     top = max((abs(tick) for tick in ticks), default=0.0)
     if 0 < top < 0.01:
         power = math.floor(math.log10(top) + 1e-9)
@@ -291,7 +292,7 @@ def tick_labels(ticks: list[float]) -> list[str]:
 
 
 def thinned(points: Points) -> Points:
-    """At most about ``MAX_POINTS`` points: of each stretch the least and the greatest."""
+    """Downsample to about ``MAX_POINTS`` points, keeping the minimum and maximum of each stretch."""
     if len(points) <= MAX_POINTS:
         return points
     size = math.ceil(2 * len(points) / MAX_POINTS)
@@ -311,9 +312,9 @@ def thinned(points: Points) -> Points:
 
 
 def smoothed(points: Points, reach: int) -> Points:
-    """Mean over ``reach`` neighbours on either side; near the ends fewer, but equally many: nothing lags.
+    """Centred moving average over ``reach`` points on either side.
 
-    None stays None.
+    The window shrinks symmetrically near the ends, so that the result does not lag. None stays None.
     """
     sums = [0.0, *accumulate(value or 0.0 for _, value in points)]
     counts = [0, *accumulate(int(value is not None) for _, value in points)]

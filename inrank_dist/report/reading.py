@@ -1,4 +1,4 @@
-"""What a careful reader may conclude from a run, and what not, as sentences made from its records."""
+"""What can and cannot be concluded from a run, as sentences generated from its records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .history import History
 
 
 def reading(history: History, settings: dict[str, Any]) -> list[str]:
-    """Plain sentences, the most important first; ``settings`` is the resolved config or {}."""
+    """Plain sentences, the most important first. ``settings`` is the resolved config, or {}."""
     sentences = [_end(history), _loss(history), _generalisation(history), _ranks(history, settings)]
     sentences += _not_found(history)
     sentences += [
@@ -24,7 +24,7 @@ def reading(history: History, settings: dict[str, Any]) -> list[str]:
 
 
 def mode_of(history: History, settings: dict[str, Any]) -> str:
-    """``lowrank.mode`` of the run, or ``-`` if neither its records nor its config name it."""
+    """``lowrank.mode`` of the run; ``-`` if neither its records nor its config contain it."""
     section = settings.get("lowrank")
     configured = section.get("mode") if isinstance(section, dict) else None
     return str(history.start.get("mode") or configured or "-")
@@ -41,13 +41,13 @@ def _end(history: History) -> str:
 def _loss(history: History) -> str:
     loss, entropy = history.validation_loss, history.unigram_entropy
     if loss is None:
-        return "There is no validation in these records: the training loss alone says nothing of unseen text."
+        return "There is no validation in these records: the training loss alone says nothing about unseen text."
     if entropy is None:
         return f"The validation loss is {loss:.3f} nats per token; no unigram entropy was recorded beside it."
     if loss >= entropy:
         return (
             f"The validation loss, {loss:.3f} nats per token, is not below the unigram entropy, {entropy:.3f}"
-            ": the model predicts no better than the frequencies of the tokens do."
+            ": the model predicts no better than the token frequencies do."
         )
     return (
         f"The validation loss is {loss:.3f} nats per token, {entropy - loss:.3f} below the unigram entropy, "
@@ -96,18 +96,18 @@ def _ranks(history: History, settings: dict[str, Any]) -> str:
             "the spectra differ from those of untrained factors."
         )
     if judged < len(ranks):
-        text += f" {plural(len(ranks) - judged, 'layer')} without a null rank: read nothing into those ranks."
+        text += f" {plural(len(ranks) - judged, 'layer')} without a null rank: those ranks have no meaning."
     return text
 
 
 def _not_found(history: History) -> list[str]:
-    """Ranks that are no findings, for other reasons than the null rank."""
+    """Sentences on ranks that are not findings, for reasons other than the null rank."""
     table, sentences = history.table, []
     layers = plural(len(table.ranks), "layer")
     if pinned := len(table.pinned_layers):
         sentences.append(
             f"In {pinned:,} of {layers} the rank never left lowrank.initial_rank, {table.initial_rank:g}: it is pinned "
-            "by its start, and the rule, which only raises ranks, says nothing of how small it could have been."
+            "by its start, and the rule, which only raises ranks, says nothing about how small it could have been."
         )
     if cut := len(table.cut_layers):
         sentences.append(

@@ -1,4 +1,4 @@
-"""The parts of the report, each a piece of HTML; a part with nothing to tell is an empty string."""
+"""The sections of the report as HTML. A section without content is an empty string."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HTML = str
 
 
 def tiles(history: History) -> HTML:
-    """The figures a reader wants first, each beside what it must be held against."""
+    """The most important figures, each with its reference value."""
     entropy, loss, table = history.unigram_entropy, history.validation_loss, history.table
     cells = []
     note = f"unigram entropy {fixed(entropy, 3)}"
@@ -48,7 +48,7 @@ def tiles(history: History) -> HTML:
 
 
 def layer_table(history: History) -> HTML:
-    """Every low-rank layer: shape, rank beside null rank, explained ratio, parameters against dense."""
+    """A table of all low-rank layers: shape, rank and null rank, explained ratio, parameters relative to dense."""
     layers, table = list(history.layers.values()), history.table
     if not layers:
         return ""
@@ -71,7 +71,7 @@ def layer_table(history: History) -> HTML:
         '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. <i>Explained</i> is the '
         "share of the spectrum that this rank explained at the last decision. Marked: a rank that is its null rank "
         "within 2%, one that never left its start, one that explains less than the threshold. "
-        "<i>r (out + in)</i> counts the factors alone, without a base that is still there.</p>"
+        "<i>r (out + in)</i> counts the factors only, without a base that has not been removed.</p>"
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers, table)}</table></div>'
     )
 
@@ -134,7 +134,7 @@ def _bar(rank: float | None, null: float | None, longest: float) -> HTML:
 
 
 def event_table(history: History) -> HTML:
-    """Growth, freeze, base removal and resumes in the order of their steps."""
+    """Growth, freeze, base removal and resumes in the order of steps."""
     rows = [(change.step, _rank_event_row(change)) for change in history.rank_changes]
     for record in history.base_removals:
         rows.append((record["step"], _plain_row(record, "base removed", "the factors stand alone from here")))
@@ -195,7 +195,7 @@ def _row(tag: str, *cells: tuple[HTML, str]) -> HTML:
 
 
 def samples(history: History) -> HTML:
-    """The last sampled text, the earlier ones folded away."""
+    """The latest sampled text, with the earlier ones collapsed."""
     if not history.samples:
         return ""
     *earlier, newest = history.samples
@@ -210,7 +210,7 @@ def _sample(record: dict[str, Any]) -> HTML:
 
 
 def config(text: str) -> HTML:
-    """The resolved settings, folded away."""
+    """The resolved settings, collapsed."""
     if not text:
         return ""
     folded = f"<details><summary>Resolved config.yaml</summary><pre>{escape(text)}</pre></details>"

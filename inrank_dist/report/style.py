@@ -1,4 +1,4 @@
-"""The style sheet of our pages, for light and dark screens, paper and phones, and a page with it."""
+"""The style sheet of our pages, for light and dark screens, paper and phones, and the page frame."""
 
 from collections.abc import Iterable
 
@@ -105,7 +105,7 @@ footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """One HTML file that needs nothing else; ``title`` and ``parts`` are HTML already, empty parts are left out."""
+    """A self-contained HTML page. ``title`` and ``parts`` are HTML; empty parts are skipped."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

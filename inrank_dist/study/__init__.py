@@ -1,4 +1,4 @@
-"""Many runs of one config, compared: variants with their controls, seeds, rates tuned alike, one table."""
+"""Studies: runs of variants of one config, each with its control, over several seeds, compared in one table."""
 
 from .results import Comparison, compare
 from .settings import Study, Variant, read_study

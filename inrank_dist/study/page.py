@@ -1,4 +1,4 @@
-"""The table of a study, for a terminal and as one HTML file."""
+"""The results table of a study, for a terminal and as an HTML file."""
 
 import json
 import math
@@ -23,11 +23,11 @@ HEADINGS = (
     "seconds", "tokens", "steps", "peak memory", "chosen",
 )  # fmt: skip
 TEXT_COLUMNS = (0, 4, 13)
-"""Columns that hold words."""
+"""Columns that contain text."""
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """One for each unit of the budget."""
+    """One table for each unit of the budget."""
     found = []
     for unit, rows in comparison.tables.items():
         table = Table(box=None, header_style="bold", pad_edge=False, title=TITLES[unit], title_justify="left")
@@ -66,37 +66,37 @@ def cells(row: Row) -> list[str]:
 
 
 def notes(study: Study, comparison: Comparison) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Notes needed to interpret the numbers."""
     seeds, tuning = (", ".join(map(str, each)) for each in (study.seeds, study.tuning_seeds))
     mean = f"Mean over {plural(len(study.seeds), 'seed')} ({seeds})."
     chosen = f"What was tuned was chosen by the mean validation loss over other seeds ({tuning})."
     interval = "Differences are paired by seed, ± half of their 95 % interval (Student's t)."
-    said = [f"{mean} {chosen} {interval}"]
+    sentences = [f"{mean} {chosen} {interval}"]
     if len(comparison.tables) > 1:
-        said.append(
-            "Equal FLOPs and equal time: as many steps as use up the budget, by what the runs with equal tokens used a "
-            "step. Time is the training time of a run; it depends on the machine and on what else runs there."
+        sentences.append(
+            "Equal FLOPs and equal time: as many steps as use up the budget, given the use per step of the runs "
+            "with equal tokens. Time is the training time of a run; it depends on the machine and on its other load."
         )
     edges = sorted(
         {f"{row.variant.name}: {key}" for rows in comparison.tables.values() for row in rows for key in row.edges}
     )
     if edges:
-        said.append(f"Chosen at an edge of its grid, so that better may lie beyond: {'; '.join(edges)}.")
+        sentences.append(f"Chosen at an edge of its grid, so that better may lie beyond: {'; '.join(edges)}.")
     grids = {variant.name: len(variant.points) for variant in study.variants.values()}
     if len({*grids.values()}) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in grids.items())
-        said.append(f"Not all were tuned as hard; points of the grids: {counts}.")
-    return said
+        sentences.append(f"Not all variants were tuned equally; points of the grids: {counts}.")
+    return sentences
 
 
 def write_results(study: Study, comparison: Comparison) -> tuple[Path, Path]:
-    """Write ``study.html`` and ``study.json`` into the study's folder.
+    """Write ``study.html`` and ``study.json`` to the study's folder.
 
     Returns:
-        Their paths.
+        Paths of the two files.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: the files cannot be written.
     """
     html, record = study.folder / "study.html", study.folder / "study.json"
     try:
@@ -138,7 +138,7 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _html(study: Study, comparison: Comparison) -> str:
     name = escape(study.file.stem)
     where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
-    wide = "<style>main { max-width:1600px }</style>"  # fourteen columns
+    wide = "<style>main { max-width:1600px }</style>"  # for fourteen columns
     body = [wide, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
     for unit, rows in comparison.tables.items():
         body.append(f"<h2>{TITLES[unit]}</h2>")

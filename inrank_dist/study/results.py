@@ -1,4 +1,4 @@
-"""What a study found: each variant against its control, seed by seed."""
+"""Results of a study: each variant compared with its control, seed by seed."""
 
 import math
 import statistics
@@ -12,16 +12,16 @@ T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""Student's t, 97.5 %, for 1 to 30 degrees of freedom."""
+"""97.5 % quantile of Student's t distribution, for 1 to 30 degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Validation loss of a variant less that of its control, by pairs of one seed; nats.
+    """Validation loss of a variant minus that of its control, paired by seed; nats.
 
     Attributes:
-        values: one a seed.
-        half: half the width of the interval that holds the mean with 95 %; nan for a single seed.
+        values: one per seed.
+        half: half the width of the 95 % confidence interval of the mean; nan for a single seed.
     """
 
     values: tuple[float, ...]
@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result in words."""
         if not all(map(math.isfinite, self.values)):
             return "a run diverged"
         if math.isnan(self.half):
@@ -45,17 +45,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant with an equal budget of something.
+    """Results of one variant, for an equal budget in one unit.
 
     Attributes:
-        point: what was chosen from its grid.
-        edges: keys of ``point`` at an edge of the grid.
+        point: chosen from the variant's grid.
+        edges: keys of ``point`` whose value is at an edge of the grid.
         losses: validation loss of each seed, nats.
-        difference: from its control; None for one without.
+        difference: from the control; None for a variant without one.
         used: unit -> median over the seeds.
-        parameters, parameters_dense, peak_memory: medians, the last in bytes of process 0.
+        parameters, parameters_dense, peak_memory: medians; memory in bytes of process 0.
         rank, null_rank: means over layers and seeds; None for a dense model.
-        same: whether these are the runs with equal tokens.
+        same: whether these are the same runs as in the table of equal tokens.
     """
 
     variant: Variant
@@ -80,13 +80,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Unit of the budget -> its rows, in the order of the file."""
+    """Tables by budget unit; the rows are in the order of the study file."""
 
     tables: dict[Unit, list[Row]]
 
 
 def compare(worker: Worker) -> Comparison:
-    """The results of a study; all its runs are done."""
+    """Compute the results of a study whose runs are all done."""
     study = worker.study
     tables: dict[Unit, list[Row]] = {}
     for unit in study.budget:
@@ -103,8 +103,8 @@ def compare(worker: Worker) -> Comparison:
 
 
 def difference(losses: Sequence[float], control: Sequence[float]) -> Difference:
-    """Paired by seed, with Student's 95 % interval of the mean."""
-    values = tuple(ours - theirs for ours, theirs in zip(losses, control, strict=True))
+    """Differences paired by seed, with the 95 % confidence interval of their mean (Student's t)."""
+    values = tuple(loss - reference for loss, reference in zip(losses, control, strict=True))
     count = len(values)
     if count < 2 or not all(map(math.isfinite, values)):
         return Difference(values, math.nan)

@@ -1,4 +1,4 @@
-"""The file of a study."""
+"""Reads and validates a study file."""
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
@@ -17,14 +17,14 @@ UNITS: tuple[Unit, ...] = ("tokens", "flops", "seconds")
 
 KEYS = ("base", "dir", "processes", "seeds", "tuning_seeds", "budget", "settings", "variants")
 VARIANT_KEYS = ("control", "settings", "tune", "budget")
-OF_THE_STUDY = ("run.dir", "run.name", "run.seed", "train.steps")
-"""Settings that the study gives to each run."""
+RESERVED = ("run.dir", "run.name", "run.seed", "train.steps")
+"""Settings that the study sets for each run."""
 
 Settings = Mapping[str, str]
-"""Dotted key -> value as YAML writes it."""
+"""Dotted key -> value in YAML notation."""
 
 Point = tuple[tuple[str, str], ...]
-"""Of a grid: dotted keys and the value of each."""
+"""A point of a grid: pairs of dotted key and value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,10 @@ class Variant:
     """One way to train.
 
     Attributes:
-        control: the variant that it is compared with; None: it is only compared with.
-        settings: what it changes in the base config.
-        grid: dotted key -> values of which the best is taken; every combination is tried.
-        units: of the study's budget, at which it is compared.
+        control: name of the variant to compare it with; None if it is only a control itself.
+        settings: changes to the base config.
+        grid: dotted key -> values to try. All combinations are tried and the best one is used.
+        units: of the study's budget, for which the variant is compared.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Variant:
 
     @property
     def points(self) -> list[Point]:
-        """Every combination of the grid; a single empty one where nothing is tuned."""
+        """All combinations of the grid; a single empty one if nothing is tuned."""
         return [tuple(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
     def at_an_edge(self, point: Point) -> list[str]:
-        """Keys whose value is the first or the last of three or more that were tried: better ones may lie beyond."""
+        """Keys whose value is the first or last of three or more tried values, so that better ones may lie beyond."""
         return [
             key for key, value in point if len(self.grid[key]) > 2 and value in (self.grid[key][0], self.grid[key][-1])
         ]
@@ -58,17 +58,17 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What a study file says.
+    """The content of a study file.
 
     Attributes:
-        file: it.
+        file: path of the study file.
         base: config that every run starts from.
-        folder: where runs, logs and results are.
-        processes: of each run; several are started by torchrun.
-        seeds, tuning_seeds: of what is compared, and of the grids. They have none in common: nothing is chosen on what
-            it is judged by.
-        budget: unit -> how much of it a run may use; None: as much as its control uses. There is always one of tokens.
-        settings: what all runs change in the base config.
+        folder: for runs, logs and results.
+        processes: per run; several are started with torchrun.
+        seeds, tuning_seeds: for the comparison and for the grids. They are disjoint, so that tuning does not use the
+            runs it is judged by.
+        budget: unit -> how much of it a run may use; None means as much as its control. Always contains tokens.
+        settings: changes to the base config for all runs.
     """
 
     file: Path
@@ -85,22 +85,28 @@ class Study:
         """The settings of one run.
 
         Raises:
-            UserError: they are not those of a run.
+            UserError: the settings are not valid.
         """
-        given = {**self.settings, **variant.settings, **dict(point), "run.seed": str(seed), "train.steps": str(steps)}
+        overrides = {
+            **self.settings,
+            **variant.settings,
+            **dict(point),
+            "run.seed": str(seed),
+            "train.steps": str(steps),
+        }
         if run is not None:
-            given["run.dir"] = str(run)
+            overrides["run.dir"] = str(run)
         try:
-            return load_config(self.base, [f"--{key}={value}" for key, value in given.items()])[0]
+            return load_config(self.base, [f"--{key}={value}" for key, value in overrides.items()])[0]
         except UserError as error:
             raise UserError(f"variant {variant.name!r} of {self.file}: {error}") from None
 
     def steps_for_tokens(self, variant: Variant, point: Point) -> int:
-        """Optimizer steps of a run with the budget of tokens."""
+        """Number of optimizer steps that use the token budget."""
         return _steps_for_tokens(self, variant, point)
 
 
-@cache  # it is asked at every poll, and the settings of a run are read from a file
+@cache  # called at every poll, and reads the config from a file
 def _steps_for_tokens(study: Study, variant: Variant, point: Point) -> int:
     config = study.config(variant, point, 0, load_config(study.base)[0].train.steps)
     tokens = study.budget["tokens"]
@@ -109,7 +115,7 @@ def _steps_for_tokens(study: Study, variant: Variant, point: Point) -> int:
 
 
 def read_study(file: Path) -> Study:
-    """Read a study file and check it, every run's settings too.
+    """Read a study file and validate it, including the settings of every run.
 
     Raises:
         UserError: with what to write instead.
@@ -162,8 +168,8 @@ def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Varia
         grid = _grid(content.get("tune", {}), f"{place}: tune")
         if twice := sorted(settings.keys() & grid.keys()):
             raise UserError(f"{place}: {twice[0]} is in settings and in tune; write it in one of them")
-        own = _units(content.get("budget", list(units)), units, f"{place}: budget")
-        variants[name] = Variant(name, content.get("control"), settings, grid, own)
+        variant_units = _units(content.get("budget", list(units)), units, f"{place}: budget")
+        variants[name] = Variant(name, content.get("control"), settings, grid, variant_units)
     controls = {variant.control for variant in variants.values()}
     for variant in variants.values():
         if variant.control is None and variant.name not in controls:
@@ -186,7 +192,7 @@ def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Varia
 
 
 def _settings(tree: Any, place: str) -> dict[str, str]:
-    """Settings by dotted key, from dotted keys or from sections with keys below them."""
+    """Settings by dotted key, from dotted keys or nested sections."""
     if not isinstance(tree, dict):
         raise UserError(f"{place} is {shown(tree)}; write settings such as optimizer.lr: 1e-3, one a line")
     settings: dict[str, str] = {}
@@ -209,12 +215,12 @@ def _grid(tree: Any, place: str) -> dict[str, tuple[str, ...]]:
 
 
 def _text(value: Any) -> str:
-    """A value as a word of the command line."""
+    """A value as a command-line argument."""
     return value if isinstance(value, str) else shown(value)
 
 
 def _setting(key: str, place: str) -> str:
-    if key in OF_THE_STUDY:
+    if key in RESERVED:
         of = {"run.seed": "seeds", "train.steps": "budget"}.get(key, "dir")
         raise UserError(f"{place}: {key} is given by the study; write {of} at the top of the file")
     _known([key], SETTINGS, f"{place}: ")
@@ -241,7 +247,7 @@ def _budget(file: Path, tree: Any) -> dict[Unit, float | None]:
 
 
 def _units(values: Any, units: tuple[Unit, ...], place: str) -> tuple[Unit, ...]:
-    """Those of a variant; tokens are always among them, because the length of all other runs follows from those."""
+    """Units of a variant. Always include tokens, because the length of all other runs is derived from those."""
     if not isinstance(values, list):
         raise UserError(f"{place} is {shown(values)}; write a list of units, such as [tokens]")
     for value in values:

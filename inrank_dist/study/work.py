@@ -1,6 +1,6 @@
 """The runs of a study, and the workers that execute them.
 
-Several workers, on one machine or on many, may work on one study: each takes a run that nobody has taken.
+Several workers, on one or more machines, may work on one study. Each takes runs that no other worker has taken.
 """
 
 import hashlib
@@ -33,26 +33,26 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: its ``summary`` record; None where it failed, and then why."""
+    """Result of a run: its ``summary`` record, or None and the reason if it failed."""
 
     summary: dict[str, Any] | None
     failure: str = ""
 
     @property
     def loss(self) -> float:
-        """Validation loss in nats; infinite where the run failed."""
+        """Validation loss in nats; infinite if the run failed."""
         value = (self.summary or {}).get("validation_loss")
         return float("inf") if value is None else float(value)
 
     def used(self, unit: Unit) -> float:
-        """How much of something the run has used; nan where it is not known."""
+        """How much of a unit the run used; nan if unknown."""
         value = (self.summary or {}).get(unit)
         return float("nan") if value is None else float(value)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a study, in a folder that its settings alone name: runs with equal settings are one run."""
+    """One run of a study. Its folder is named by its settings alone, so runs with equal settings are the same run."""
 
     study: Study
     variant: Variant
@@ -62,8 +62,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The seed and a digest of the settings that are not the default, so that a version with more settings knows
-        the runs of one with fewer."""
+        """The seed and a digest of all settings that differ from their defaults, so that the name stays the same when
+        a later version adds settings."""
         return _name_of(self)
 
     @property
@@ -71,7 +71,7 @@ class Run:
         return self.study.folder / "runs" / self.name
 
     def outcome(self) -> Outcome | None:
-        """What came of it; None while it is not done."""
+        """The result; None while the run is not done."""
         failed = self.folder / "failed"
         if failed.exists():
             return Outcome(None, failed.read_text().strip())
@@ -81,12 +81,12 @@ class Run:
         return Outcome(summaries[-1]) if summaries else None
 
     def title(self) -> str:
-        """For people."""
+        """Description for log lines."""
         point = "".join(f", {key} {value}" for key, value in self.point)
         return f"{self.variant.name}, seed {self.seed}{point}, {self.steps} steps"
 
 
-@cache  # it is asked at every poll, and the settings of a run are read from a file
+@cache  # called at every poll, and reads the config from a file
 def _name_of(run: Run) -> str:
     config = run.study.config(run.variant, run.point, run.seed, run.steps)
     settings = {key: value for key, value in config.changed().items() if key not in ("run.dir", "run.name")}
@@ -95,48 +95,48 @@ def _name_of(run: Run) -> str:
 
 
 class Worker:
-    """Does the runs of a study until all are done, beside other workers if there are any.
+    """Executes the runs of a study until all are done, possibly alongside other workers.
 
     Args:
-        threads: of each process of a run; None: what torch or the launcher takes.
+        threads: per process of a run; None leaves it to torch or the launcher.
     """
 
     def __init__(self, study: Study, threads: int | None = None) -> None:
         self.study, self._threads = study, threads
         self._outcomes: dict[Run, Outcome] = {}
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = 0
+        self._stop_signal = 0
 
     def work(self) -> None:
-        """Do all runs that nobody else does, and wait for those of others.
+        """Execute all runs that no other worker has taken, and wait for those that are taken.
 
         Raises:
-            UserError: a run refuses its settings, in the words of the run.
-            Stopped: a signal came; the run at work has saved.
+            UserError: a run rejected its settings; has the run's message.
+            Stopped: a signal arrived; the current run has been saved.
         """
         with handling_stop_signals(self._handle):
             while runs := self.pending():
-                self._refuse_to_go_on()
+                self._raise_if_stopped()
                 if not any(self._take(run) for run in runs):
                     time.sleep(POLL_SECONDS)
 
     def pending(self) -> list[Run]:
-        """Runs that can be done now, or that others do; none where all is done."""
+        """Runs that can be started now or are being executed by others; empty if all are done."""
         while True:
             runs = self.runs()
             left = [run for run in runs if self.outcome(run) is None]
-            # Another worker may have ended the last run of a grid meanwhile, which names more.
+            # Another worker may just have finished the last run of a grid, which adds further runs.
             if left or self.runs() == runs:
                 return left
 
     def outcome(self, run: Run) -> Outcome | None:
-        """What came of a run; looked up once."""
+        """Result of a run, cached."""
         if run not in self._outcomes and (found := run.outcome()):
             self._outcomes[run] = found
         return self._outcomes.get(run)
 
     def runs(self) -> list[Run]:
-        """All that can be named by now: of a grid first its own, then, by the best of them, the rest."""
+        """All runs known so far: for each grid its tuning runs, then the comparison runs at its best point."""
         found: list[Run] = []
         for variant in self.study.variants.values():
             found += self.tuning(variant) if len(variant.points) > 1 else []
@@ -145,7 +145,7 @@ class Worker:
         return list(dict.fromkeys(found))
 
     def tuning(self, variant: Variant) -> list[Run]:
-        """The runs of a grid."""
+        """The tuning runs of a variant's grid."""
         return [
             Run(self.study, variant, point, seed, self.study.steps_for_tokens(variant, point))
             for point in variant.points
@@ -153,7 +153,7 @@ class Worker:
         ]
 
     def best(self, variant: Variant) -> Point | None:
-        """The point of the grid with the lowest mean validation loss over the tuning seeds; None until all are done."""
+        """The grid point with the lowest mean validation loss over the tuning seeds; None until all runs are done."""
         if len(variant.points) == 1:
             return variant.points[0]
         losses: dict[Point, list[float]] = {}
@@ -168,7 +168,7 @@ class Worker:
         return best
 
     def compared(self, variant: Variant, unit: Unit) -> list[Run] | None:
-        """A variant's runs with an equal budget of something, one a seed; None while their length is not known."""
+        """A variant's runs for an equal budget, one per seed; None while their length is unknown."""
         point = self.best(variant)
         steps = None if point is None else self._steps(variant, point, unit)
         if point is None or steps is None:
@@ -176,7 +176,7 @@ class Worker:
         return [Run(self.study, variant, point, seed, steps) for seed in self.study.seeds]
 
     def _steps(self, variant: Variant, point: Point, unit: Unit) -> int | None:
-        """As many as use up the budget, by what the runs with equal tokens used a step."""
+        """Number of steps that use up the budget, given what the runs with equal tokens used per step."""
         steps = self.study.steps_for_tokens(variant, point)
         budget = self.study.budget[unit]
         if unit == "tokens" or (budget is None and variant.control is None):
@@ -187,11 +187,11 @@ class Worker:
             allowed = self._typical_use(self.study.variants[cast(str, variant.control)], unit)
         if used is None or allowed is None:
             return None
-        # Within a hundredth it is the same run.
+        # Within 1 % use the same run.
         return steps if abs(allowed / used - 1) < 0.01 else max(1, round(steps * allowed / used))
 
     def _typical_use(self, variant: Variant, unit: Unit) -> float | None:
-        """How much the runs with equal tokens used; None until all are done."""
+        """Median use of the runs with equal tokens; None until all are done."""
         outcomes = [self.outcome(run) for run in self.compared(variant, "tokens") or []]
         if not outcomes or None in outcomes:
             return None
@@ -201,7 +201,7 @@ class Worker:
         return statistics.median(uses)
 
     def _take(self, run: Run) -> bool:
-        """Do a run, unless somebody else does; whether it was done."""
+        """Execute a run unless another worker holds its lock. Returns whether the run is done."""
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(run.folder.parent / f".{run.name}.lock")
         try:
@@ -210,51 +210,51 @@ class Worker:
             return False
         try:
             if run.outcome() is None:
-                self._do(run)
+                self._execute(run)
             return True
         finally:
             lock.release()
 
-    def _do(self, run: Run) -> None:
+    def _execute(self, run: Run) -> None:
         config = run.study.config(run.variant, run.point, run.seed, run.steps, run.folder)
         logs = run.study.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         file = logs / f"{run.name}.yaml"
         file.write_text(config.to_yaml())
         log.info("%s ...", run.title())
-        began = time.monotonic()
+        start = time.monotonic()
         with (logs / f"{run.name}.txt").open("ab") as output:
             self._process = subprocess.Popen(
                 [*self._command(), "train", "--config", str(file)],
                 stdout=output,
                 stderr=output,
                 env=self._environment(),
-                start_new_session=True,  # a terminal's signals come here alone, and are passed on
+                start_new_session=True,  # signals from a terminal reach only this process, which forwards them
             )
             try:
-                self._signal(self._asked)
+                self._signal(self._stop_signal)
                 status = self._process.wait()
             finally:
                 self._process = None
         if status == EXIT_STOPPED:
-            self._asked = self._asked or signal.SIGTERM  # somebody stopped the run itself
-        self._refuse_to_go_on()
+            self._stop_signal = self._stop_signal or signal.SIGTERM  # the run itself was stopped
+        self._raise_if_stopped()
         if status:
-            self._note_failure(run, status, (logs / f"{run.name}.txt"))
+            self._record_failure(run, status, (logs / f"{run.name}.txt"))
         elif outcome := self.outcome(run):
-            log.info("%s: validation loss %.4f in %.0f s", run.title(), outcome.loss, time.monotonic() - began)
+            log.info("%s: validation loss %.4f in %.0f s", run.title(), outcome.loss, time.monotonic() - start)
 
-    def _refuse_to_go_on(self) -> None:
-        if self._asked:
+    def _raise_if_stopped(self) -> None:
+        if self._stop_signal:
             raise Stopped("stopped; the same command goes on from there")
 
-    def _note_failure(self, run: Run, status: int, output: Path) -> None:
-        """A run that diverges is a result; one whose settings are refused, or that is lost, is none."""
-        told = error_line(output.read_text(errors="replace")).removeprefix("error: ")
-        if status != EXIT_MISTAKE or "optimizer.lr" not in told:
-            raise UserError(f"{run.title()} ended with status {status} ({told}); see {output}")
+    def _record_failure(self, run: Run, status: int, output: Path) -> None:
+        """Record divergence as a result. Other failures, such as rejected settings or a lost process, are errors."""
+        message = error_line(output.read_text(errors="replace")).removeprefix("error: ")
+        if status != EXIT_MISTAKE or "optimizer.lr" not in message:
+            raise UserError(f"{run.title()} ended with status {status} ({message}); see {output}")
         run.folder.mkdir(exist_ok=True)
-        (run.folder / "failed").write_text(f"{told}\n")
+        (run.folder / "failed").write_text(f"{message}\n")
         log.warning("%s: it diverged", run.title())
 
     def _command(self) -> Sequence[str]:
@@ -269,8 +269,8 @@ class Worker:
         return {**os.environ, **threads}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """What asks this process to stop makes the run at work save and end."""
-        self._asked = number
+        """Forward a stop request to the current run, which saves and exits."""
+        self._stop_signal = number
         self._signal(number)
 
     def _signal(self, number: int) -> None:
