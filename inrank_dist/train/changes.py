@@ -8,7 +8,7 @@ from ..config import SETTINGS, Config, load_config
 from ..method.start import fits, layer_shapes
 from ..runtime.errors import UserError
 from ..runtime.yaml_text import shown
-from .checkpoint import Checkpoint, misfit, named_folders, step_of
+from .checkpoint import Checkpoint, mismatch, named_folders, step_of
 from .schedule import decay_begins, learning_rate
 from .start import dense_skeleton
 
@@ -109,7 +109,7 @@ def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
             f"{checkpoint.run_folder} has {len(state.layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, "
             f"targets {config.lowrank.targets} makes {len(shapes)}; {advice}"
         )
-    if found := misfit(checkpoint, config, skeleton, "the settings make"):
+    if found := mismatch(checkpoint, config, skeleton, "the settings make"):
         raise UserError(f"{checkpoint.folder} holds {found}; {advice}")
 
 

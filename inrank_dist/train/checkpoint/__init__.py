@@ -1,10 +1,10 @@
-"""Checkpoints: plain safetensors and JSON, the same for every engine and any number of processes. No pickle anywhere.
+"""Checkpoints in safetensors and JSON, the same for every engine and number of processes. No pickle.
 
-``listing`` says which ones there are, ``folder`` what makes one whole, ``state`` and ``tensors`` what is in it,
-``contents`` whether that fits together, ``writer`` how it is written, ``reading`` which one a reader gets.
+``listing`` finds checkpoint folders, ``folder`` defines when one is complete, ``state`` and ``tensors`` its content,
+``contents`` checks that the content is consistent, ``writer`` writes, and ``reading`` selects a checkpoint.
 """
 
-from .contents import Checkpoint, Finding, examine, misfit
+from .contents import Checkpoint, Finding, examine, mismatch
 from .folder import list_checkpoints
 from .listing import Damaged, Unreadable, check_run_folder, folder_of, named_folders, step_of
 from .reading import branch_point, find_checkpoint, open_checkpoint, peek_checkpoint, resumable
@@ -27,7 +27,7 @@ __all__ = [
     "list_checkpoints",
     "load_parameters",
     "load_tensors",
-    "misfit",
+    "mismatch",
     "named_folders",
     "open_checkpoint",
     "peek_checkpoint",

@@ -1,4 +1,4 @@
-"""Whether what a checkpoint holds fits together: settings, tokenizer, rank table, tensors. No tensor is loaded."""
+"""Checks that settings, tokenizer, rank table and tensors of a checkpoint are consistent. Loads no tensors."""
 
 import os
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Checkpoint:
         return self.folder.parent.parent
 
     def is_in(self, run_folder: Path) -> bool:
-        """Whether it is of this run, and not of one that this run branches off."""
+        """Whether it belongs to this run, rather than one that this run branches from."""
         return os.path.realpath(self.run_folder) == os.path.realpath(run_folder)
 
     @property
@@ -46,11 +46,11 @@ class Checkpoint:
 
 
 def check_contents(checkpoint: Checkpoint) -> None:
-    """Build the model of a checkpoint's own settings and rank table on ``meta`` and compare it with the headers of the
-    tensor files.
+    """Build the model from the checkpoint's own settings and rank table on ``meta``, and compare it with the headers of
+    the tensor files.
 
     Raises:
-        Damaged: settings or tokenizer cannot be read, or something is not what the rest of the checkpoint makes it.
+        Damaged: settings or tokenizer cannot be read, or the parts of the checkpoint are inconsistent.
     """
     folder, state = checkpoint.folder, checkpoint.state
     try:
@@ -68,16 +68,17 @@ def check_contents(checkpoint: Checkpoint) -> None:
         limit = min(linears[name].in_features, linears[name].out_features)
         if not layer.rank <= layer.modes <= limit:
             raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")
-    if found := misfit(checkpoint, config, skeleton, "its settings and rank table make"):
+    if found := mismatch(checkpoint, config, skeleton, "its settings and rank table make"):
         raise Damaged(f"{folder} holds {found}")
 
 
-def misfit(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, make: str) -> str | None:
-    """The first stored tensor that is not what settings and the checkpoint's rank table make, in words; None: all are.
+def mismatch(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, make: str) -> str | None:
+    """Describe the first stored tensor that does not match the settings and the checkpoint's rank table; None if all
+    match.
 
     Args:
         skeleton: the dense model of ``config`` on ``meta``.
-        make: what is said to make the tensors.
+        make: subject and verb of the description, such as "the settings make".
     """
     state = checkpoint.state
     model = convert(skeleton, state.layout)
@@ -96,15 +97,15 @@ State = Literal["complete", "damaged", "incomplete", "unreadable"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one folder below ``checkpoints``.
+    """Result of examining one folder below ``checkpoints``.
 
     Attributes:
-        state: complete: all files are there as they were written; incomplete: it was never finished; unreadable: that
-            cannot be told.
-        resumable: whether a run can go on from it: it is complete and its contents fit together.
-        ephemeral: whether it removes itself when a newer one is complete; None: its manifest cannot be read.
-        files, bytes: of what is there.
-        problem: what is wrong, in words; empty: nothing.
+        state: complete: all files are there as they were written; incomplete: it was never finished; unreadable: its
+            state cannot be determined.
+        resumable: whether a run can resume from it: it is complete and its contents are consistent.
+        ephemeral: whether it is removed once a newer one is complete; None if its manifest cannot be read.
+        files, bytes: number and total size of the files.
+        problem: description of what is wrong; empty if nothing is.
     """
 
     folder: Path
@@ -117,9 +118,9 @@ class Finding:
 
 
 def examine(run_folder: Path) -> tuple[list[Finding], list[Finding]]:
-    """All checkpoints of a run, oldest first, and what interrupted saves left beside them; the run may go on meanwhile.
+    """Examine all checkpoints of a run, oldest first, and what interrupted saves left behind. The run may be active.
 
-    All files are hashed, in this process alone; no tensor is loaded.
+    Hashes all files, in this process alone. Loads no tensors.
     """
     why = "of a save or a removal that was interrupted or is under way; ignored, and swept away by the next save"
     found = [_examine(folder) for folder in named_folders(run_folder)]
@@ -128,7 +129,7 @@ def examine(run_folder: Path) -> tuple[list[Finding], list[Finding]]:
 
 
 def _examine(folder: Path) -> Finding | None:
-    """None: the run has just removed it."""
+    """Examine one folder; None if the run has just removed it."""
     state: State = "incomplete"
     ephemeral, problem = None, ""
     try:
@@ -148,12 +149,12 @@ def _examine(folder: Path) -> Finding | None:
 
 
 def _size(folder: Path) -> tuple[int, int]:
-    """Files and bytes of what can be seen; what cannot is told by the problem."""
+    """Number and size of the accessible files; others are covered by the finding's problem."""
     sizes = []
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             try:
-                sizes.append((Path(place) / name).lstat().st_size)
-            except OSError:  # a save under way renames and removes
+                sizes.append((Path(parent) / name).lstat().st_size)
+            except OSError:  # an active save renames and removes files
                 continue
     return len(sizes), sum(sizes)

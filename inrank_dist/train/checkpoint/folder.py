@@ -1,10 +1,10 @@
-"""A checkpoint's folder: how it comes to be whole, how a reader knows that it is, and which ones are kept.
+"""The folder of a checkpoint: how it is written atomically, how a reader verifies it, and which ones are kept.
 
-A checkpoint is ``checkpoints/step-00000100``. It is written as ``tmp-step-00000100``: first its files, each flushed to
-the disk; then ``manifest.json`` with the size and the sha256 of every file; then ``complete``, the sha256 of the
-manifest; then it gets its name. So a process or a machine may stop at any moment: what has the name, the marker and the
-files of its manifest is a whole checkpoint, and everything else is ignored and swept away by the next save. A reader
-hashes every file before it uses one.
+A checkpoint is the folder ``checkpoints/step-00000100``. It is written as ``tmp-step-00000100``: first the files, each
+flushed to disk; then ``manifest.json`` with the size and sha256 of every file; then ``complete``, which holds the
+sha256 of the manifest; then the folder is renamed. So a process or machine may stop at any time: a folder with the
+final name, the marker and all files of its manifest is a complete checkpoint. Everything else is ignored, and deleted
+by the next save. Readers hash every file before they use any.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from ...data.hashing import hash_file
 from ...runtime.files import flush_path
 from ...runtime.paths import content_of, is_plain_file, status
-from .listing import Damaged, Unreadable, leftovers, named_folders, step_of, trouble, unlisted
+from .listing import Damaged, Unreadable, leftovers, listing_error, named_folders, read_error, step_of
 
 log = logging.getLogger("inrank_dist")
 
@@ -33,12 +33,12 @@ MANIFEST, MARKER = "manifest.json", "complete"
 
 TENSORS = ".safetensors"
 SUFFIXES = (TENSORS, ".json", ".yaml", ".model")
-"""What a checkpoint may hold: nothing that is run when it is read."""
+"""File types allowed in a checkpoint. None of them can execute code when it is read."""
 
 FORMAT = 2
 
-HASHERS = 8
-"""Files that one process hashes at once; hashlib lets other threads run meanwhile."""
+HASH_THREADS = 8
+"""Files to hash concurrently per process; hashlib releases the GIL."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint consists of.
+    """The manifest of a checkpoint.
 
     Attributes:
-        ephemeral: whether it removes itself when a newer one is complete.
-        files: name -> entry, of every file but the manifest and the marker.
+        ephemeral: whether the checkpoint is removed once a newer one is complete.
+        files: name -> entry, for every file except the manifest and the marker.
     """
 
     ephemeral: bool
@@ -63,16 +63,16 @@ class Manifest:
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first. Sizes are compared, contents are not hashed.
+    """Folders of a run's complete checkpoints, oldest first. Compares file sizes but does not hash the files.
 
     Raises:
-        Unreadable: they cannot be listed. One that by itself cannot be read is left out, with a warning.
+        Unreadable: the folders cannot be listed. A single checkpoint that cannot be read is skipped with a warning.
     """
     return [folder for folder, _ in _complete(named_folders(run_folder))]
 
 
 def _complete(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
-    """Those that are complete, in their order; each is read when it is asked for."""
+    """Those that are complete, in the same order. Lazy: each is read when it is requested."""
     for folder in folders:
         try:
             yield folder, read_manifest(folder)
@@ -83,16 +83,16 @@ def _complete(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all there, of the right size and of the right kind.
+    """Read the manifest of a checkpoint, and check that all files exist with the right size and type.
 
     Raises:
-        Damaged: it is incomplete, or holds what no checkpoint holds.
-        Unreadable: that cannot be told.
+        Damaged: the checkpoint is incomplete, or has a file that does not belong to a checkpoint.
+        Unreadable: its state cannot be determined.
     """
     try:
         return _read_manifest(folder)
     except OSError as error:
-        raise trouble(folder, error) from None
+        raise read_error(folder, error) from None
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -124,14 +124,14 @@ def _parse_manifest(folder: Path, content: bytes) -> Manifest:
         if values["format"] != FORMAT:
             raise Damaged(f"{folder} has format {values['format']}; this version reads format {FORMAT}")
         files = {str(name): FileEntry(**entry) for name, entry in values["files"].items()}
-        sound = isinstance(values["ephemeral"], bool) and all(
+        valid = isinstance(values["ephemeral"], bool) and all(
             isinstance(entry.bytes, int) and isinstance(entry.sha256, str) for entry in files.values()
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
         raise Damaged(f"{folder / MANIFEST} is no manifest ({error!r})") from None
-    if not sound:
+    if not valid:
         raise Damaged(f"{folder / MANIFEST} is no manifest (a value of the wrong type)")
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not name.endswith(SUFFIXES):
@@ -140,15 +140,15 @@ def _parse_manifest(folder: Path, content: bytes) -> Manifest:
 
 
 def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True) -> None:
-    """Hash a checkpoint's files, this process's share of them, and compare with the manifest.
+    """Hash a checkpoint's files, or this process's share of them, and compare them with the manifest.
 
     Args:
-        rank, count: process ``rank`` of ``count`` takes every ``count``-th file.
-        tensors: whether to hash the files of tensors too, which takes its time.
+        rank, count: process ``rank`` of ``count`` hashes every ``count``-th file.
+        tensors: whether to also hash the tensor files, which takes time.
 
     Raises:
-        Damaged: a file is not as it was written.
-        Unreadable: that cannot be told.
+        Damaged: a file has changed since it was written.
+        Unreadable: a file cannot be read.
     """
     files = read_manifest(folder).files
     entries = [(name, files[name]) for name in sorted(files) if tensors or not name.endswith(TENSORS)][rank::count]
@@ -159,7 +159,7 @@ def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True)
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Entries of files, several at once.
+    """Manifest entries of files, hashed concurrently.
 
     Raises:
         Damaged, Unreadable: a file cannot be read.
@@ -169,25 +169,25 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
         try:
             return FileEntry((folder / name).stat().st_size, hash_file(folder / name))
         except OSError as error:
-            raise trouble(folder / name, error) from None
+            raise read_error(folder / name, error) from None
 
     names = list(names)
-    with ThreadPoolExecutor(HASHERS) as pool:
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
         return dict(zip(names, pool.map(entry, names), strict=True))
 
 
 def begin(final: Path) -> Path:
-    """Sweep away what interrupted saves and removals left, and make the private folder for a new checkpoint."""
+    """Delete what interrupted saves and removals left behind, and create the private folder for a new checkpoint."""
     final.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers(final.parent.parent):
-        _sweep(left)
+        _delete(left)
     partial = final.with_name(f"tmp-{final.name}")
     partial.mkdir()
     return partial
 
 
 def seal(folder: Path, contents: Mapping[str, bytes]) -> dict[str, FileEntry]:
-    """Write small files and flush them to the disk; their entries."""
+    """Write small files and flush them to disk. Returns their manifest entries."""
     for name, content in contents.items():
         with (folder / name).open("wb") as file:
             file.write(content)
@@ -202,7 +202,7 @@ def as_json(content: Mapping[str, Any]) -> bytes:
 
 
 def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, ephemeral: bool) -> None:
-    """Make a private folder, whose files are sealed, the checkpoint."""
+    """Turn a private folder, whose files have been flushed, into the checkpoint."""
     manifest = {"format": FORMAT, "ephemeral": ephemeral, "files": {name: asdict(e) for name, e in files.items()}}
     sealed = seal(partial, {MANIFEST: as_json(manifest)})
     seal(partial, {MARKER: f"{sealed[MANIFEST].sha256}\n".encode()})
@@ -212,18 +212,18 @@ def commit(partial: Path, final: Path, files: Mapping[str, FileEntry], *, epheme
     except Damaged as error:
         raise Damaged(f"{error} for process 0; write a run.dir on a file system that all processes share") from None
     old = final.with_name(f"tmp-old-{final.name}")
-    if status(final, follow_links=False):  # damaged, or without the validation that was still due
+    if status(final, follow_links=False):  # damaged, or saved before the evaluation of its step
         final.rename(old)
     partial.rename(final)
     flush_path(final.parent)
-    _sweep(old)
+    _delete(old)
 
 
 def recover(run_folder: Path) -> None:
-    """Give a checkpoint its name back that was killed between giving it up and handing it to its successor.
+    """Restore the name of a checkpoint if the process was killed while replacing it with a newer version.
 
     Raises:
-        Unreadable: whether there is one cannot be told, or it cannot be renamed.
+        Unreadable: the folder cannot be listed, or the checkpoint cannot be renamed.
     """
     for old in leftovers(run_folder):
         final = old.with_name(old.name.removeprefix("tmp-old-"))
@@ -231,44 +231,45 @@ def recover(run_folder: Path) -> None:
             if re.fullmatch(r"tmp-old-step-\d{8,}", old.name) and status(final, follow_links=False) is None:
                 old.rename(final)
         except OSError as error:
-            raise unlisted(run_folder, error) from None
+            raise listing_error(run_folder, error) from None
 
 
 def retain(run_folder: Path, newest: int, *, keep: int, keep_every: int, settled: set[str] | None = None) -> None:
-    """Remove complete checkpoints that are neither among the ``keep`` newest nor of a step that ``keep_every`` divides
-    (0: none), and every ephemeral one but the newest of all. What is incomplete is no checkpoint: it neither counts nor
-    goes; nor does one of a later step than ``newest``, which was just saved: the run went on from before it because
-    its bytes are damaged, and it must not push out a sound one.
+    """Remove complete checkpoints that are neither among the ``keep`` newest nor at a step that ``keep_every`` divides
+    (0: none), and all ephemeral ones except the newest checkpoint.
+
+    Incomplete checkpoints are neither counted nor removed. Neither are those of steps after ``newest``, the step that
+    was just saved: the run resumed from before them because they are damaged, and they must not displace a valid one.
 
     Args:
-        settled: names of those that stay for good, as the call before found; the same set from call to call. They are
-            not read again once enough newer ones are there, or a save would take time in proportion to the saves
-            before it.
+        settled: names of checkpoints that are kept for good, found by earlier calls; pass the same set to every call.
+            They are not read again once there are enough newer ones. Otherwise the time of a save would grow with the
+            number of earlier saves.
     """
     settled = set() if settled is None else settled
     folders = [folder for folder in reversed(named_folders(run_folder)) if step_of(folder) <= newest]
     permanent = 0
-    # From the newest on; one that is settled is passed over only behind those that ``keep`` counts.
+    # From the newest on. Settled ones are skipped only after those that ``keep`` counts.
     candidates = (each for each in folders if permanent < keep or each.name not in settled)
     for newer, (folder, manifest) in enumerate(_complete(candidates)):
         permanent += not manifest.ephemeral
-        stays = bool(keep_every) and step_of(folder) % keep_every == 0 and not manifest.ephemeral
-        if stays:
+        kept_for_good = bool(keep_every) and step_of(folder) % keep_every == 0 and not manifest.ephemeral
+        if kept_for_good:
             settled.add(folder.name)
         elif newer and (manifest.ephemeral or permanent > keep):
             remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint: its name goes first, so that none is ever there in part."""
+    """Remove a checkpoint. It is renamed first, so that a partial one never has the final name."""
     doomed = folder.with_name(f"tmp-removed-{folder.name}")
     folder.rename(doomed)
-    _sweep(doomed)
+    _delete(doomed)
 
 
-def _sweep(left: Path) -> None:
-    """Remove what is no checkpoint; where that does not succeed it is told and stays, for it is in nobody's way but the
-    disk's, and the next save tries again."""
+def _delete(left: Path) -> None:
+    """Delete something that is not a checkpoint. A failure is logged only: it wastes disk space, and the next save
+    tries again."""
     found = status(left, follow_links=False)
     try:
         if found is None:
@@ -277,20 +278,20 @@ def _sweep(left: Path) -> None:
             shutil.rmtree(left)
         else:
             left.unlink()
-    except FileNotFoundError:  # something else removes it as well
+    except FileNotFoundError:  # something else has removed it
         return
     except OSError as error:
         log.warning("warning: %s could not be removed (%s)", left, error)
 
 
-def newest_sound(
-    run_folder: Path, folders: Iterable[Path], check: Callable[[Path], Found], say: Callable[[str], None]
+def newest_valid(
+    run_folder: Path, folders: Iterable[Path], check: Callable[[Path], Found], warn: Callable[[str], None]
 ) -> Found:
-    """What ``check`` returned of the newest of ``folders`` that passes it; a loud line for each that does not.
+    """Return the result of ``check`` for the newest of ``folders`` that passes it, with a warning for each that fails.
 
     Raises:
-        Damaged: none does; the message is that of the newest.
-        Unreadable: whether one does cannot be told.
+        Damaged: all fail; has the message of the newest.
+        Unreadable: a folder cannot be read.
     """
     first: Damaged | None = None
     for folder in sorted(folders, key=step_of, reverse=True):
@@ -298,7 +299,7 @@ def newest_sound(
             return check(folder)
         except Damaged as error:
             first = first or error
-            say(f"warning: {error}; trying the checkpoint before it")
+            warn(f"warning: {error}; trying the checkpoint before it")
     raise Damaged(
         f"{first}; {run_folder} holds no checkpoint that can be used: restore one, or write another run.dir"
         if first

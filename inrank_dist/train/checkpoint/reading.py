@@ -1,4 +1,4 @@
-"""Which checkpoint a reader gets: the newest whose every file is as it was written."""
+"""Selects the checkpoint to read: the newest one whose files are all unchanged."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ...runtime.context import Context
 from ...runtime.errors import UserError
 from .contents import Checkpoint, check_contents
-from .folder import newest_sound, recover, verify
+from .folder import newest_valid, recover, verify
 from .listing import check_run_folder, named_folders, step_of
 from .state import read_state
 
@@ -14,11 +14,11 @@ log = logging.getLogger("inrank_dist")
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose files were all hashed, in this process alone.
+    """Open a checkpoint after hashing all its files, in this process alone.
 
     Raises:
-        Damaged: a file is not as it was written, or what it holds does not fit together.
-        Unreadable: that cannot be told.
+        Damaged: a file has changed, or the contents are inconsistent.
+        Unreadable: a file cannot be read.
     """
     verify(folder)
     checkpoint = Checkpoint(folder, read_state(folder))
@@ -27,20 +27,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def find_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint that is not damaged, or that of a step.
+    """Find the newest checkpoint that is not damaged, or the one of a given step.
 
     Raises:
-        UserError: there is none, or that of the step is damaged.
+        UserError: there is none, or the one of the given step is damaged.
     """
     check_run_folder(run_folder)
     folders = _of_step(run_folder, step)
     if step is not None:
         return open_checkpoint(folders[0])
-    return newest_sound(run_folder, folders, open_checkpoint, log.warning)
+    return newest_valid(run_folder, folders, open_checkpoint, log.warning)
 
 
 def _of_step(run_folder: Path, step: int | None) -> list[Path]:
-    """Folders of checkpoints; that of a step alone, if one is named, which there must be."""
+    """Checkpoint folders; if a step is given, only the folder of that step, which must exist."""
     folders = named_folders(run_folder)
     chosen = [folder for folder in folders if step in (None, step_of(folder))]
     if step is not None and not chosen:
@@ -50,12 +50,11 @@ def _of_step(run_folder: Path, step: int | None) -> list[Path]:
 
 
 def peek_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint, or that of a step, as far as all but its tensors tell, which are only looked for; None:
-    there is none at all.
+    """Open the newest checkpoint, or the one of a given step, without hashing its tensors; None if there is none.
 
     Raises:
         Damaged: there are some, and all are damaged.
-        Unreadable: whether there are any, or what is in one, cannot be told.
+        Unreadable: the folders or a file cannot be read.
     """
     folders = _of_step(run_folder, step)
 
@@ -65,24 +64,24 @@ def peek_checkpoint(run_folder: Path, step: int | None = None) -> Checkpoint | N
 
     if step is not None:
         return peek(folders[0])
-    return newest_sound(run_folder, folders, peek, lambda line: None) if folders else None
+    return newest_valid(run_folder, folders, peek, lambda line: None) if folders else None
 
 
 def resumable(run_folder: Path, context: Context) -> Checkpoint | None:
-    """The checkpoint to continue from, the same in all processes, which hash its files in shares; None: none at all.
+    """The checkpoint to resume from, the same in all processes, which share the hashing; None if there is none.
 
     Raises:
         Damaged: there are some, and all are damaged.
-        Unreadable: whether there are any, or what is in one, cannot be told.
+        Unreadable: the folders or a file cannot be read.
     """
     context.on_rank_zero(recover, run_folder)
     folders = context.gather(context.on_rank_zero(named_folders, run_folder))[0]
-    return _sound(run_folder, folders, context) if folders else None
+    return _newest_valid(run_folder, folders, context) if folders else None
 
 
 def branch_point(run_folder: Path, step: int | None, context: Context) -> Checkpoint:
-    """The newest checkpoint of another run, or that of a step, the same in all processes, which hash its files in
-    shares. Nothing is changed in that run's folder.
+    """The newest checkpoint of another run, or the one of a given step, the same in all processes, which share the
+    hashing. Does not modify that run's folder.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -93,25 +92,27 @@ def branch_point(run_folder: Path, step: int | None, context: Context) -> Checkp
         return _of_step(run_folder, step)
 
     folders = context.gather(context.on_rank_zero(find))[0]
-    return _check_together(folders[0], context) if step is not None else _sound(run_folder, folders, context)
+    if step is not None:
+        return _check_on_all_ranks(folders[0], context)
+    return _newest_valid(run_folder, folders, context)
 
 
-def _sound(run_folder: Path, folders: list[Path], context: Context) -> Checkpoint:
-    return newest_sound(run_folder, folders, lambda folder: _check_together(folder, context), log.warning)
+def _newest_valid(run_folder: Path, folders: list[Path], context: Context) -> Checkpoint:
+    return newest_valid(run_folder, folders, lambda folder: _check_on_all_ranks(folder, context), log.warning)
 
 
-def _check_together(folder: Path, context: Context) -> Checkpoint:
-    """A checkpoint whose files all processes have hashed in shares.
+def _check_on_all_ranks(folder: Path, context: Context) -> Checkpoint:
+    """Open a checkpoint after all processes have hashed their share of its files.
 
     Raises:
-        Damaged, Unreadable: in all processes.
+        Damaged, Unreadable: on all processes.
     """
 
-    def look() -> Checkpoint:
+    def check() -> Checkpoint:
         verify(folder, context.rank, context.world_size)
         found = Checkpoint(folder, read_state(folder))
         if context.is_main:
             check_contents(found)
         return found
 
-    return context.on_all_ranks(look)
+    return context.on_all_ranks(check)

@@ -1,8 +1,8 @@
-"""One process's file of a checkpoint: safetensors, streamed to the disk and hashed on the way.
+"""The tensor file of one process: safetensors, streamed to disk and hashed while it is written.
 
-The layout is that of ``torch.distributed.checkpoint.HuggingFaceStorageWriter`` with ``save_distributed``: a header of
-JSON with shapes and offsets, in its metadata the place of each part in its whole tensor, then the bytes of the tensors.
-That writer makes the whole file as one ``bytes`` in memory; here no more than one tensor is held beside the model.
+The layout is that of ``torch.distributed.checkpoint.HuggingFaceStorageWriter`` with ``save_distributed``: a JSON header
+with shapes and offsets, whose metadata gives each part's position in the whole tensor, then the bytes of the tensors.
+That writer builds the whole file as one ``bytes`` object; this one holds at most one tensor in addition to the model.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from ...engine.engine import SavedRows
 from .folder import FileEntry
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""torch's dtype -> its name in safetensors."""
+"""torch dtype -> safetensors name."""
 
 BLOCK = 8 << 20
-"""Bytes that are hashed while they are written."""
+"""Bytes to hash and write at a time, in parallel."""
 
 
 def shard_name(rank: int) -> str:
-    """The name of a process's tensor file."""
+    """Name of a process's tensor file."""
     return f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
 
 
 def stage(rows: Sequence[SavedRows]) -> list[SavedRows]:
-    """Copies in host memory, which the model may outlive or change; each is freed when it has been fetched."""
+    """Copy the rows to host memory, so that the model may change or be freed. Each copy is freed when it is fetched."""
     copies: dict[str, Tensor] = {}
     for each in rows:
-        # Made before what is fetched: the other way round that would leave a hole in the heap at every tensor.
+        # Allocate before fetching. The other way round would leave a hole in the heap for every tensor.
         copy = torch.empty(each.count, *each.shape[1:], dtype=each.dtype)
         copies[each.name] = copy.copy_(each.fetch())
 
@@ -47,13 +47,13 @@ def stage(rows: Sequence[SavedRows]) -> list[SavedRows]:
 
 
 def write_shard(folder: Path, rank: int, rows: Sequence[SavedRows]) -> dict[str, FileEntry]:
-    """Write and flush this process's tensor file; all processes call it together, with the same names in one order.
+    """Write and flush this process's tensor file. Collective: all processes pass the same names in the same order.
 
     Returns:
-        Name -> entry of the file; empty, and no file, where this process has no rows to save.
+        Name -> entry of the file; empty, without a file, if this process has no rows to save.
 
     Raises:
-        OSError: it cannot be written; by then everything was fetched, so that the other processes do not wait.
+        OSError: the file cannot be written. All rows have been fetched even so, so that no other process is blocked.
     """
     held = [each for each in rows if each.count]
     fetches = iter(rows)
@@ -67,7 +67,7 @@ def write_shard(folder: Path, rank: int, rows: Sequence[SavedRows]) -> dict[str,
 
 
 def _fetch_all(fetches: Iterator[SavedRows]) -> None:
-    """Take part in the rest, for the other processes."""
+    """Take part in the remaining fetches, which are collective."""
     for each in fetches:
         each.fetch()
 
@@ -79,7 +79,7 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
         def write(content: memoryview) -> None:
             for start in range(0, len(content), BLOCK):
                 block = content[start : start + BLOCK]
-                hashed = hasher.submit(digest.update, block)  # hashlib and write both let other threads run
+                hashed = hasher.submit(digest.update, block)  # hashlib and write both release the GIL
                 file.write(block)
                 hashed.result()
 
@@ -88,7 +88,7 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
             tensor = each.fetch()
             if each.count:
                 write(_bytes_of(tensor))
-            del tensor  # before the next one is fetched
+            del tensor  # free it before the next one is fetched
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -96,16 +96,16 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, which share its memory where it is contiguous and on the CPU."""
+    """A tensor's bytes. They share its memory if it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous()
-    # A dimension of size 1 may have any stride in a contiguous tensor, which then cannot be viewed as bytes.
+    # In a contiguous tensor, a dimension of size 1 may have any stride, which would prevent a view as bytes.
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data.cast("B")
 
 
 def _header(held: Sequence[SavedRows]) -> bytes:
-    """What a safetensors file begins with: the length of the JSON in 8 bytes, and the JSON, filled up to 8 bytes."""
-    places = {each.name: {"saved_offsets": [each.first, *[0] * (len(each.shape) - 1)]} for each in held}
-    metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+    """The start of a safetensors file: the length of the JSON in 8 bytes, then the JSON, padded to 8 bytes."""
+    offsets = {each.name: {"saved_offsets": [each.first, *[0] * (len(each.shape) - 1)]} for each in held}
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
     entries: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for each in held:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors: one JSON file, read before the model is built."""
+"""The non-tensor state in a checkpoint: one JSON file, which is read before the model is built."""
 
 import json
 import math
@@ -8,28 +8,28 @@ from typing import Any, get_type_hints
 
 from ...lowrank.convert import LayerLayout, Layout
 from .folder import as_json
-from .listing import Damaged, step_of, trouble
+from .listing import Damaged, read_error, step_of
 
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything of a run that is no tensor. Learning rate and dropout follow from seed, step and process alone, so
-    neither the schedule nor a random state has to be kept.
+    """All non-tensor state of a run. Learning rate and dropout are functions of seed, step and process, so neither the
+    schedule nor a random state is saved.
 
     Attributes:
-        step: optimizer steps completed, those that were skipped included.
-        optimizer_steps: those in which the optimizer moved; Adam's ``step``.
+        step: optimizer steps completed, including skipped ones.
+        optimizer_steps: steps in which the optimizer updated the parameters; Adam's ``step``.
         tokens: tokens trained on.
         seconds: training time so far.
-        flops: floating-point operations so far, forward and backward; None: not known.
+        flops: floating-point operations so far, forward and backward; None if unknown.
         train_loss: last one logged.
-        evaluation_due: whether the validation of this step is still to be done.
-        layout: the rank table; the model is built from it before a tensor is read.
-        ranks, loader, health: their states.
-        vocab_size, fingerprint, unigram_entropy, tokenizer: of the data and of the tokenizer.
-        world_size: processes that wrote it.
+        evaluation_due: whether the evaluation of this step has not been done yet.
+        layout: the rank table, from which the model is built before any tensor is read.
+        ranks, loader, health: state of the respective component.
+        vocab_size, fingerprint, unigram_entropy, tokenizer: of the data and the tokenizer.
+        world_size: number of processes that wrote the checkpoint.
         versions: of this program and its libraries.
     """
 
@@ -69,7 +69,7 @@ KINDS: dict[str, Any] = get_type_hints(TrainState) | {
     "health": {"skipped": int, "in_a_row": int, "losses": [_is_finite]},
     "versions": {str: str},
 }
-"""What ``state.json`` holds, to the last value: a wrong one must not come to light many steps later, or never."""
+"""Schema of ``state.json``, down to every value: a wrong one must fail now and not many steps later, or never."""
 
 
 def encode_state(state: TrainState) -> bytes:
@@ -81,17 +81,17 @@ def read_state(folder: Path) -> TrainState:
     """Read ``state.json``.
 
     Raises:
-        Damaged: a value is missing, unknown or of the wrong type, or it is of another step than the folder.
-        Unreadable: it cannot be read.
+        Damaged: a value is missing, unknown or of the wrong type, or the step is not that of the folder.
+        Unreadable: the file cannot be read.
     """
     try:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
-            values["ranks"].setdefault("found", {})  # not yet there before ranks were rounded at the freeze
-            values.setdefault("flops", None)  # not yet there before studies
+            values["ranks"].setdefault("found", {})  # missing in checkpoints from before ranks were rounded
+            values.setdefault("flops", None)  # missing in checkpoints from before studies
         _check(values, KINDS, "it")
     except OSError as error:
-        raise trouble(folder / STATE, error) from None
+        raise read_error(folder / STATE, error) from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{folder / STATE} is damaged ({error})") from None
     layout = {name: LayerLayout(**layer) for name, layer in values["layout"].items()}
@@ -102,11 +102,11 @@ def read_state(folder: Path) -> TrainState:
 
 
 def _check(value: Any, kind: Any, place: str) -> None:
-    """Check a value, and all that is in it, against a kind: a type (numbers of type int are counts, so none is below
-    zero), a predicate, or a dict, list or tuple of kinds.
+    """Recursively check a value against a schema: a type (an int must not be negative), a predicate, or a dict, list or
+    tuple of schemas.
 
     Raises:
-        ValueError: with the place of the first value that is of another kind.
+        ValueError: with the location of the first value that does not match.
     """
     if isinstance(kind, dict) and isinstance(value, dict):
         any_name = kind.get(str)

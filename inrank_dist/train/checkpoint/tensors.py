@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint's files, through ``torch.distributed.checkpoint``: every process its own rows."""
+"""Reads tensors from a checkpoint with ``torch.distributed.checkpoint``; every process reads its own rows."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from ...engine.engine import Engine
 from .listing import Damaged
 from .state import TrainState
 
-# A single process loads on its own here, which is what is meant.
+# A single process loads without torch.distributed on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole tensor as the files' headers tell of it."""
+    """Shape and dtype of a whole tensor, from the files' headers."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -32,7 +32,7 @@ def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:
     """Read parameters and moments into an engine that was built with the checkpoint's layout.
 
     Raises:
-        Damaged: a tensor is missing, incomplete, or of another shape or dtype.
+        Damaged: a tensor is missing, incomplete, or has another shape or dtype.
     """
     stored = stored_tensors(folder)
 
@@ -44,10 +44,10 @@ def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:
 
 
 def load_parameters(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Read parameters alone into plain tensors, in one process.
+    """Read the parameters into plain tensors, in a single process.
 
     Raises:
-        Damaged: as ``load_tensors``.
+        Damaged: see ``load_tensors``.
     """
     stored = {name: each for name, each in stored_tensors(folder).items() if not name.startswith("optimizer.")}
     check_tensors(folder, stored, parameters)
@@ -59,10 +59,10 @@ def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint, from the headers of its files alone.
+    """All tensors of a checkpoint, from the headers of its files.
 
     Raises:
-        Damaged: a file is no safetensors file, or the files do not hold every element exactly once.
+        Damaged: a file is not a safetensors file, or the files do not contain every element exactly once.
     """
     try:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
@@ -85,9 +85,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def _covers(parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], whole: tuple[int, ...]) -> bool:
-    """Whether parts (offsets, sizes), in order, are the rows of a whole tensor, each once.
+    """Whether the parts (offsets, sizes), in order, cover the rows of the whole tensor exactly once.
 
-    torch reads what there is and leaves the rest as it was, without a word.
+    torch would read the parts that exist and silently leave the rest of the tensor unchanged.
     """
     row = 0
     for offsets, sizes in parts:
@@ -98,7 +98,7 @@ def _covers(parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], whole: tup
 
 
 def check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[str, Tensor]) -> None:
-    """Compare what is stored with what the settings and the rank table make.
+    """Compare the stored tensors with those of the model built from the settings and the rank table.
 
     Raises:
         Damaged: with the name of the first tensor that differs.
@@ -109,14 +109,14 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored], wanted: Mapping[st
 
 
 def difference(stored: Mapping[str, Stored], wanted: Mapping[str, Tensor], make: str) -> str | None:
-    """The first tensor that is not stored as it is wanted, in words; None: all are."""
+    """Describe the first tensor that is not stored as wanted; None if all are."""
     for name in sorted(stored.keys() | wanted.keys()):
-        is_there = stored.get(name)
-        made = Stored(tuple(wanted[name].shape), wanted[name].dtype) if name in wanted else None
-        if is_there != made:
-            return f"{name} as {_shown(is_there)} where {make} {_shown(made)}"
+        found = stored.get(name)
+        expected = Stored(tuple(wanted[name].shape), wanted[name].dtype) if name in wanted else None
+        if found != expected:
+            return f"{name} as {_describe(found)} where {make} {_describe(expected)}"
     return None
 
 
-def _shown(tensor: Stored | None) -> str:
+def _describe(tensor: Stored | None) -> str:
     return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

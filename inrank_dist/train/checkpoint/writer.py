@@ -1,4 +1,4 @@
-"""Writing checkpoints, in step with the training or behind it."""
+"""Writes checkpoints, synchronously or asynchronously."""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -22,16 +22,16 @@ Result = TypeVar("Result")
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run; all processes call every method together, but for ``failure``.
+    """Writes the checkpoints of a run. All methods are collective; ``failure`` is local.
 
-    With ``checkpoint.async`` a save returns when the tensors are copied to memory; files, checksums and commit follow
-    in other threads, whose collectives have a process group of their own. One save is under way at a time.
+    With ``checkpoint.async`` a save returns once the tensors have been copied to host memory. Files, checksums and the
+    commit follow in other threads, whose collectives use a separate process group. At most one save is in progress.
 
     Args:
         run_folder: of the run.
-        context: with its process group up.
+        context: with its process group initialized.
         settings: section ``checkpoint``.
-        companions: name -> content of the small files that go with every checkpoint.
+        companions: name -> content of the small files to include in every checkpoint.
     """
 
     def __init__(
@@ -42,23 +42,23 @@ class CheckpointWriter:
         companions: dict[str, bytes],
     ) -> None:
         self.run_folder, self.context, self.settings, self.companions = run_folder, context, settings, companions
-        # Objects and the threads of asynchronous saves need gloo and must not meet the collectives of the training.
+        # Objects and asynchronous saves need gloo, and a group whose collectives do not mix with the training's.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._settled: set[str] = set()
 
     def save(self, engine: Engine, state: TrainState, *, ephemeral: bool = False) -> None:
-        """Write a checkpoint, then remove those that ``checkpoint.keep`` and its kin do not want.
+        """Write a checkpoint, then remove those that ``checkpoint.keep`` and related settings do not retain.
 
         Raises:
-            UserError: it, or the one before that was still under way, could not be written. Those that were complete
-                before are still there.
+            UserError: this checkpoint, or a previous one still in progress, could not be written. Earlier complete
+                checkpoints are unaffected.
         """
         self.finish()
         final = folder_of(self.run_folder, state.step)
         partial = final.with_name(f"tmp-{final.name}")
-        self._on_main(final, lambda: folders.begin(final))
+        self._on_rank_zero(final, lambda: folders.begin(final))
         rows = engine.saved_rows()
         if self.settings.async_:
             self._pending = self._thread.submit(self._complete, final, partial, state, ephemeral, shard.stage(rows))
@@ -67,31 +67,31 @@ class CheckpointWriter:
 
     @property
     def failure(self) -> bool:
-        """Whether a save behind the training has failed, as far as this process knows; ``finish`` raises its error."""
+        """Whether an asynchronous save has failed, as far as this process knows. ``finish`` raises the error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def finish(self) -> None:
-        """Wait for the save that is under way.
+        """Wait for the save in progress.
 
         Raises:
-            UserError: it failed.
+            UserError: the save failed.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """End the thread, after whatever is under way."""
+        """Stop the thread once the save in progress is done."""
         self._thread.shutdown(wait=True)
 
     def _complete(
         self, final: Path, partial: Path, state: TrainState, ephemeral: bool, rows: Sequence[SavedRows]
     ) -> None:
-        """Everything from the tensors' files to the removal of old checkpoints."""
-        files = self._together(final, lambda: shard.write_shard(partial, self.context.rank, rows))
+        """Everything from writing the tensor files to removing old checkpoints."""
+        files = self._on_all_ranks(final, lambda: shard.write_shard(partial, self.context.rank, rows))
         every = {name: entry for each in self.context.gather(files, self._group) for name, entry in each.items()}
-        self._on_main(final, lambda: self._commit(final, partial, state, ephemeral, every))
-        self._on_main(final, lambda: self._retain(state.step))
+        self._on_rank_zero(final, lambda: self._commit(final, partial, state, ephemeral, every))
+        self._on_rank_zero(final, lambda: self._retain(state.step))
 
     def _commit(
         self, final: Path, partial: Path, state: TrainState, ephemeral: bool, files: dict[str, FileEntry]
@@ -103,22 +103,22 @@ class CheckpointWriter:
         keep, keep_every = self.settings.keep, self.settings.keep_every
         folders.retain(self.run_folder, newest, keep=keep, keep_every=keep_every, settled=self._settled)
 
-    def _on_main(self, final: Path, work: Callable[[], object]) -> None:
-        """Process 0 does something; if it fails, all raise the same."""
-        self._together(final, work if self.context.is_main else lambda: None)
+    def _on_rank_zero(self, final: Path, work: Callable[[], object]) -> None:
+        """Run ``work`` on process 0. If it fails, all processes raise the same error."""
+        self._on_all_ranks(final, work if self.context.is_main else lambda: None)
 
-    def _together(self, final: Path, work: Callable[[], Result]) -> Result:
-        """Every process does something; if it fails in one, all raise the same."""
+    def _on_all_ranks(self, final: Path, work: Callable[[], Result]) -> Result:
+        """Run ``work`` on every process. If it fails on one, all processes raise the same error."""
 
-        def told() -> Result:
-            with _Told(final):
+        def guarded() -> Result:
+            with _WriteErrors(final):
                 return work()
 
-        return self.context.on_all_ranks(told, self._group)
+        return self.context.on_all_ranks(guarded, self._group)
 
 
-class _Told:
-    """Tells a failure to write in one line that names the checkpoint."""
+class _WriteErrors:
+    """Turns a failure to write into a ``UserError`` that names the checkpoint."""
 
     def __init__(self, final: Path) -> None:
         self.final = final

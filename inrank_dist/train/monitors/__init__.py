@@ -1,8 +1,7 @@
-"""Where a run's records go: a file, TensorBoard, the console.
+"""Destinations for a run's records: a file, TensorBoard, the console.
 
-A record is a plain dict with a ``kind``. Only process 0 has monitors; the others hold an empty
-``Monitors``, so that the loop never asks which process it is. Monitors never fail on a kind or a key they
-do not know.
+A record is a plain dict with a ``kind``. Only process 0 has monitors. The others hold an empty ``Monitors``, so that
+the loop does not depend on the process. Monitors ignore kinds and keys that they do not know.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ __all__ = ["ConsoleMonitor", "JsonlMonitor", "Monitor", "Monitors", "TensorBoard
 
 
 class Monitor(Protocol):
-    """Somewhere records go."""
+    """A destination for records."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Take one record; the record is not changed."""
+        """Write a record, without modifying it."""
 
     def close(self) -> None:
-        """Finish; closing twice is fine."""
+        """Close the destination. May be called twice."""
 
 
 class Monitors:
-    """Hands every record to each monitor, in order."""
+    """Passes every record to each monitor, in order."""
 
     def __init__(self, monitors: Iterable[Monitor] = ()) -> None:
         self._monitors = list(monitors)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Give ``record`` to every monitor.
+        """Pass ``record`` to every monitor.
 
         Raises:
             UserError: a file cannot be written.
@@ -43,16 +42,16 @@ class Monitors:
         try:
             for monitor in self._monitors:
                 monitor.write(record)
-        except BrokenPipeError:  # the reader of a pipe has seen enough; the command line knows
+        except BrokenPipeError:  # the reader of a pipe has exited; the command line handles it
             raise
         except OSError as error:
             raise UserError(
-                f"the run's records cannot be written ({error.strerror or error}); mend that and run the same command "
+                f"the run's records cannot be written ({error.strerror or error}); fix that and run the same command "
                 "again, it goes on from the last complete checkpoint"
             ) from None
 
     def close(self) -> None:
-        """Close every monitor, also those after one that fails; the first failure is raised."""
+        """Close every monitor even if some fail, then raise the first error."""
         failure: Exception | None = None
         for monitor in self._monitors:
             try:

@@ -1,4 +1,4 @@
-"""The run as a person follows it: a line per logged step, and on a terminal a progress bar below."""
+"""Console output of a run: a line per logged step, and a progress bar on terminals."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from .ranks import RankTable, mean
 from .text import amount, duration, fixed, number, perplexity_of, plural, size
 
 SMOOTHING = 0.9
-"""Weight of the past in the smoothed step time."""
+"""Weight of the previous value in the smoothed step time."""
 
 
 class ConsoleMonitor:
-    """Writes to ``stream`` (standard output unless told; standard error is left to errors).
+    """Writes to ``stream`` (default: standard output; standard error is reserved for errors).
 
-    Every line is plain ASCII but for sampled text. A rank is never shown without its null rank. The time
-    left is the steps left times the smoothed time of a step, which includes evaluation, checkpoints and
-    rank events.
+    All lines are plain ASCII except sampled text. A rank is always shown with its null rank. The remaining time is the
+    number of remaining steps times the smoothed step time, which includes evaluation, checkpoints and rank events.
     """
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
@@ -33,7 +32,7 @@ class ConsoleMonitor:
         self._step_seconds: float | None = None
         self._bar: Progress | None = None
         if self._stream.isatty():
-            # No refresh thread beside the training: the bar moves when a record arrives.
+            # No refresh thread during training: the bar is updated when a record arrives.
             self._bar = Progress(
                 BarColumn(bar_width=None),
                 TextColumn("{task.completed:,}/{task.total:,} steps"),
@@ -45,7 +44,7 @@ class ConsoleMonitor:
             self._task = self._bar.add_task("train", total=total_steps, left="-")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Print this record; kinds a person need not see are only remembered."""
+        """Print a record; kinds that are not shown only update the state."""
         self._table.update(record)
         kind = record.get("kind")
         if kind == "start":
@@ -53,36 +52,36 @@ class ConsoleMonitor:
         elif kind == "resume":
             self._restart_clock()
             world = plural(int(number(record.get("world_size")) or 1), "process")
-            self._say(f"resumed at {_at(record)} on {world}")
+            self._print(f"resumed at {_at(record)} on {world}")
         elif kind == "step":
             self._step(record)
         elif kind == "eval":
-            self._say(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
+            self._print(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
         elif kind == "rank_event":
             self._rank_event(record)
         elif kind == "profile":
-            self._say(_profile(record))
+            self._print(_profile(record))
         elif kind == "base_removed":
-            self._say(f"{_at(record)}  base removed: the factors now stand alone")
+            self._print(f"{_at(record)}  base removed: the factors now stand alone")
         elif kind == "skipped":
-            self._say(_skipped(record))
+            self._print(_skipped(record))
         elif kind == "spike":
             loss, above = fixed(record.get("loss"), 4), fixed(record.get("deviations"), 1)
-            self._say(f"{_at(record)}  loss {loss} is a spike: {above} standard deviations above the last ones")
+            self._print(f"{_at(record)}  loss {loss} is a spike: {above} standard deviations above the last ones")
         elif kind == "sample":
-            self._say(f"{_at(record)}  sample: {self._printable(record)}")
+            self._print(f"{_at(record)}  sample: {self._printable(record)}")
         elif kind == "summary":
             self._summary(record)
 
     def close(self) -> None:
-        """Take the progress bar off the terminal; closing twice is fine."""
+        """Remove the progress bar from the terminal. May be called twice."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         if not self._stream.closed:
             self._stream.flush()
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -95,21 +94,21 @@ class ConsoleMonitor:
         model, mode, seed, device, engine, torch = (
             record.get(key, "-") for key in ("model", "mode", "seed", "device", "engine", "torch")
         )
-        self._say(f"{model}, {mode}, seed {seed}, on {world} ({device}, {engine}, torch {torch})")
+        self._print(f"{model}, {mode}, seed {seed}, on {world} ({device}, {engine}, torch {torch})")
         facts = record.get("engine_facts")
         if isinstance(facts, dict) and facts:
-            self._say(f"{engine}: " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
+            self._print(f"{engine}: " + ", ".join(f"{name} {fact}" for name, fact in facts.items()))
         if (peak := number(record.get("peak_flops"))) is not None:
-            self._say(f"MFU: against {peak / 1e12:.3g} TFLOP/s a device ({record.get('peak_source', '-')})")
+            self._print(f"MFU: against {peak / 1e12:.3g} TFLOP/s a device ({record.get('peak_source', '-')})")
         line = f"{amount(record.get('parameters'))} parameters"
         if self._table.ranks:
             line += f", {plural(len(self._table.ranks), 'low-rank layer')}, {self._mean_rank()}"
-        self._say(line)
+        self._print(line)
         line = (
             f"{_whole(record.get('steps'))} steps, {amount(record.get('train_tokens'))} tokens to train on, "
             f"{amount(record.get('validation_tokens'))} to validate on"
         )
-        self._say(line + (f", {self._unigram()}" if self._entropy is not None else ""))
+        self._print(line + (f", {self._unigram()}" if self._entropy is not None else ""))
 
     def _step(self, record: dict[str, Any]) -> None:
         step = int(number(record.get("step")) or 0)
@@ -122,7 +121,7 @@ class ConsoleMonitor:
         waited = f"  data {100 * share:.0f}%" if share >= 0.01 else ""
         mfu = number(record.get("mfu"))
         used = f"  MFU {100 * mfu:.1f}%" if mfu is not None else ""
-        self._say(
+        self._print(
             f"{step:>{len(str(self._total))}d}/{self._total} {100 * step / max(self._total, 1):5.1f}%"
             f"  loss {fixed(record.get('loss'), 4)}  lr {_scientific(record.get('lr'))}"
             f"  grad {fixed(record.get('grad_norm'), 3)}  {fixed(record.get('tokens_per_s'), 0)} tok/s"
@@ -154,34 +153,34 @@ class ConsoleMonitor:
             f"{_at(record)}  {change.action}: mean rank {fixed(change.before, 1)} -> {fixed(change.after, 1)}"
             f" ({', '.join(facts)}) in {fixed(change.seconds, 2)} s"
         )
-        self._say("; ".join([line, *change.notes]))
+        self._print("; ".join([line, *change.notes]))
 
     def _summary(self, record: dict[str, Any]) -> None:
         self.close()
         if self._entropy is None:
             self._entropy = number(record.get("unigram_entropy"))
-        self._say(
+        self._print(
             f"done: {_whole(record.get('step'))} steps, {amount(record.get('tokens'))} tokens in "
             f"{duration(record.get('seconds'))}"
         )
         validation = {"loss": record.get("validation_loss"), "perplexity": record.get("perplexity")}
-        self._say(f"  train loss       {fixed(record.get('train_loss'), 4)}")
+        self._print(f"  train loss       {fixed(record.get('train_loss'), 4)}")
         known = f"  ({self._unigram()})" if self._entropy is not None else ""
-        self._say(f"  validation loss  {_loss_and_perplexity(validation)}{known}")
+        self._print(f"  validation loss  {_loss_and_perplexity(validation)}{known}")
         parameters, dense = number(record.get("parameters")), number(record.get("parameters_dense"))
         share = f" ({parameters / dense:.2f} of dense, {amount(dense)})" if parameters and dense else ""
-        self._say(f"  parameters       {amount(record.get('parameters_start'))} -> {amount(parameters)}{share}")
+        self._print(f"  parameters       {amount(record.get('parameters_start'))} -> {amount(parameters)}{share}")
         if self._table.ranks:
-            self._say(f"  rank             {self._mean_rank()}, {plural(len(self._table.ranks), 'layer')}")
+            self._print(f"  rank             {self._mean_rank()}, {plural(len(self._table.ranks), 'layer')}")
             for note in self._table.notes():
-                self._say(f"                   {note}")
+                self._print(f"                   {note}")
 
     def _mean_rank(self, short: bool = False) -> str:
         rank, null = mean(self._table.ranks.values()), mean(self._table.null_ranks.values())
         if short:
             pinned = len(self._table.pinned_layers)
-            held = f", {pinned} pinned" if pinned else ""
-            return f"rank {fixed(rank, 1)} (null {fixed(null, 1)}{held})"
+            suffix = f", {pinned} pinned" if pinned else ""
+            return f"rank {fixed(rank, 1)} (null {fixed(null, 1)}{suffix})"
         known = f"null rank {fixed(null, 1)}" if null is not None else "null rank not measured"
         found = mean(self._table.found.values())
         if null is not None and found != rank:
@@ -194,7 +193,7 @@ class ConsoleMonitor:
         return f"unigram entropy {fixed(self._entropy, 4)}, perplexity {fixed(perplexity_of(self._entropy), 0)}"
 
     def _printable(self, record: dict[str, Any]) -> str:
-        """Prompt and text without what could move the cursor or what the stream cannot encode."""
+        """Prompt and text without control characters and characters that the stream cannot encode."""
         text = f"[{record.get('prompt', '')}] {record.get('text', '')}".replace("\n", "\n    ")
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, whole lines only, readable at any moment."""
+"""metrics.jsonl: one JSON object per line, written in whole lines and readable at any time."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from typing import Any
 
 from ...runtime.errors import UserError
 
-LASTING_KINDS = ("start", "resume")
-"""Records that tell the history of the run, kept when its curve is cut back."""
+PERMANENT_KINDS = ("start", "resume")
+"""Records that are kept when a resumed run truncates the file, as the history of the run."""
 
 
 class JsonlMonitor:
     """Appends every record to ``path`` as one line, in one write.
 
-    A half line left by a killed run is cut before the first record is appended. Numbers that are not finite
-    become null, because JSON has no word for them.
+    A partial line left by a killed run is removed before the first record is appended. Numbers that are not finite are
+    written as null, because JSON cannot represent them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_last_line(self.path)
+        _repair_last_line(self.path)
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append ``record``; it is in the file when this returns."""
-        line = memoryview(json.dumps(_plain(record), allow_nan=False).encode() + b"\n")
+        """Append ``record``. It is in the file when this returns."""
+        line = memoryview(json.dumps(_to_json(record), allow_nan=False).encode() + b"\n")
         while line:
             line = line[self._file.write(line) :]
 
     def truncate_after(self, step: int, *, evaluation_due: bool = False) -> None:
-        """Drop the records of steps later than ``step``, so that a run resumed there has one value a step; also those
-        of the end of ``step`` where its validation is still to be done.
+        """Drop the records of steps after ``step``, so that a run resumed there has one value per step. If
+        ``evaluation_due``, also drop the evaluation records of ``step`` itself, which will be written again.
 
-        The start and resume lines stay. The file is replaced as a whole: a reader sees the old or the new
-        one.
+        Start and resume records are kept. The file is replaced atomically, so a reader sees either version.
         """
         lines = self.path.read_bytes().splitlines(keepends=True)
         records = _parse_lines(lines, self.path)
-        kept = [line for line, record in zip(lines, records, strict=True) if _belongs(record, step, evaluation_due)]
+        kept = [line for line, record in zip(lines, records, strict=True) if _is_kept(record, step, evaluation_due)]
         if len(kept) == len(lines):
             return
-        fresh = self.path.with_name(self.path.name + ".tmp")
-        with fresh.open("wb") as file:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with temporary.open("wb") as file:
             file.write(b"".join(kept))
             file.flush()
             os.fsync(file.fileno())
         self._file.close()
-        fresh.replace(self.path)
+        temporary.replace(self.path)
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file. May be called twice."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics file, in order; a half line at its end, as a killed run leaves, is left out.
+    """All records of a metrics file, in order. A partial line at the end, as left by a killed run, is ignored.
 
-    Raises UserError if there is no such file or if a line before the end is not a JSON object.
+    Raises:
+        UserError: the file does not exist, or a line before the last is not a JSON object.
     """
     path = Path(path)
     try:
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # also what is not UTF-8
+    except (ValueError, RecursionError):  # ValueError: includes invalid UTF-8
         return None
     return record if isinstance(record, dict) else None
 
@@ -94,15 +94,15 @@ def _parse_lines(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _belongs(record: dict[str, Any], last_step: int, evaluation_due: bool) -> bool:
+def _is_kept(record: dict[str, Any], last_step: int, evaluation_due: bool) -> bool:
     step = record.get("step")
     if evaluation_due and step == last_step and record.get("kind") in ("eval", "sample", "summary"):
         return False
-    return record.get("kind") in LASTING_KINDS or not isinstance(step, int) or step <= last_step
+    return record.get("kind") in PERMANENT_KINDS or not isinstance(step, int) or step <= last_step
 
 
-def _mend_last_line(path: Path) -> None:
-    """End the file with a whole line: cut half a record; where only the newline is missing, add it."""
+def _repair_last_line(path: Path) -> None:
+    """Remove a partial record at the end; if only its newline is missing, add it."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -116,14 +116,14 @@ def _mend_last_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _plain(value: Any) -> Any:
-    """``value`` in JSON's own types: array scalars unpacked, what is not finite as None, the rest as text."""
+def _to_json(value: Any) -> Any:
+    """Convert to JSON types: unpack array scalars, replace non-finite numbers by None and other types by text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
+    return _to_json(value.item()) if hasattr(value, "item") else str(value)

@@ -1,4 +1,4 @@
-"""What the records say about ranks so far, each rank beside its null rank and the share that it explains."""
+"""The current ranks of a run, from its records, with the null rank and the explained share of each."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 from .text import number, plural
 
 NULL_TOLERANCE = 0.02
-"""A rank within this fraction of its null rank counts as the null rank."""
+"""Relative difference up to which a rank counts as equal to its null rank."""
 
 
 def equals_null(rank: Any, null_rank: Any) -> bool:
-    """True if the rule found no more than it finds on untrained factors, within 2%."""
+    """Whether the rank is within 2% of what the rule finds on untrained factors."""
     found, null = number(rank), number(null_rank)
     return found is not None and null is not None and abs(found - null) <= NULL_TOLERANCE * null
 
 
 def mean(values: Iterable[Any]) -> float | None:
-    """Mean over the values that are finite numbers; None if there are none."""
+    """Mean of the values that are finite numbers; None if there are none."""
     finite = [x for value in values if (x := number(value)) is not None]
     return fmean(finite) if finite else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankChange:
-    """One rank event as a line or a row tells it. Every mean is over all low-rank layers, those that kept their rank
-    included, so that it can be compared with the lines around it.
+    """Summary of one rank event. Means are over all low-rank layers, including those that kept their rank, so that they
+    are comparable with other lines.
 
     Attributes:
         step, action, seconds: as recorded.
-        changed, total: layers that the event names, and all.
+        changed, total: number of layers in the event, and of all low-rank layers.
         before, after: mean rank.
         found: mean of the ranks that the rule found, which the freeze may have rounded.
         null_rank: mean null rank.
         explained: mean share of the spectrum that the ranks explain *after* the event.
-        notes, short_notes: what a reader must know of these ranks, as sentences without a full stop, and in few words.
+        notes, short_notes: what a reader must know about these ranks, as sentences without a full stop and as phrases.
     """
 
     step: int
@@ -55,15 +55,15 @@ class RankChange:
 
 
 class RankTable:
-    """The present rank, null rank, explained and effective rank of every layer, kept current from records.
+    """The current rank, null rank, explained share and effective rank of every layer, updated from records.
 
-    ``found`` holds ranks before they were rounded at the freeze, which null ranks are to be held against. ``explained``
-    is the share that the rank in ``ranks`` explains, at the last decision; of records that lack ``reached`` that of the
-    rank before the decision. ``ranks`` and the other tables map a layer's name to its last known finite value. A check
-    and an event of the same step may come in either order: the event's outcome is the rank.
+    ``ranks`` and the other tables map a layer's name to its last known finite value. ``found`` holds the ranks before
+    rounding at the freeze, which are the ones to compare with null ranks. ``explained`` is the share that the rank in
+    ``ranks`` explained at the last decision; for records without ``reached``, the share of the rank before the
+    decision. A check and an event of the same step may come in either order; the rank is then that of the event.
 
-    ``initial_rank`` and ``threshold`` are those of the settings, None where no record tells them. ``shrinks`` says
-    whether the last decision could lower ranks, so that none is pinned by its start.
+    ``initial_rank`` and ``threshold`` are the settings, None if no record contains them. ``shrinks`` is whether the
+    last decision could lower ranks, in which case no rank is pinned by its start.
     """
 
     def __init__(self) -> None:
@@ -79,21 +79,21 @@ class RankTable:
         self._event_step: dict[str, Any] = {}
 
     def update(self, record: dict[str, Any]) -> None:
-        """Take in one record; records that say nothing of ranks change nothing."""
+        """Update the tables from one record. Records without ranks change nothing."""
         kind, step = record.get("kind"), record.get("step")
         if kind == "start":
             for name, rank in (record.get("ranks") or {}).items():
                 self.set_layer(name, rank=rank)
         if kind in ("start", "summary"):
             for name, layer in (record.get("rank_table" if kind == "start" else "ranks") or {}).items():
-                self._take(name, layer, "rank")
+                self._update_layer(name, layer, "rank")
         elif kind in ("rank_event", "rank_check"):
             for name, layer in (record.get("layers") or {}).items():
                 if kind == "rank_event":
-                    self._take(name, layer, "to")
+                    self._update_layer(name, layer, "to")
                     self._event_step[name] = step
                 elif self._event_step.get(name, -1) != step:
-                    self._take(name, layer, "rank")
+                    self._update_layer(name, layer, "rank")
                 _set(self.null_ranks, name, layer.get("null_rank"))
                 _set(self.effective_ranks, name, layer.get("effective_rank"))
         else:
@@ -104,7 +104,7 @@ class RankTable:
                 setattr(self, key, value)
 
     def change(self, record: dict[str, Any]) -> RankChange:
-        """What a ``rank_event`` did, after ``update`` has taken it in."""
+        """Summarize a ``rank_event``. Call after ``update``."""
         layers = record.get("layers") or {}
         before = {name: layers[name].get("from") if name in layers else rank for name, rank in self.ranks.items()}
         return RankChange(
@@ -131,7 +131,7 @@ class RankTable:
         )
 
     def notes(self) -> list[str]:
-        """What a reader must know of the present ranks, the most important first."""
+        """What a reader must know about the current ranks, the most important first."""
         layers = plural(len(self.ranks), "layer")
         notes = []
         if count := len(self.null_layers):
@@ -149,12 +149,12 @@ class RankTable:
 
     @property
     def null_layers(self) -> list[str]:
-        """Names of the layers in which the rule found their null rank within 2%."""
+        """Names of the layers whose rank equals their null rank within 2%."""
         return [name for name in self.ranks if self._at_null(name)]
 
     @property
     def pinned_layers(self) -> list[str]:
-        """Names of the layers that the rule has judged and in which the rank never left ``initial_rank``."""
+        """Names of the layers that the rule has judged but whose rank never left ``initial_rank``."""
         return [name for name in self.ranks if self._pinned(name)]
 
     @property
@@ -163,8 +163,8 @@ class RankTable:
         return [name for name in self.ranks if self._below(name) and self.ranks[name] < self.found[name]]
 
     def flags(self, name: str) -> list[str]:
-        """Why the rank of a layer is not simply a finding, in few characters each; what ``notes`` counts, and any rank
-        that explains less than the threshold."""
+        """Short flags for a rank that is not simply a finding: the cases of ``notes``, and a rank that explains less
+        than the threshold."""
         flags = ["= null"] if self._at_null(name) else []
         flags += ["= start"] if self._pinned(name) else []
         return flags + ([f"< {self.threshold:g}"] if self._below(name) else [])
@@ -176,10 +176,11 @@ class RankTable:
         return not self.shrinks and name in self.null_ranks and self.found.get(name) == self.initial_rank
 
     def _below(self, name: str) -> bool:
-        """Whether the rank explains less than the threshold; False where the records do not pair the two."""
+        """Whether the rank explains less than the threshold; False if the records do not give the share of this
+        rank."""
         return self.threshold is not None and name in self._paired and self.explained[name] < self.threshold
 
-    def _take(self, name: str, layer: dict[str, Any], key: str) -> None:
+    def _update_layer(self, name: str, layer: dict[str, Any], key: str) -> None:
         known = {part: layer.get(part) for part in ("found", "null_rank", "reached", "explained")}
         self.set_layer(name, rank=layer.get(key), **known)
 
@@ -193,11 +194,11 @@ class RankTable:
         reached: Any = None,
         explained: Any = None,
     ) -> None:
-        """What is known of one layer; None says nothing, but for ``found``, which is then ``rank``.
+        """Update the values of one layer. None leaves a value unchanged, except ``found``, which defaults to ``rank``.
 
         Args:
             reached: share of the spectrum that ``rank`` explains.
-            explained: share that the rank before it explains; shown only where ``reached`` is not known.
+            explained: share that the previous rank explains; used only if ``reached`` is unknown.
         """
         _set(self.ranks, name, rank)
         _set(self.found, name, rank if found is None else found)

@@ -1,4 +1,4 @@
-"""The records as TensorBoard scalars."""
+"""Writes records as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ class TensorBoardMonitor:
     """Writes event files to ``folder``.
 
     Tags: ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``,
-    ``validation/{loss,perplexity}``, for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
-    ``effective_rank/NAME``, over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``, and the text
-    ``sample``. From ``purge_step`` on, what an earlier process wrote is hidden: a run resumed from step ``s``
-    gives ``s + 1``.
+    ``validation/{loss,perplexity}``; for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
+    ``effective_rank/NAME``; over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``; and the text ``sample``.
+    Events of an earlier process from ``purge_step`` on are hidden. A run resumed from step ``s`` passes ``s + 1``.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        # Imported here: two seconds that only the process with monitors should pay.
+        # Imported here because it takes two seconds, which only the process with monitors should pay.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
         self._table = RankTable()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log what this record holds; values that are missing or not finite are left out."""
+        """Log the scalars of a record. Values that are missing or not finite are skipped."""
         self._table.update(record)
         kind, step = record.get("kind"), record.get("step", 0)
         if kind == "step":
@@ -46,7 +45,7 @@ class TensorBoardMonitor:
             self._writer.add_text("sample", f"**{record.get('prompt', '')}**{record.get('text', '')}", step)
 
     def close(self) -> None:
-        """Flush and close the event file; closing twice is fine."""
+        """Flush and close the event file. May be called twice."""
         self._writer.close()
 
     def _ranks(self, layers: dict[str, dict[str, Any]], step: int) -> None:

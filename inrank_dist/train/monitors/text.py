@@ -1,4 +1,4 @@
-"""Numbers as people read them: counts, durations, losses."""
+"""Human-readable formats of counts, durations and losses."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 
 
 def number(value: Any) -> float | None:
-    """A finite float, or None for what is missing, not a number, or not finite."""
+    """The value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def fixed(value: Any, digits: int) -> str:
-    """``value`` with a fixed number of decimals; ``-`` if missing, ``nan`` or ``inf`` if it is that."""
+    """``value`` with a fixed number of decimals; ``-`` if it is not a number, ``nan`` or ``inf`` if it is not
+    finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "-"
     return f"{value:,.{digits}f}"
 
 
 def amount(value: Any) -> str:
-    """A count of parameters or tokens: ``124.4M``, ``1.23B``, below 100,000 all digits."""
+    """A count of parameters or tokens, such as ``124.4M`` or ``1.23B``; all digits below 100,000."""
     count = number(value)
     if count is None:
         return "-"
@@ -31,7 +32,7 @@ def amount(value: Any) -> str:
 
 
 def operations(value: Any) -> str:
-    """Floating-point operations as ``8.21 T`` or ``1.30 E``, below a million all digits."""
+    """A number of floating-point operations, such as ``8.21 T`` or ``1.30 E``; all digits below a million."""
     count = number(value)
     if count is None:
         return "-"
@@ -42,7 +43,7 @@ def operations(value: Any) -> str:
 
 
 def size(value: Any) -> str:
-    """Bytes as ``12.3 MiB`` or ``4.56 GiB``."""
+    """A number of bytes, such as ``12.3 MiB`` or ``4.56 GiB``."""
     count = number(value)
     if count is None:
         return "-"
@@ -50,7 +51,7 @@ def size(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Seconds as ``h:mm:ss``, from one day on as ``2d 03:04:05``."""
+    """Seconds as ``h:mm:ss``, or ``2d 03:04:05`` from one day on."""
     value = number(seconds)
     if value is None:
         return "-"
@@ -69,6 +70,6 @@ def plural(count: int, noun: str) -> str:
 
 
 def perplexity_of(entropy: Any) -> float | None:
-    """``exp(entropy)`` for an entropy or loss in nats per token; None if missing or too large for a float."""
+    """``exp(entropy)`` for an entropy or loss in nats per token; None if it is missing or the result overflows."""
     nats = number(entropy)
     return math.exp(nats) if nats is not None and nats < 700 else None
