@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data.cache_dir",
         metavar="DIR",
         dest="cache_dir",
-        help="folder of prepared data, to write to where the data is not prepared (default: that of the run, to read)",
+        help="folder for prepared data, created if needed (default: that of the run, read only)",
     )
 
 
 @torch.no_grad()
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Evaluate on the whole validation split, in one process, and print the figures."""
+    """Evaluate the whole validation split, in one process, and print the results."""
     no_overrides(rest)
     trained = load_trained(arguments)
     config, state = trained.config, trained.checkpoint.state
@@ -50,16 +50,16 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _data(arguments: argparse.Namespace, trained: TrainedModel) -> Prepared:
-    """The prepared data of a run; made anew only in a folder that the user has named, or the user's default one.
+    """The prepared data of a run. Prepared if necessary, but only in a folder named by the user or the default one.
 
-    A run folder may come from anybody, and what it names is read, never written.
+    A run folder may come from anywhere, so folders named in it are read but never written to.
     """
     config = trained.config
     settings = config.data if arguments.cache_dir is None else replace(config.data, cache_dir=arguments.cache_dir)
-    what = (settings, config.tokenizer, config.model.max_seq_len)
+    key = (settings, config.tokenizer, config.model.max_seq_len)
     if arguments.cache_dir is not None or settings.cache_dir == DataSettings().cache_dir:
-        return prepare(*what, saved_tokenizer=trained.tokenizer)
-    data = find_prepared(*what, saved_tokenizer=trained.tokenizer)
+        return prepare(*key, saved_tokenizer=trained.tokenizer)
+    data = find_prepared(*key, saved_tokenizer=trained.tokenizer)
     if data is None:
         raise UserError(
             f"the data of {arguments.run} is not prepared in data.cache_dir {settings.cache_dir} (the cache was "

@@ -1,4 +1,4 @@
-"""``inrank generate``: samples of text."""
+"""``inrank generate``: sample text from a checkpoint."""
 
 import argparse
 import math
@@ -11,18 +11,16 @@ from .common import add_run_arguments, device, load_trained, no_overrides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--run DIR --prompt TEXT`` and how to draw."""
+    """``--run DIR --prompt TEXT`` and the sampling options."""
     add_run_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue (default: start a document)")
-    parser.add_argument("--tokens", metavar="N", type=int, default=128, help="most tokens to write (default 128)")
-    parser.add_argument("--samples", metavar="N", type=int, default=1, help="how many texts (default 1)")
+    parser.add_argument("--tokens", metavar="N", type=int, default=128, help="maximum number of tokens (default 128)")
+    parser.add_argument("--samples", metavar="N", type=int, default=1, help="number of samples (default 1)")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.8, help="0: greedy decoding (default 0.8)")
     parser.add_argument(
-        "--temperature", metavar="T", type=float, default=0.8, help="0: the likeliest token (default 0.8)"
+        "--top-k", metavar="K", type=int, default=50, help="sample from the K most likely tokens; 0: all (default 50)"
     )
-    parser.add_argument(
-        "--top-k", metavar="K", type=int, default=50, help="draw among the K likeliest; 0: all (default 50)"
-    )
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--seed", metavar="S", type=int, default=0, help="random seed (default 0)")
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:

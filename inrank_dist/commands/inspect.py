@@ -1,4 +1,4 @@
-"""``inrank inspect``: what became of each layer."""
+"""``inrank inspect``: the rank and size of each layer."""
 
 import argparse
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Print a table of the low-rank layers and the sizes of the model.
+    """Print a table of the low-rank layers and the size of the model.
 
-    ``explained`` is the share of the measured spectrum that the rank explained at the last decision; ``eff. rank`` is
-    of ``U V^T`` as it is now. The last column says where a rank is not a finding: equal to its null rank, never raised
-    above ``lowrank.initial_rank``, or below the threshold.
+    ``explained`` is the share of the measured spectrum that the rank explained at the last decision. ``eff. rank`` is
+    the effective rank of the current ``U V^T``. The last column flags ranks that are not findings: equal to the null
+    rank, never raised above ``lowrank.initial_rank``, or below the threshold.
     """
     no_overrides(rest)
     trained = load_trained(arguments)

@@ -1,4 +1,4 @@
-"""The command line: find the command, run it, turn the user's mistakes into one line."""
+"""The command line: dispatches to a command and reports user errors in one line."""
 
 import argparse
 import importlib
@@ -24,20 +24,20 @@ COMMANDS = {
     "eval": "validation loss and perplexity of a checkpoint",
     "generate": "samples of text from a checkpoint",
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
-    "plan": "parameters, arithmetic, memory and communication of a config, without the hardware",
-    "verify": "whether the checkpoints of a run are whole and can be resumed from",
+    "plan": "parameters, FLOPs, memory and communication of a config, without the hardware",
+    "verify": "whether the checkpoints of a run are complete and can be resumed from",
     "report": "one self-contained HTML file with plots",
-    "study": "many runs of one config, variants against their controls, into one table",
-    "bench": "measurements: full rank against low rank; a rank decision; what checkpoints cost",
+    "study": "many runs of one config, variants against their controls, in one table",
+    "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",
 }
 
 
 OUTLIVE_CONSOLE = ("train", "prepare", "study")
-"""Commands whose product is files: they go on when nobody reads what they print."""
+"""Commands whose result is files. They continue if their output can no longer be written."""
 
 
 class StoreOnce(argparse.Action):
-    """An option with one value, refused the second time: argparse takes the last one and ignores the others."""
+    """An option with one value, rejected if it is given twice. argparse would silently use the last one."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
         given = vars(parser).setdefault("given", set())
@@ -48,7 +48,7 @@ class StoreOnce(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises the user's mistakes instead of printing its own two lines."""
+    """An argument parser that raises ``UserError`` instead of printing usage and exiting."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -58,27 +58,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0 done, 75 stopped on request, 2 the user's mistake, 1 another process or node is lost (both with
-        one line on stderr). Anything else is raised.
+        Exit status: 0 done, 75 stopped on request, 2 user error, 1 another process or node was lost (the last two with
+        one line on stderr). Other exceptions propagate.
     """
-    words = list(sys.argv[1:] if words is None else words)
-    # The deepspeed launcher passes what it also writes to LOCAL_RANK.
-    words = [word for word in words if not word.startswith("--local_rank=")]
-    console.guard(outlive=bool(words) and words[0] in OUTLIVE_CONSOLE)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # The DeepSpeed launcher passes --local_rank in addition to setting LOCAL_RANK.
+    argv = [argument for argument in argv if not argument.startswith("--local_rank=")]
+    console.guard(outlive=bool(argv) and argv[0] in OUTLIVE_CONSOLE)
     watch_launcher()
-    # Log once per node: the other processes of a launcher make the same mistake at the same time.
+    # Log once per node: the processes of a job make the same mistake at the same time.
     logs = logs_for_node()
-    _print_any_text()
+    _escape_unencodable()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("inrank_dist").setLevel(logging.INFO if logs else logging.ERROR)
-    # One process of a job prepares the data, whichever comes first, and it alone can tell how far it is.
+    # Any process of a job may be the one that prepares the data, and only that one can report progress.
     logging.getLogger("inrank_dist.preparation").setLevel(logging.INFO)
     try:
-        command, rest = _command(words)
+        command, rest = _parse_command(argv)
         if command is None:
             return 0
         with exiting_on_stop() if command == "train" else nullcontext():
@@ -94,29 +94,29 @@ def main(words: Sequence[str] | None = None) -> int:
     except UserError as error:
         line = " ".join(str(error).split())
         _report_mistake(line, logs)
-        return _leave(2, line)
+        return _exit(2, line)
     except JobFailed as error:
         _report_mistake(str(error), True)
-        return _leave(1, str(error))
+        return _exit(1, str(error))
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for every command
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; not every command imports torch
             line = ". ".join(str(error).split(". ")[:2]) + OUT_OF_MEMORY
             _report_mistake(line, logs or _watch() is None)
-            return _leave(2, line)
+            return _exit(2, line)
         if not _in_process_group():
             raise
-        return _leave(1, _tell(error))
+        return _exit(1, _report_failure(error))
     except BaseException as error:
         stop = sys.modules.get("inrank_dist.runtime.stop")
         if stop is None or not isinstance(error, stop.Stopped):
             raise
         if logs:
             print(error, file=sys.stderr)
-        return _leave(stop.EXIT_STOPPED)
+        return _exit(stop.EXIT_STOPPED)
 
 
-def _print_any_text() -> None:
-    """A console of another encoding than UTF-8 shows ``\\u2014`` for a character that it lacks, and nothing fails."""
+def _escape_unencodable() -> None:
+    """Print characters that the console's encoding lacks as escapes such as ``\\u2014`` instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             escapes = stream.errors == "surrogateescape" and stream.encoding.lower() == "utf-8"
@@ -130,23 +130,23 @@ OUT_OF_MEMORY = (
 )
 
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
-"""What the messages hold that a process gets when another one has gone."""
+"""Substrings of the errors that a process gets when another one has gone."""
 
 
-def _tell(error: Exception) -> str:
-    """Print the traceback of a failure, unless another process failed first and this is its echo.
+def _report_failure(error: Exception) -> str:
+    """Print the traceback of a failure, unless it is a consequence of another process's failure.
 
     Returns:
         One line for the other processes.
     """
     line = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     watch = _watch()
-    echo = isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_CONNECTION)
-    first = watch.failure_of_another(wait_seconds=2.0 if echo else 0.0) if watch else None
+    consequence = isinstance(error, RuntimeError) and any(text in str(error) for text in LOST_CONNECTION)
+    first = watch.failure_of_another(wait_seconds=2.0 if consequence else 0.0) if watch else None
     rank = os.environ.get("RANK", "0")
     if first:
         watch.exit(first[1], sys.modules["inrank_dist.runtime.watch"].exit_message(rank, first))
-    if echo:
+    if consequence:
         print(
             f"process {rank} lost another process, which was killed, or whose machine or network is gone ({line})",
             file=sys.stderr,
@@ -158,7 +158,7 @@ def _tell(error: Exception) -> str:
 
 
 def _report_mistake(line: str, logs: bool) -> None:
-    """One voice a node."""
+    """Print a user error, once per node."""
     watch = _watch()
     if watch:
         watch.reported = True
@@ -166,8 +166,8 @@ def _report_mistake(line: str, logs: bool) -> None:
         print("error:", line, file=sys.stderr)
 
 
-def _leave(status: int, line: str = "") -> int:
-    """End at once where there is a process group: to take it down in order would mean to wait for the others."""
+def _exit(status: int, line: str = "") -> int:
+    """If there is a process group, exit at once: destroying it would wait for the other processes."""
     if _in_process_group():
         watch = _watch()
         if watch:
@@ -186,21 +186,21 @@ def _watch() -> Any:
 
 
 def _in_process_group() -> bool:
-    """Without importing torch, which takes seconds and which help and most mistakes do not need."""
+    """Checked without importing torch, which takes seconds and is not needed for help and most user errors."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
-def _command(words: list[str]) -> tuple[str | None, list[str]]:
+def _parse_command(argv: list[str]) -> tuple[str | None, list[str]]:
     parser = Parser(prog="inrank", description=__import__("inrank_dist").__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"inrank_dist {__version__}")
     listing = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, meaning in COMMANDS.items():
         listing.add_parser(name, help=meaning, add_help=False)
-    if not words:
+    if not argv:
         parser.print_help()
         return None, []
-    arguments, unknown = parser.parse_known_args(words[:1])
+    arguments, unknown = parser.parse_known_args(argv[:1])
     if unknown:
-        raise UserError(f"{words[0]!r} is no command; write inrank COMMAND, one of {', '.join(COMMANDS)}")
-    return arguments.command, words[1:]
+        raise UserError(f"{argv[0]!r} is no command; write inrank COMMAND, one of {', '.join(COMMANDS)}")
+    return arguments.command, argv[1:]

@@ -1,4 +1,4 @@
-"""What a device can hold and do, for ``inrank plan --device``: does a run fit, and how long a step takes at least."""
+"""Memory and speed of a device, for ``inrank plan --device``: whether a run fits, and a lower bound on step time."""
 
 import os
 import re
@@ -9,27 +9,27 @@ from ..runtime.errors import UserError
 from ..train.speed import VENDOR_TFLOPS
 
 USABLE = 0.92
-"""Share of a GPU's memory that a run can count on; the rest is the context, libraries, NCCL's buffers and holes."""
+"""Share of a GPU's memory available to a run; the rest is for the CUDA context, libraries, NCCL and fragmentation."""
 
 NODE = 8
-"""GPUs of a node, as far as the plan is concerned."""
+"""GPUs per node, as assumed by the plan."""
 
 NETWORK = 50e9
-"""Bytes per second that a GPU sends to another node, at best: 400 Gbit/s for each."""
+"""Peak bytes per second that a GPU sends to another node: 400 Gbit/s each."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a device, from its vendor's data sheet.
+    """Specifications of a device, from the vendor's data sheet.
 
     Attributes:
-        name: as it is shown.
+        name: for display.
         memory: bytes.
-        usable: share of it.
-        bf16, float32: operations per second; None: not known.
-        bandwidth: of its memory, bytes per second.
-        link: bytes per second that it sends to another one of its node.
-        is_cpu: it is this machine.
+        usable: share of the memory that can be used.
+        bf16, float32: operations per second; None if unknown.
+        bandwidth: of the memory, bytes per second.
+        link: bytes per second to another device in the same node.
+        is_cpu: whether it is this machine's CPU.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Device:
 
     @property
     def room(self) -> float:
-        """Bytes that a process can use."""
+        """Bytes of memory available to a process."""
         return self.memory * self.usable
 
 
@@ -57,18 +57,18 @@ UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**2
 
 
 def device_named(text: str, world_size: int) -> Device:
-    """The device that ``--device`` names: a GPU, ``cpu`` (this machine, shared by all processes), or bytes of memory.
+    """The device that ``--device`` names: a GPU, ``cpu`` (this machine, shared by all processes), or a memory size.
 
     Raises:
-        UserError: it is none of these.
+        UserError: ``text`` is none of these.
     """
-    word = text.strip().lower()
-    if word in GPUS:
-        return GPUS[word]
-    if word == "cpu":
+    name = text.strip().lower()
+    if name in GPUS:
+        return GPUS[name]
+    if name == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device(f"this machine's memory, of {world_size} process(es)", total // world_size, is_cpu=True)
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([kmg]i?b)?", word, re.ASCII)
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([kmg]i?b)?", name, re.ASCII)
     size = float(parts[1]) * UNITS[parts[2] or ""] if parts else 0.0
     if not 1 <= size < 1e16:
         raise UserError(f"--device is {text!r}; write {', '.join(GPUS)}, cpu, or bytes of memory such as 24GiB or 80e9")
@@ -77,10 +77,10 @@ def device_named(text: str, world_size: int) -> Device:
 
 @dataclass(frozen=True)
 class Work:
-    """What a process does in one optimizer step.
+    """Work of a process in one optimizer step.
 
     Attributes:
-        flops: operations, with those of recomputation.
+        flops: floating-point operations, including recomputation.
         moved: bytes to and from memory.
         sent: bytes to other processes.
     """
@@ -91,14 +91,14 @@ class Work:
 
 
 def moved_bytes(activations: int, parameters: int, trained: int, moments: int, setup: Setup) -> float:
-    """Bytes that a step moves at least: each activation is written and read once; in each micro-batch weights are read
-    by the forward and the backward pass and gradients added to; the optimizer reads a weight, its gradient and its
-    moments and writes all but the gradient.
+    """Minimum memory traffic of a step in bytes. Each activation is written and read once. In each micro-batch, the
+    forward and backward pass read the weights, and gradients are accumulated. The optimizer reads each weight, its
+    gradient and its moments, and writes all but the gradient.
 
     Args:
         activations: of one micro-batch.
-        parameters, trained, moments: float32 bytes of the model, as one process computes with it, and of what the
-            optimizer remembers of all of it.
+        parameters, trained, moments: float32 bytes of the model as one process computes with it, of its trained
+            parameters, and of the optimizer state of the whole model.
     """
     passes = setup.accumulation * (2 * activations + 2 * parameters + 2 * trained)
     parts = setup.processes if setup.kind not in ("local", "ddp", "zero0") else 1
@@ -106,8 +106,8 @@ def moved_bytes(activations: int, parameters: int, trained: int, moments: int, s
 
 
 def bound_seconds(work: Work, device: Device, setup: Setup) -> dict[str, float]:
-    """Seconds that a step takes at least for each of the three, where the device's figures are known (Williams et al.
-    2009, "Roofline")."""
+    """Lower bounds on the step time in seconds, by resource, as far as the device's specifications are known (roofline
+    model; Williams et al. 2009)."""
     flops = device.bf16 if setup.bf16 else device.float32
     bound = {}
     if flops is not None:

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Prepare the data that ``train`` with the same settings would use, and say where it is."""
+    """Prepare the data that ``train`` with the same settings would use, and print where it is."""
     config = read_config(arguments, overrides)
     if config is None:
         return

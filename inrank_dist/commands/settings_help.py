@@ -1,4 +1,4 @@
-"""The part of ``--help`` that lists every setting with its meaning."""
+"""The part of ``--help`` that lists all settings."""
 
 import argparse
 import ast
@@ -10,24 +10,24 @@ from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of
 from ..runtime.yaml_text import shown
 
 
-@functools.cache  # a tenth of a second
+@functools.cache  # takes a tenth of a second
 def settings_help() -> str:
-    """All settings by section: how to write them, what they mean, what they are when left out."""
+    """All settings by section, with their description, default and type."""
     parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section)
-        meanings = _meanings(kind)
+        descriptions = _descriptions(kind)
         for key in dataclasses.fields(kind):
             dotted = f"{section}.{key_of(key)}"
             default = default_of(key)
             standard = "required" if default is dataclasses.MISSING else f"default {shown(default)}"
-            text = f"{meanings[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"
+            text = f"{descriptions[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"
             group.add_argument(f"--{dotted}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser.format_help()
 
 
-def _meanings(section: type) -> dict[str, str]:
-    """The texts below the fields of a dataclass, which Python itself drops."""
+def _descriptions(section: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass, which Python discards."""
     (tree,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(tree, ast.ClassDef)
     texts = {}

@@ -1,4 +1,4 @@
-"""``inrank verify``: which checkpoints of a run can be resumed from."""
+"""``inrank verify``: checks which checkpoints of a run can be resumed from."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Hash every file of every checkpoint, compare the tensors' headers with what settings and rank table make, and
-    print a table of what was found.
+    """Hash every file of every checkpoint, compare the tensors' headers with the settings and the rank table, and print
+    a table of the findings.
 
     Raises:
         UserError: a checkpoint cannot be resumed from, or there is none.
@@ -54,11 +54,11 @@ def _table(findings: Sequence[Finding]) -> Table:
             {True: "yes", False: "no", None: "-"}[finding.ephemeral],
             str(finding.files),
             f"{finding.bytes / 1e6:.1f} MB",
-            Text(_within(finding)),  # a name may hold what rich takes for a style
+            Text(_problem(finding)),  # as Text, because a file name may contain rich markup
         )
     return table
 
 
-def _within(finding: Finding) -> str:
-    """The problem without the path of the folder, which the row has already."""
+def _problem(finding: Finding) -> str:
+    """The problem without the path of the folder, which is already in the row."""
     return finding.problem.replace(f"{finding.folder}/", "").replace(str(finding.folder), "it")
