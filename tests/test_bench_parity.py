@@ -43,7 +43,7 @@ def test_ranks_count_where_rounding_cannot_excuse_them() -> None:
 
 
 def test_mistakes(tmp_path: Path, fails: Fails) -> None:
-    assert "--only is nothing; write beginnings of local; ddp; fsdp; zero0" in fails(
+    assert "--only is nothing; write prefixes of local; ddp; fsdp; zero0" in fails(
         "bench", "parity", "--only", "nothing"
     )
     assert "--timeout is 0" in fails("bench", "parity", "--timeout", "0")

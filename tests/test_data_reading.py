@@ -126,7 +126,7 @@ def test_what_cannot_be_looked_at_is_told(tmp_path: Path) -> None:
     """A file that is left out in silence is a smaller corpus than the user named."""
     put(tmp_path / "a.txt", "alpha")
     (tmp_path / "b.txt").symlink_to(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"b\.txt, a link to nothing"):
+    with pytest.raises(UserError, match=r"b\.txt, a broken link"):
         find_files("paths", [str(tmp_path / "*.txt")], SUFFIXES)
     (tmp_path / "b.txt").unlink()
     os.mkfifo(tmp_path / "pipe.txt")
@@ -199,7 +199,7 @@ def test_document_separator_makes_documents(tmp_path: Path) -> None:
     path = put(tmp_path / "a.txt", "<|endoftext|>".join(f"story {n}" for n in range(40)) + "<|endoftext|>")
     corpus = read(tmp_path, paths=[str(path)], document_separator="<|endoftext|>", validation_fraction=0.2)
     assert len(corpus.train) + len(corpus.validation) == 40
-    with pytest.raises(UserError, match=r"write data\.document_separator where one file holds many"):
+    with pytest.raises(UserError, match=r"write data\.document_separator if one file holds many"):
         read(tmp_path, paths=[str(path)])
     with pytest.raises(UserError, match=r"data\.document_separator is ''; write"):
         DataSettings(document_separator="")

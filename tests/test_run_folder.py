@@ -148,7 +148,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_none(
     argv = words(copied, corpus, train__steps=14)
     before = everything(copied)
     error = fails(*argv) if command == "train" else fails(command, "--run", copied / "run")
-    assert f"{copied}/run/checkpoints" in error and f"cannot be read ({reason})" in error and "; mend" in error
+    assert f"{copied}/run/checkpoints" in error and f"cannot be read ({reason})" in error and "; fix that" in error
     assert everything(copied) == before
 
 

@@ -100,7 +100,7 @@ def notes(outcomes: Sequence[Outcome], context: Context, rounds: int, precision:
         without = "" if find_spec("deepspeed") else "; zero3 needs the extra deepspeed, which is not installed"
         yield f"sends: bytes of one process per step, counted at the collectives, with ring algorithms{without}"
     else:
-        yield "bytes sent by ddp, fsdp and zero3 are counted with several processes (torchrun)"
+        yield "bytes sent by ddp, fsdp and zero3 are counted under torchrun, with several processes"
 
 
 def as_record(outcomes: Sequence[Outcome], context: Context, rounds: int, precision: str) -> dict[str, Any]:
