@@ -1,4 +1,4 @@
-"""Do all processes hold the same answers?"""
+"""Checks that all processes hold the same answers."""
 
 import hashlib
 import json
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 
 class Disagreement(RuntimeError):
-    """Processes came to different answers where they must agree."""
+    """Processes computed different results where they must be identical."""
 
 
 def agree(what: str, answers: Mapping[str, object], device: torch.device) -> None:
-    """Check that all processes hold the same answers, by hash; one small all-reduce when they do.
+    """Check by hash that all processes hold the same answers. Costs one small all-reduce when they do.
 
     Args:
-        what: for the message.
-        answers: name -> JSON-able answer, exact.
-        device: that the backend of the process group reduces on.
+        what: description for the error message.
+        answers: name -> JSON-serializable value, compared exactly.
+        device: for the all-reduce; must match the backend of the process group.
 
     Raises:
-        Disagreement: on every process, with the names that differ.
+        Disagreement: on every process, with the names whose values differ.
     """
     if not dist.is_initialized():
         return
