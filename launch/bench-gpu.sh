@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Full rank against low rank on one GPU, in about two minutes: GPT-2 medium and a 1.3B shape, 16 sequences of 1024, bf16, eager
-# and compiled; step time, MFU and peak memory with their ratios. Options after the script's name are passed to
-# `inrank bench speed` in place of those here: launch/bench-gpu.sh --batch 4 --json gpu.json
-# It runs with the python3 on PATH where that has what it needs (such as a cluster's own); else it makes the environment.
+# and compiled; step time, MFU and peak memory with their ratios. Options are passed to `inrank bench speed` and override the
+# ones here: launch/bench-gpu.sh --batch 4 --json gpu.json
+# Uses the python3 on PATH if it has the required libraries (such as a cluster's own), else creates the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=environment.sh
 . "$root/launch/environment.sh"
 find_environment ""
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-echo "== Measuring; a table is shown when all its forms are compiled and timed"
-# What is not said otherwise; an option that is given twice is refused.
+echo "== Measuring; each table is shown when all its forms are compiled and timed"
+# Defaults for options that were not given. inrank rejects an option that is given twice.
 options=()
 while read -r option value; do
     case " ${*%%=*} " in

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs an inrank command with the deepspeed launcher, on one host or on many: launch/deepspeed.sh --help
+# Runs an inrank command with the DeepSpeed launcher, on one host or several: launch/deepspeed.sh --help
 #   launch/deepspeed.sh -n 2 train --config configs/quickstart.yaml --parallel.engine zero3 --optimizer.name adamw
-# Words after COMMAND go to inrank unchanged. What it does beyond deepspeed: inrank_dist/launcher/deepspeed.py.
+# Arguments after COMMAND are passed to inrank unchanged. For the differences to deepspeed see inrank_dist/launcher/deepspeed.py.
 set -euo pipefail
 # shellcheck source=environment.sh
 . "$(dirname "$0")/environment.sh"
-trap 'exit 75' TERM INT USR1 HUP  # nothing has begun
+trap 'exit 75' TERM INT USR1 HUP  # nothing has started yet
 use_environment
 exec python -m inrank_dist.launcher.deepspeed "$@"

@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it. Usage: . launch/environment.sh, and then
-#   make_environment EXTRA   makes .venv with the project in it, once, and again only when pyproject.toml changes (EXTRA: ""
+# Sourced by the scripts in this folder. Usage: . launch/environment.sh, and then
+#   make_environment EXTRA   creates .venv with the project installed; reinstalls only when pyproject.toml changes (EXTRA: ""
 #                            or a list such as dev)
-#   find_environment EXTRA   takes the python3 on PATH if it has the libraries, else makes .venv
-#   use_environment          takes .venv if it is there, else what is on PATH, such as a cluster's own Python
-#   help, fail WORDS         what a script's --help shows; a line, and exit status 2
+#   find_environment EXTRA   uses the python3 on PATH if it has the libraries, else creates .venv
+#   use_environment          uses .venv if it exists, else whatever is on PATH, such as a cluster's own Python
+#   help, fail MESSAGE       prints the script's --help; prints an error and exits with status 2
 
-# What stands at the head of the script that is run.
+# The comment at the top of the calling script.
 help() {
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
     exit 0
@@ -25,21 +25,21 @@ make_environment() {
         "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null && break
         python=
     done
-    command -v "${python:-none}" >/dev/null 2>&1 || fail "no Python 3.10 or newer found; install one, or name it: PYTHON=/path/to/python3 $0"
+    command -v "${python:-none}" >/dev/null 2>&1 || fail "no Python 3.10 or newer found; install one, or write PYTHON=/path/to/python3 $0"
     stamp=$venv/.installed${extra:+-$extra}
     wanted=$(cksum <pyproject.toml)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "== Making the environment in $venv (PyTorch and a few libraries; the first time takes a minute or more)"
-        "$python" -m venv "$venv" || fail "$python cannot make a virtual environment; install its venv module (Debian: apt-get install python3-venv)"
+        "$python" -m venv "$venv" || fail "$python cannot create a virtual environment; install its venv module (Debian: apt-get install python3-venv)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" ||
-            fail "pip could not install the project; what it said is above"
+            fail "pip could not install the project; see its output above"
         echo "$wanted" >"$stamp"
     fi
     PATH=$(cd "$venv/bin" && pwd):$PATH
     export PATH
 }
 
-# The python3 on PATH where that has what the commands need, such as a cluster's own; else the project's .venv, made if need be.
+# Use the python3 on PATH if it has the required libraries, such as a cluster's own; else the project's .venv, created if needed.
 find_environment() {
     local root
     python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null && return
@@ -57,7 +57,7 @@ use_environment() {
         PATH=$(cd "$venv/bin" && pwd):$PATH
         export PATH
     fi
-    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # from any folder, and without an installation of the project
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # works from any folder, without installing the project
     python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "psutil"))))' 2>/dev/null ||
         fail "no Python with the project's libraries on PATH or in $venv; run launch/quickstart.sh once, or pip install -e $root"
 }

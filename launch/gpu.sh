@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Measures one GPU, with nothing to download; meant to take at most 12 minutes. Each part writes its result as it ends.
+# Benchmarks one GPU without downloading anything; designed to take at most 12 minutes. Each part writes its result when done.
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
-#   parity  every engine, precision and way to run against the CPU (inrank bench parity): parity.txt, parity.json
+#   parity  every engine, precision and mode against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
 #   study   dense AdamW, dense Muon, LoRA-Muon at low rank, growing and wider, at equal tokens and equal FLOPs: study.txt, study/study.html.
 #           Text: FOLDER/train/**/*.txt, validated on FOLDER/valid/**/*.txt; without --data the source of Python's own library
-#   --toy   the same in small shapes, which a CPU does in minutes
-# With the python3 on PATH where that has what it needs; else it makes the environment.
+#   --toy   the same with small shapes, which takes minutes on a CPU
+# Uses the python3 on PATH if it has the required libraries, else creates the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=environment.sh
@@ -39,12 +39,12 @@ find_environment deepspeed
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=0
 
-part() { # NAME COMMAND WORDS...
+part() { # NAME COMMAND ARGUMENTS...
     echo "== $1"
-    local began=$SECONDS status=0
+    local start=$SECONDS status=0
     "${@:2}" >"$out/$1.txt" 2>&1 || status=$?
     tail -n 40 "$out/$1.txt"
-    echo "== $1: status $status after $((SECONDS - began)) s; $out/$1.txt"
+    echo "== $1: status $status after $((SECONDS - start)) s; $out/$1.txt"
     [ "$status" = 0 ] || failed=1
 }
 

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Submits a training run to Slurm, after checking what can be checked before it waits in a queue.
-# Usage: launch/slurm.sh --config FILE --run DIR [OPTIONS] [-- WORDS FOR train]
+# Submits a training run to Slurm, after checking everything that can be checked before it waits in a queue.
+# Usage: launch/slurm.sh --config FILE --run DIR [OPTIONS] [-- ARGUMENTS FOR train]
 #   launch/slurm.sh --config my.yaml --run /data/my --partition gpu --nodes 2 --time 1-0 -- --parallel.engine zero2
-#   launch/slurm.sh --config my.yaml --run /data/my --seeds 0-4     a run for each seed, in /data/my/seed-0 and so on
+#   launch/slurm.sh --config my.yaml --run /data/my --seeds 0-4     one run per seed, in /data/my/seed-0 and so on
 #
 #   --config FILE      configuration of the run
-#   --run DIR          run folder, on storage that all nodes share, with logs in DIR/logs; a run there is gone on with
+#   --run DIR          run folder, on storage that all nodes share, with logs in DIR/logs; an existing run is resumed
 #   --partition P      default: the cluster's
 #   --nodes N          default: 1
-#   --gpus N           of each node, a process for each; 0: the CPU, one process a node. Default: all that a node has
-#   --cpus N           cores of each node. Default: whole nodes, with all their cores and memory
-#   --time T           minutes, H:MM:SS or D-H; at its end the job saves, is requeued, goes on. Default: the partition's
-#   --signal SECONDS   how long before that it is asked to save (default: 180; more than checkpoint.grace_seconds)
-#   --account A        who pays
+#   --gpus N           per node, with one process each; 0: the CPU, one process per node. Default: all GPUs of a node
+#   --cpus N           cores per node. Default: whole nodes, with all their cores and memory
+#   --time T           minutes, H:MM:SS or D-H; at the limit the job saves, is requeued, resumes. Default: the partition's
+#   --signal SECONDS   how long before the limit it is asked to save (default: 180; more than checkpoint.grace_seconds)
+#   --account A        account to charge
 #   --seeds LIST       such as 0-4, 1,3 or 0-9%2 (two at a time)
 #   --image IMAGE      train in a container: a .sqsh file or REGISTRY#NAME with pyxis, a .sif file with apptainer
-#   --mounts A,B       further folders that the container sees, such as that of the data
-#   --no-check         do not measure the nodes before the training
-#   --sbatch WORD      a further word for sbatch, such as --sbatch --qos=high (may be repeated)
-#   --dry-run          show the sbatch command and submit nothing
+#   --mounts A,B       additional folders for the container, such as that of the data
+#   --no-check         do not check the nodes before the training
+#   --sbatch ARGUMENT  an additional argument for sbatch, such as --sbatch --qos=high (may be repeated)
+#   --dry-run          print the sbatch command and submit nothing
 # What the job does at its time limit and when something fails: launch/slurm.sbatch --help
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         --no-check) job+=("$1") ;;
         --dry-run) dry_run=yes ;;
         --) shift && break ;;
-        *) fail "$1 is no option of launch/slurm.sh; see --help; words for train stand behind --" ;;
+        *) fail "$1 is no option of launch/slurm.sh; see --help; write arguments for train after --" ;;
     esac
     shift
 done
@@ -58,19 +58,19 @@ whole --signal "$signal" 1
 [[ -z $time || $time =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] ||
     fail "--time is $time; write minutes, H:MM:SS or D-H, such as 90, 1:30:00 or 2-0"
 [[ -z $seeds || $seeds =~ ^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*(%[1-9][0-9]*)?$ ]] ||
-    fail "--seeds is $seeds; write such as 0-4, 1,3 or 0-9%2"
+    fail "--seeds is $seeds; write a list such as 0-4, 1,3 or 0-9%2"
 [[ ! $image =~ ^[./]|\.(sif|sqsh)$ || -e $image ]] ||
-    fail "--image is $image, which is not there; write a .sif or .sqsh file, or a name that the container program knows"
+    fail "--image is $image, which does not exist; write a .sif or .sqsh file, or a name that the container engine knows"
 
 command -v sbatch sinfo >/dev/null || fail "there is no sbatch on PATH; run this on a login node of a Slurm cluster"
-there=$(sinfo --noheader --format %P 2>&1) || fail "Slurm does not answer: $(tail -n 1 <<<"$there")"
-partition=${partition:-$(sed -n 's/\*$//p' <<<"$there" | head -n 1)}
-there=$(tr -d '*' <<<"$there" | sort -u | paste -sd ' ')
-[ -n "$partition" ] || fail "this cluster has no default partition; write --partition with one of: $there"
-[[ " $there " == *" $partition "* ]] || fail "there is no partition $partition; write --partition with one of: $there"
+partitions=$(sinfo --noheader --format %P 2>&1) || fail "Slurm does not answer: $(tail -n 1 <<<"$partitions")"
+partition=${partition:-$(sed -n 's/\*$//p' <<<"$partitions" | head -n 1)}
+partitions=$(tr -d '*' <<<"$partitions" | sort -u | paste -sd ' ')
+[ -n "$partition" ] || fail "this cluster has no default partition; write --partition with one of: $partitions"
+[[ " $partitions " == *" $partition "* ]] || fail "there is no partition $partition; write --partition with one of: $partitions"
 most=$(($(sinfo --noheader --partition "$partition" --format %D | paste -sd +)))
 [ "$nodes" -le "$most" ] || fail "--nodes is $nodes, but partition $partition has $most; write at most that"
-if [ -z "$gpus" ]; then # the fewest that a node of the partition has: gpu:h100:8(S:0-1) are 8
+if [ -z "$gpus" ]; then # the minimum over the partition's nodes; gpu:h100:8(S:0-1) means 8
     gpus=$(sinfo --noheader --partition "$partition" --format %G |
         sed -n 's/.*gpu:\([^,(]*:\)\{0,1\}\([0-9]*\).*/\2/p; t; s/.*/0/p' | sort -n | head -n 1)
 fi
@@ -94,12 +94,12 @@ if [ -n "$dry_run" ]; then
     printf '%q ' "${submit[@]}" && echo
     exit
 fi
-mkdir -p "$run/logs" 2>/dev/null || fail "--run is $run, which cannot be made; write a folder that can be written"
+mkdir -p "$run/logs" 2>/dev/null || fail "--run is $run, which cannot be created; write a folder that can be written"
 export INRANK_ROOT=$root
 id=$("${submit[@]}" 2>&1) || fail "sbatch refused: $(paste -sd ' ' <<<"${id//sbatch: error: /}")"
-id=$(tail -n 1 <<<"$id") # a site's own words to whoever submits come before it
-id=${id%%;*}             # and the name of the cluster may follow
+id=$(tail -n 1 <<<"$id") # a site may print messages before it
+id=${id%%;*}             # the name of the cluster may follow
 echo "job $id: $nodes nodes of partition $partition, $gpus GPUs each"
 echo "follow: tail -F $run/logs/$id*.log"
 echo "save and stop: scancel --batch --signal TERM $id"
-echo "go on: the same command"
+echo "resume: the same command"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The second command: makes the environment with the test tools and runs the tests, on up to four cores at once. Words
-# after the script's name are passed to pytest: launch/test.sh -m slow; launch/test.sh -n 0 tests/test_config.py
+# The second command to run: creates the environment with the test tools and runs the tests, on up to four cores. Arguments
+# are passed to pytest: launch/test.sh -m slow; launch/test.sh -n 0 tests/test_config.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh

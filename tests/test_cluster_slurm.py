@@ -102,7 +102,7 @@ def test_the_time_limit(job: Job, undisturbed: Job) -> None:
         job.wait("RUNNING")
         minutes, seconds = map(int, job.facts["RunTime"].split(":")[1:])
         job.slurm.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes + 1 + (seconds > 30)}")
-        wait_until(lambda: "SIGUSR1 came; the training is asked to save and stop" in job.log(), 120, job.log)
+        wait_until(lambda: "received SIGUSR1; the training is asked to save and stop" in job.log(), 120, job.log)
     finally:
         for process in held:
             process.resume()
@@ -184,7 +184,7 @@ def test_a_mistake_and_a_crash(job: Job) -> None:
     job.wait()
     assert (job.facts["ExitCode"], job.facts["Restarts"]) == ("2:0", "0"), job.log()
     assert re.search(r"^error: .*train\.step\b", job.log(), re.M)
-    assert "a mistake in the words or settings; not requeued" in job.log()
+    assert "an error in the arguments or settings; not requeued" in job.log()
 
     job.submit("--gpus", 0, before=("bash", "-c", 'ulimit -v 400000; exec "$@"', "bash"))
     job.wait()
@@ -201,10 +201,10 @@ def test_a_mistake_and_a_crash(job: Job) -> None:
         ("--nodes two", "--nodes is two; write a whole number of at least 1"),
         ("--gpus 9", "sbatch refused: Batch job submission failed: Requested node configuration is not available"),
         ("--time soon", "--time is soon; write minutes, H:MM:SS or D-H, such as 90, 1:30:00 or 2-0"),
-        ("--seeds a", "--seeds is a; write such as 0-4, 1,3 or 0-9%2"),
-        ("--image ./none.sif", "--image is ./none.sif, which is not there"),
+        ("--seeds a", "--seeds is a; write a list such as 0-4, 1,3 or 0-9%2"),
+        ("--image ./none.sif", "--image is ./none.sif, which does not exist"),
         ("--config none.yaml", "--config is none.yaml, which is no file"),
-        ("--run /dev/null/run", "--run is /dev/null/run, which cannot be made"),
+        ("--run /dev/null/run", "--run is /dev/null/run, which cannot be created"),
         ("--run", "--run lacks its value"),
         ("--steps 5", "--steps is no option of launch/slurm.sh"),
     ],
