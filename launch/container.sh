@@ -27,7 +27,7 @@ while getopts ":hi:e:d:pn:N:m:k:r:w:" option; do
         p) print=yes ;;
         h) help ;;
         :) fail "-$OPTARG lacks its value; see $0 --help" ;;
-        \?) fail "-$OPTARG is no option of $0; see $0 --help" ;;
+        \?) fail "-$OPTARG is not an option of $0; see $0 --help" ;;
         *) options+=("-$option" "$OPTARG") ;;
     esac
 done

@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
             declare "${1#--}=$2"
             shift
             ;;
-        *) fail "$1 is no option of $0; see $0 --help" ;;
+        *) fail "$1 is not an option of $0; see $0 --help" ;;
     esac
     shift
 done

@@ -40,13 +40,13 @@ while [ $# -gt 0 ]; do
         --no-check) job+=("$1") ;;
         --dry-run) dry_run=yes ;;
         --) shift && break ;;
-        *) fail "$1 is no option of launch/slurm.sh; see --help; write arguments for train after --" ;;
+        *) fail "$1 is not an option of launch/slurm.sh; see --help; write arguments for train after --" ;;
     esac
     shift
 done
 
 [ -n "$config" ] || fail "--config is missing; write --config FILE"
-[ -f "$config" ] || fail "--config is $config, which is no file; write the configuration of the run"
+[ -f "$config" ] || fail "--config is $config, which is not a file; write the configuration of the run"
 [ -n "$run" ] || fail "--run is missing; write --run DIR, a folder on storage that all nodes share"
 whole() { # OPTION VALUE LEAST
     { [[ $2 =~ ^[0-9]{1,6}$ ]] && [ "$2" -ge "$3" ]; } || fail "$1 is $2; write a whole number of at least $3"

@@ -84,7 +84,7 @@ def test_one_script_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
         ("--parts parity,sped", "error: --parts has sped; write some of parity,speed,study"),
         ("--data /no/such", "error: --data is /no/such; write a folder with train and valid below it"),
         ("--out", "error: --out lacks its value; see "),
-        ("--fast", "error: --fast is no option of "),
+        ("--fast", "error: --fast is not an option of "),
     ],
 )
 def test_mistakes_of_the_script(tmp_path: Path, words: str, says: str) -> None:

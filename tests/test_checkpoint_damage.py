@@ -319,7 +319,7 @@ def test_a_manifest_that_names_another_place(
 )  # fmt: skip
 def test_a_manifest_that_is_none(run: Path, newest: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
     write_manifest(newest, content)
-    refused(run, "manifest.json is no manifest", caplog)
+    refused(run, "manifest.json is not a manifest", caplog)
 
 
 def test_a_manifest_of_another_format(run: Path, newest: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -515,7 +515,7 @@ def test_a_state_that_is_none(run: Path, newest: Path, caplog: pytest.LogCapture
         (lambda s: s["layout"][LAYER].update(base=True), f"holds {LAYER}.base as nothing"),
         (lambda s: s["layout"][LAYER].update(rank=32), "state.json has rank 32 and "),
         (lambda s: s["layout"][LAYER].update(rank=10**30, modes=10**30), f"in {LAYER}"),
-        (lambda s: s["layout"].update({"blocks.9.x": s["layout"][LAYER]}), "blocks.9.x, which is no linear layer"),
+        (lambda s: s["layout"].update({"blocks.9.x": s["layout"][LAYER]}), "blocks.9.x, which is not a linear layer"),
         (lambda s: s["layout"].update(head=s["layout"][LAYER], tok_embed=s["layout"][LAYER]), "tok_embed, which"),
         (lambda s: s.update(step=15), "is of step 15"),
         (lambda s: s.update(optimizer_steps=0), "holds optimizer.exp_avg."),

@@ -392,7 +392,7 @@ def test_words_for_the_engines(
         ),
         (["docker"], "", "error: no command; write "),
         (["docker"], "-i", "error: -i lacks its value; see "),
-        (["docker"], "-x train", "error: -x is no option of "),
+        (["docker"], "-x train", "error: -x is not an option of "),
         (["docker"], "-d /no/such train", "error: -d is /no/such; write a folder that exists"),
         (
             ["docker"],

@@ -203,10 +203,10 @@ def test_a_mistake_and_a_crash(job: Job) -> None:
         ("--time soon", "--time is soon; write minutes, H:MM:SS or D-H, such as 90, 1:30:00 or 2-0"),
         ("--seeds a", "--seeds is a; write a list such as 0-4, 1,3 or 0-9%2"),
         ("--image ./none.sif", "--image is ./none.sif, which does not exist"),
-        ("--config none.yaml", "--config is none.yaml, which is no file"),
+        ("--config none.yaml", "--config is none.yaml, which is not a file"),
         ("--run /dev/null/run", "--run is /dev/null/run, which cannot be created"),
         ("--run", "--run lacks its value"),
-        ("--steps 5", "--steps is no option of launch/slurm.sh"),
+        ("--steps 5", "--steps is not an option of launch/slurm.sh"),
     ],
 )
 def test_a_wrong_word_is_said_before_anything_is_submitted(job: Job, words: str, says: str) -> None:

@@ -202,5 +202,5 @@ def _parse_command(argv: list[str]) -> tuple[str | None, list[str]]:
         return None, []
     arguments, unknown = parser.parse_known_args(argv[:1])
     if unknown:
-        raise UserError(f"{argv[0]!r} is no command; write inrank COMMAND, one of {', '.join(COMMANDS)}")
+        raise UserError(f"{argv[0]!r} is not a command; write inrank COMMAND, one of {', '.join(COMMANDS)}")
     return arguments.command, argv[1:]

@@ -35,7 +35,7 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
     check_run_folder(run_folder)
     history = History(read_metrics(run_folder / "metrics.jsonl"))
     if not history.count:
-        raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records - train for at least one logged step")
+        raise UserError(f"{run_folder / 'metrics.jsonl'} holds no records; train for at least one logged step")
     content = _page(run_folder, history)
     report = report or run_folder / "report.html"
     temporary = report.with_name(f"{report.name}.tmp")

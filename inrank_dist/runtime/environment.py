@@ -77,4 +77,4 @@ def integer_variable(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"the environment variable {name} is {text!r}; it must be a whole number") from None
+        raise UserError(f"the environment variable {name} is {text!r}; write a whole number") from None

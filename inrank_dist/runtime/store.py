@@ -62,7 +62,7 @@ def join_store(rank: int, timeout: timedelta) -> dist.Store:
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise dist.DistNetworkError(f"{host}:{port}: {error.strerror}") from None
-        log.info("the key-value store of the job listens on all interfaces: %s is no address of this machine", host)
+        log.info("the key-value store of the job listens on all interfaces: %s is not an address of this machine", host)
         return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, multi_tenant=True, timeout=timeout)
     limit = timeout
     if agent:  # the agent's store is already running; if it is gone, so is the agent, which would end this process

@@ -64,7 +64,7 @@ def check_contents(checkpoint: Checkpoint) -> None:
     linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
     for name, layer in state.layout.items():
         if name not in linears:
-            raise Damaged(f"{folder / STATE} has a rank of {name}, which is no linear layer of the model")
+            raise Damaged(f"{folder / STATE} has a rank of {name}, which is not a linear layer of the model")
         limit = min(linears[name].in_features, linears[name].out_features)
         if not layer.rank <= layer.modes <= limit:
             raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")

@@ -112,7 +112,7 @@ def _read_manifest(folder: Path) -> Manifest:
         path = folder / name
         found = status(path, follow_links=False)
         if found is None or not stat.S_ISREG(found.st_mode):
-            raise Damaged(f"{path} is {'missing' if found is None else 'no plain file'}")
+            raise Damaged(f"{path} is {'missing' if found is None else 'not a regular file'}")
         if found.st_size != entry.bytes:
             raise Damaged(f"{path} is damaged: it has {found.st_size} bytes and should have {entry.bytes}")
     return manifest
@@ -130,9 +130,9 @@ def _parse_manifest(folder: Path, content: bytes) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Damaged):
             raise
-        raise Damaged(f"{folder / MANIFEST} is no manifest ({error!r})") from None
+        raise Damaged(f"{folder / MANIFEST} is not a manifest ({error!r})") from None
     if not valid:
-        raise Damaged(f"{folder / MANIFEST} is no manifest (a value of the wrong type)")
+        raise Damaged(f"{folder / MANIFEST} is not a manifest (a value of the wrong type)")
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or not name.endswith(SUFFIXES):
             raise Damaged(f"{folder / MANIFEST} lists {name!r}, which no checkpoint holds")

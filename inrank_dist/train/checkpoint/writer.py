@@ -131,6 +131,6 @@ class _WriteErrors:
             advice = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make the folder writable"
             raise UserError(
                 f"{self.final} could not be written ({error.strerror or error}); {advice} and run the same command "
-                "again, it goes on from the last complete checkpoint"
+                "again, which resumes from the last complete checkpoint"
             ) from None
         return False

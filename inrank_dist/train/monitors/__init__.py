@@ -47,7 +47,7 @@ class Monitors:
         except OSError as error:
             raise UserError(
                 f"the run's records cannot be written ({error.strerror or error}); fix that and run the same command "
-                "again, it goes on from the last complete checkpoint"
+                "again, which resumes from the last complete checkpoint"
             ) from None
 
     def close(self) -> None:

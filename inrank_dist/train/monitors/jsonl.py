@@ -89,7 +89,7 @@ def _parse_lines(lines: list[bytes], path: Path) -> list[dict[str, Any]]:
     for index, line in enumerate(lines, start=1):
         record = _parse(line)
         if record is None:
-            raise UserError(f"{path} line {index} is not a JSON object - delete that line")
+            raise UserError(f"{path} line {index} is not a JSON object; delete that line")
         records.append(record)
     return records
 
