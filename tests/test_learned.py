@@ -60,7 +60,7 @@ def test_a_decision_draws_no_factor_again_and_measures_only_products_that_change
     def watch(trainer: Trainer) -> None:
         draw = trainer.ranks.values.factors
         trainer.ranks.values.factors = lambda layer: drawn.append(layer) or draw(layer)  # type: ignore[assignment, func-returns-value]
-        rows.append(trainer.ranks._born_rows)
+        rows.append(trainer.ranks._initial_rows)
 
     rows: list = []
     monkeypatch.setattr(controller, "measure_spectra", measure)

@@ -107,3 +107,24 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
     refused("total_steps", method=inrank.InRank([r"\.up$"], freeze_step="auto"))
     with pytest.raises(TypeError, match="tresh"):
         inrank.InRank(["mlp"], treshold=0.5)
+
+
+def readme_example() -> str:
+    """The first Python program of the README."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    return text.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_readme(tmp_path: Path) -> None:
+    """Under 60 lines, on two processes: ranks grow, are frozen, and the merged model is one of transformers."""
+    (tmp_path / "grow.py").write_text(readme_example())
+    assert len(readme_example().splitlines()) < 60
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "grow.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert " grow {" in done.stdout and "20 freeze {" in done.stdout
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear

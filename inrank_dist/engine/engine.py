@@ -1,10 +1,8 @@
 """The trainer's engine: it takes optimizer steps and hands out what is saved. The training loop never asks which."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,55 +20,24 @@ from ..optim import (
     OptimizerSettings,
     build_optimizer,
     decayed_parameters,
-    moment_names,
     parameter_kinds,
 )
 from ..runtime.context import Context
 from .options import BuildOptions
 from .parallelize import checkpoint_blocks, compile_blocks, shard_blocks, shard_mesh
 from .placement import RowPlacement, local_rows
-from .sharded import ShardedModel, Values
+from .saved import SavedModel
+from .sharded import Values
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Micro-batches of inputs and targets, each ``(B, T)`` int64."""
 
 
-@dataclass(frozen=True)
-class SavedRows:
-    """One process's part of a tensor that is saved.
-
-    Attributes:
-        name: of the tensor, as in ``Engine.tensors``.
-        shape: of the whole.
-        dtype: of it.
-        first, count: the rows of it that this process alone saves; there may be none.
-        fetch: gives these rows; they may share memory with the engine. With ZeRO it is a collective, so that every
-            process fetches every tensor, in the order of ``Engine.saved_rows``.
-    """
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    first: int
-    count: int
-    fetch: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of these rows."""
-        return self.count * self.shape[1:].numel() * self.dtype.itemsize
-
-
-def _counted(placement: RowPlacement, held: Callable[[], Tensor], size: int) -> Tensor:
-    return placement.counted(held(), size)
-
-
-class Engine(ShardedModel):
+class Engine(SavedModel):
     """A language model in one process, in replicas (DDP), or sharded by rows (FSDP2).
 
     Attributes:
         bad_gradient: whether this process computed a gradient that is not finite in the last ``accumulate``; bool.
-        optimizer_steps: taken so far.
 
     Args:
         skeleton: dense model on ``meta``; it is never changed.
@@ -162,16 +129,6 @@ class Engine(ShardedModel):
         """All parameters of a language model are divided alike."""
         return next(iter(self._placements.values()))
 
-    def _set_state(
-        self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
-    ) -> None:
-        if "exp_avg" in moments:
-            extras = {"step": torch.tensor(float(self.optimizer_steps), device=self.device)}
-        super()._set_state(name, parameter, moments, extras)
-
-    def _step_and_betas(self, extras: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
-        return self.optimizer_steps, (self.optimizer_settings.beta1, self.optimizer_settings.beta2)
-
     # One optimizer step.
 
     def accumulate(self, batches: Batches, tokens: int, *, training: bool = True) -> Tensor:
@@ -233,18 +190,6 @@ class Engine(ShardedModel):
 
     def _note(self, gradient: Tensor) -> None:
         self.bad_gradient.logical_or_(~gradient.detach().isfinite().all())
-
-    @torch.no_grad()
-    def is_lost(self) -> Tensor:
-        """Whether anything that this process holds is not finite; float64, 1 or 0, on the device."""
-        # One pass without a temporary; aminmax propagates nan, and inf is an extreme. isfinite takes 14 times as long.
-        extremes = [torch.stack(torch.aminmax(rows)).to(self.device) for rows in self._held() if rows.numel()]
-        finite = torch.cat(extremes or [torch.zeros(1, device=self.device)]).isfinite().all()
-        return (~finite).double()
-
-    def _held(self) -> Iterable[Tensor]:
-        """Every parameter and moment, as far as this process holds it."""
-        return (self._local(tensor) for tensor in self.tensors().values())
 
     def _sum_over_shards(self, tensor: Tensor) -> None:
         """Sum in place over the processes that hold different rows of the same replica."""
@@ -312,60 +257,6 @@ class Engine(ShardedModel):
         """This process's rows of a parameter's gradient, copied."""
         assert parameter.grad is not None
         return self._local(parameter.grad).clone()
-
-    # What is saved.
-
-    def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of a parameter as a whole."""
-        return parameter.shape
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: parameters under their own names, moments under names such as
-        ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They may share memory with the engine."""
-        saved: dict[str, Tensor] = {}
-        for name, parameter in self.parameters().items():
-            shape, placement = self._shape(parameter), self._placements[name]
-            saved[name] = placement.wrap(self._local(parameter), shape)
-            for moment, rows in self._moments(parameter).items():
-                saved[f"optimizer.{moment}.{name}"] = placement.wrap(rows, shape)
-        return saved
-
-    def saved_rows(self) -> list[SavedRows]:
-        """This process's part of everything to save: over all processes every row of every tensor exactly once.
-
-        Nothing is fetched or copied yet. The names, and their order, are the same on every process.
-        """
-        saved: list[SavedRows] = []
-        for name, parameter in self.parameters().items():
-            shape, placement = self._shape(parameter), self._placements[name]
-            first, end = placement.counted_rows(shape[0])
-            sources = {name: partial(self._local, parameter)}
-            for moment in self._moment_names(parameter):
-                sources[f"optimizer.{moment}.{name}"] = partial(self._moment, parameter, moment)
-            for key, held in sources.items():
-                fetch = partial(_counted, placement, held, shape[0])
-                saved.append(SavedRows(key, shape, parameter.dtype, first, end - first, fetch))
-        return saved
-
-    def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Take over everything that was saved.
-
-        Args:
-            steps: optimizer steps taken by then.
-            read: fills tensors such as ``tensors()`` gave when they were saved, in place.
-        """
-        self.optimizer_steps = steps
-        if steps:
-            parameters = self.parameters()
-            for name, kind in self._kinds.items():
-                local = self._local(parameters[name])
-                moments = moment_names(self.optimizer_settings, kind)
-                self._set_state(name, parameters[name], {moment: torch.zeros_like(local) for moment in moments}, {})
-        read(self.tensors())
-
-    def parameter_count(self) -> int:
-        """Parameters of the model as it is now, a fading or frozen base included."""
-        return sum(self._shape(parameter).numel() for parameter in self.parameters().values())
 
     def facts(self) -> dict[str, str]:
         """What a user would want to know of how this engine runs here, for the log."""

@@ -1,23 +1,22 @@
 """A model with low-rank layers and its optimizer, whole or sharded by rows, whose layers can change shape."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..lowrank.convert import Layout, convert
 from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, map_factors
-from ..lowrank.kinds import kind_of, matrix_shape
 from ..lowrank.layer import set_base_scale
 from ..lowrank.materialize import assign_buffers, assign_parameters, clean
-from ..lowrank.spectrum import DenseRows, Factors, identity_rows
+from ..lowrank.spectrum import identity_rows
 from ..models.plan import named_buffers
 from ..optim.moments import MomentRule, map_moments, moments_of_right_factor, plain_state
-from .placement import RowPlacement, local_rows, placement_of
+from .held import HeldModel
+from .placement import RowPlacement, placement_of
 
 Values = Callable[[str], Tensor]
 """Parameter or buffer name -> its whole start value on the CPU, the same on every process."""
@@ -26,20 +25,13 @@ Rows = Callable[[str, nn.Parameter], Tensor]
 """Name and parameter on ``meta`` -> this process's rows of its value, on the device."""
 
 
-class ShardedModel:
+class ShardedModel(HeldModel):
     """Holds a model and its optimizer and changes the shapes of its low-rank layers.
 
     Reshaping is rebuilding: FSDP2, optimizers and DeepSpeed silently ignore a parameter that is replaced. So the model
     is converted again from the dense skeleton on ``meta`` with the new layout, sharded again, given the old tensors
     (mapped where the rank changed), and gets a new optimizer with the old state (mapped likewise). Only the rows that
     this process holds are touched.
-
-    Attributes:
-        module: the model; its parameters are those of the optimizer.
-        model: what is called; ``module`` itself or a wrapper of it such as DistributedDataParallel.
-        optimizer: of ``module``.
-        layout: low-rank layer -> its rank and number of modes.
-        processes: all processes.
 
     Args:
         skeleton: dense model on ``meta``; it is never changed.
@@ -50,11 +42,6 @@ class ShardedModel:
         processes: all processes of the job.
         moments_on_event: what becomes of optimizer state at a rank event.
     """
-
-    module: nn.Module
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    layout: Layout
 
     def __init__(
         self,
@@ -209,95 +196,8 @@ class ShardedModel:
         extras = {name: plain_state(self.optimizer, parameter) for name, parameter in parameters.items()}
         return tensors, moments, extras
 
-    def check(self) -> None:
-        """Assert that the optimizer's parameters are the model's, every one of them."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        present = {id(p) for p in self.parameters().values() if p.requires_grad}
-        assert held == present, "the optimizer holds other parameters than the model"
-
-    # Parameters and optimizer state.
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are held between steps, by name; tied ones once."""
-        # FSDP2 keeps the root group gathered after a forward pass; its parameters are then plain tensors that the
-        # optimizer does not know.
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return {clean(name): parameter for name, parameter in self.module.named_parameters()}
-
-    def _local(self, tensor: Tensor) -> Tensor:
-        """This process's rows of a parameter, gradient or moment; shares memory with it."""
-        return local_rows(tensor)
-
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """This process's rows of everything of a parameter's shape that the optimizer remembers of it."""
-        return {name: self._moment(parameter, name) for name in self._moment_names(parameter)}
-
-    def _moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        state = self.optimizer.state.get(parameter, {})
-        return tuple(n for n, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape)
-
-    def _moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        return self._local(self.optimizer.state[parameter][name])
-
-    def _set_state(
-        self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
-    ) -> None:
-        if moments:
-            wrapped = {key: self._placements[name].wrap(moment, parameter.shape) for key, moment in moments.items()}
-            self.optimizer.state[parameter] = {**extras, **wrapped}
-
-    # What a rank method needs.
-
-    def shape(self, layer: str) -> tuple[int, int]:
-        """``(out, in)`` of a layer."""
-        return matrix_shape(self.skeleton.get_submodule(layer))
-
-    def _matrix(self, layer: str, weight: Tensor) -> Tensor:
-        """Rows of a dense layer's weight, or of a moment of it, as rows of its matrix ``(out, in)``."""
-        kind = kind_of(self.skeleton.get_submodule(layer))
-        assert kind is not None
-        return kind.matrix(weight)
-
-    def placement(self, layer: str) -> RowPlacement:
-        """How the rows of a layer's factors, or of its weight while it is dense, are divided."""
-        return self._placements[f"{layer}.U" if layer in self.layout else f"{layer}.weight"]
-
     def set_base_scale(self, scale: float) -> None:
         """Set the factor ``a`` of every base."""
         if scale != self._base_scale:
             self._base_scale = scale
             set_base_scale(self.module, scale)
-
-    def factors(self) -> dict[str, Factors]:
-        """Rows of every low-rank layer's factors that this process alone counts."""
-        return {layer: self.counted(layer, held) for layer, held in self.held_rows(self.layout).items()}
-
-    def counted(self, layer: str, held: Factors) -> Factors:
-        """Of rows such as those of ``held_rows``, those that this process alone counts."""
-        placement, (out_features, in_features) = self.placement(layer), self.shape(layer)
-        return Factors(placement.counted(held.U, out_features), placement.counted(held.V, in_features))
-
-    def dense_factors(self, layers: Iterable[str]) -> dict[str, DenseRows]:
-        """The weights of dense layers as factors: rows that this process alone counts."""
-        parameters = self.parameters()
-        rows = {}
-        for layer in layers:
-            placement, (out_features, in_features) = self.placement(layer), self.shape(layer)
-            weight = placement.counted(self._local(parameters[f"{layer}.weight"]), out_features)
-            rows[layer] = DenseRows(self._matrix(layer, weight), *placement.counted_rows(in_features))
-        return rows
-
-    def held_rows(self, layers: Iterable[str]) -> dict[str, Factors]:
-        """All rows of the factors of layers that this process holds, counted or not; they share memory with the
-        model."""
-        parameters = self.parameters()
-        return {layer: Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")) for layer in layers}
-
-    @torch.no_grad()
-    def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
-        """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""
-        parameters = self.parameters()
-        for factor, columns in (("U", U), ("V", V)):
-            self._local(parameters[f"{layer}.{factor}"])[:, first:] = columns

@@ -1,7 +1,7 @@
 """Final ranks: how many modes each layer keeps at the freeze."""
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,3 +143,65 @@ def _spend(
         ranks[name] += groups[name]
         budget -= cost
     return ranks
+
+
+class Spectrum(NamedTuple):
+    """What an allocation sees of a layer.
+
+    Attributes:
+        sigma: ``(R,)`` singular values of the product, descending.
+        shape: ``(out, in)``.
+        cap: the highest rank that it may have.
+        rank: that the rule found.
+    """
+
+    sigma: Tensor
+    shape: Shape
+    cap: int
+    rank: int
+
+    @property
+    def allowed(self) -> Tensor:
+        """The singular values up to the cap."""
+        return self.sigma[: self.cap]
+
+
+Allocation = Callable[[Mapping[str, Spectrum], int, float, int], dict[str, int]]
+"""Spectra, the multiple to round to, the budget as a fraction of the dense parameters, and the seed -> ranks."""
+
+
+def _per_layer(layers: Mapping[str, Spectrum], multiple_of: int, budget: float, seed: int) -> dict[str, int]:
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    return rounded_ranks(ranks, _allowed(layers), _shapes(layers), multiple_of)
+
+
+def _uniform(layers: Mapping[str, Spectrum], multiple_of: int, budget: float, seed: int) -> dict[str, int]:
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    caps = {name: layer.cap for name, layer in layers.items()}
+    return uniform_ranks(ranks, _shapes(layers), caps, multiple_of)
+
+
+def _budget(layers: Mapping[str, Spectrum], multiple_of: int, budget: float, seed: int) -> dict[str, int]:
+    return budget_ranks(_allowed(layers), _shapes(layers), budget, multiple_of)
+
+
+def _random(layers: Mapping[str, Spectrum], multiple_of: int, budget: float, seed: int) -> dict[str, int]:
+    caps = {name: len(sigma) for name, sigma in _allowed(layers).items()}
+    return random_ranks(_shapes(layers), caps, budget, multiple_of, seed)
+
+
+def _allowed(layers: Mapping[str, Spectrum]) -> dict[str, Tensor]:
+    return {name: layer.allowed for name, layer in layers.items()}
+
+
+def _shapes(layers: Mapping[str, Spectrum]) -> dict[str, Shape]:
+    return {name: layer.shape for name, layer in layers.items()}
+
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "per_layer": _per_layer,
+    "uniform": _uniform,
+    "budget": _budget,
+    "random": _random,
+}
+"""``lowrank.final`` -> how ranks are divided among layers at the freeze."""

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lowrank.allocation import budget_ranks, random_ranks, rounded_ranks, uniform_ranks
 from ..lowrank.convert import LayerLayout
-from ..lowrank.criterion import Decision, explained_ratio
+from ..lowrank.criterion import Decision
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
-from ..lowrank.init import generator_for, start_factors
-from ..lowrank.null import NullRanks
+from ..lowrank.init import generator_for
 from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
 from ..runtime.errors import UserError
-from .directions import Gradients, aim_at_gradient
+from .directions import Gradients
+from .growth import GROWTHS, Growth
 from .holder import FactorHolder
 from .policy import Action
+from .rank_method import METHODS, RankMethod
 from .settings import LowRankSettings
 from .start import StartValues
 
@@ -30,11 +30,11 @@ class RankController:
     """Follows the calendar of ``lowrank.*`` and changes the engine's model when it says so.
 
     Attributes:
-        null: the null ranks so far.
+        method: decides.
         found: layer -> the rank that the rule found at the last decision, which the null rank is to be held against;
             the freeze may have given the layer another.
         explained: layer -> share of the spectrum that its rank explained at the last decision.
-        quiet: decisions in a row in which no layer grew.
+        checks_without_growth: decisions in a row in which no layer grew.
         frozen: whether the rank is frozen.
 
     Args:
@@ -49,36 +49,25 @@ class RankController:
         self, holder: FactorHolder, values: StartValues, settings: LowRankSettings, seed: int, steps: int
     ) -> None:
         self.holder, self.values, self.settings, self.seed = holder, values, settings, seed
-        self.rule, self.policy, self.shapes = settings.rule, settings.policy(steps), values.shapes
-        self.multiple = settings.final_multiple(holder.device.type)
-        self.processes = holder.processes
-        self.measures_update = settings.measures_update
-        self._born = self._draw_born
-        if settings.init in ("spectral", "spectral_ones"):  # these cost a dense SVD a draw: drawn once and kept
-            self._born = cache(self._born)
+        self.shapes, self.processes = values.shapes, holder.processes
+        kind = METHODS.get(settings.mode, RankMethod)
+        self.method = kind(settings, self.shapes, seed, steps, settings.final_multiple(holder.device.type))
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
-        self._born_rows = cache(self._draw_born_rows)
-        factors_start_random = settings.base == "none" and not settings.dense_fraction
-        born = self._born if factors_start_random and not self.measures_update else None
-        at_random = settings.growth_init == "published"
-        self.null = NullRanks(self.rule, settings.initial_rank, seed, born, opens_at_random=at_random)
+        self._initial_rows = cache(self._draw_initial_rows)
         self.explained: dict[str, float] = {}
         self.found: dict[str, int] = {}
-        self.quiet, self.frozen = 0, False
+        self.checks_without_growth, self.frozen = 0, False
 
     def due(self, step: int) -> Action | None:
         """What is due after ``step`` completed optimizer steps."""
         if not self.shapes or self.frozen:
             return None
-        action = self.policy.action(step, self.quiet)
-        if not self.holder.layout:  # dense; also where a resumed run has fewer dense steps than it had
-            return action if action == "freeze" or step < self.policy.dense_steps else "factorise"
-        return None if action == "factorise" else action
+        return self.method.due(step, self.checks_without_growth, dense=not self.holder.layout)
 
     def before_step(self, step: int) -> None:
         """Set what the forward passes after ``step`` completed optimizer steps need."""
-        self.holder.set_base_scale(self.policy.base_scale(step))
+        self.holder.set_base_scale(self.method.policy.base_scale(step))
 
     def after_step(self, step: int, gradients: Gradients | None) -> list[Record]:
         """Do what is due after ``step`` completed optimizer steps.
@@ -98,7 +87,7 @@ class RankController:
         action = self.due(step)
         layout = dict(self.holder.layout)
         was_dense = not layout
-        removes_base = self.policy.removes_base(step) and any(layer.base for layer in layout.values())
+        removes_base = self.method.policy.removes_base(step) and any(layer.base for layer in layout.values())
         if removes_base:
             layout = {name: dataclasses.replace(layer, base=False) for name, layer in layout.items()}
         decisions: dict[str, Decision] = {}
@@ -111,10 +100,8 @@ class RankController:
         if layout != self.holder.layout:
             self.holder.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
             fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
-            if fresh and gradients is not None and self.settings.growth_init == "gradient":
-                aim_at_gradient(self.holder, fresh, gradients)
-            if self.settings.growth_init == "published":
-                self._open_as_published(fresh, step)
+            growth = Growth(self.holder, self.values, self.settings, self.seed, fresh, step, gradients)
+            GROWTHS[self.settings.growth_init](growth)
         if action:
             self._remember(decisions, found, action, was_dense=was_dense)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
@@ -123,41 +110,24 @@ class RankController:
         """What becomes of every layer, the rank that the rule by itself found in it, and the spectra of the products of
         the layers whose modes change (of all, where those are what the rule looks at)."""
         factors = self._factors()
-        measured = self._measure(self._updates() if self.measures_update else factors, step)
-        decisions = {name: self._decision(name, sigma, action) for name, sigma in measured.sigma.items()}
+        measured = self._measure(self._updates() if self.method.measures_update else factors, step)
+        ranks = {name: layer.rank for name, layer in self.holder.layout.items()}
+        decisions = {
+            name: self.method.decide(name, sigma, ranks.get(name), action) for name, sigma in measured.sigma.items()
+        }
         found = {name: decision.after for name, decision in decisions.items()}
         product = measured
-        if self.measures_update:
+        if self.method.measures_update:
             self._agree(measured, decisions)  # the next collective depends on them
             changing = {
                 name: layer for name, layer in factors.items() if action == "freeze" or self._widens(decisions, name)
             }
             product = self._measure(changing, step)
         if action == "freeze":
-            for name, rank in self._final_ranks(product, decisions).items():
-                decisions[name] = self._with_rank(decisions[name], rank, name, measured.sigma[name])
+            for name, rank in self.method.final_ranks(product.sigma, decisions).items():
+                decisions[name] = self.method.with_rank(decisions[name], rank, name, measured.sigma[name])
         self._agree(product, decisions)
         return decisions, found, product
-
-    def _decision(self, name: str, sigma: Tensor, action: Action) -> Decision:
-        """What the rule says of a layer; in mode fixed the rank of the settings."""
-        dimension = min(self.shapes[name])
-        if self.holder.layout:
-            rank, may_shrink = self.holder.layout[name].rank, self._may_shrink(action)
-            return self.rule.decide(sigma, rank, dimension, may_shrink=may_shrink)
-        decision = self.rule.decide(sigma, dimension, dimension, may_shrink=True)
-        if self.settings.grows:
-            return decision
-        return self._with_rank(decision, self.settings.initial_rank, name, sigma)
-
-    def _with_rank(self, decision: Decision, rank: int, name: str, sigma: Tensor) -> Decision:
-        """A decision with another rank than the rule's."""
-        ratio = explained_ratio(sigma, min(self.shapes[name]), self.rule.criterion)
-        return dataclasses.replace(decision, after=rank, reached=float(ratio[min(rank, len(ratio) - 1)]))
-
-    def _may_shrink(self, action: Action | None) -> bool:
-        """Whether a decision may lower ranks."""
-        return action == "freeze" and self.settings.shrinks
 
     def _factors(self) -> Mapping[str, FactorRows]:
         """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
@@ -180,31 +150,15 @@ class RankController:
 
     def _widens(self, decisions: Mapping[str, Decision], name: str) -> bool:
         """Whether growth gives a layer more modes; near the cap only its rank may rise."""
-        return self.rule.modes(decisions[name].after, min(self.shapes[name])) > self.holder.layout[name].modes
-
-    def _final_ranks(self, product: Spectra, decisions: Mapping[str, Decision]) -> dict[str, int]:
-        """Ranks of ``final``; at most each layer's cap. What is discarded is measured on the product, which the freeze
-        truncates, whatever the rule measures."""
-        caps = {name: self.rule.cap(min(shape)) for name, shape in self.shapes.items()}
-        allowed = {name: sigma[: caps[name]] for name, sigma in product.sigma.items()}
-        ranks = {name: decision.after for name, decision in decisions.items()}
-        if self.settings.final == "uniform":
-            return uniform_ranks(ranks, self.shapes, caps, self.multiple)
-        if self.settings.final == "budget":
-            return budget_ranks(allowed, self.shapes, self.settings.final_budget, self.multiple)
-        if self.settings.final == "random":
-            kept = {name: len(sigma) for name, sigma in allowed.items()}
-            return random_ranks(self.shapes, kept, self.settings.final_budget, self.multiple, self.seed)
-        return rounded_ranks(ranks, allowed, self.shapes, self.multiple)
+        return self.method.modes(name, decisions[name].after, "grow") > self.holder.layout[name].modes
 
     def _new_layout(
         self, layout: dict[str, LayerLayout], decisions: Mapping[str, Decision], action: Action
     ) -> dict[str, LayerLayout]:
         changed = {}
         for name, decision in decisions.items():
-            rank = decision.after
-            modes = rank if action == "freeze" else self.rule.modes(rank, min(self.shapes[name]))
-            changed[name] = LayerLayout(rank, modes, base=name in layout and layout[name].base)
+            modes = self.method.modes(name, decision.after, action)
+            changed[name] = LayerLayout(decision.after, modes, base=name in layout and layout[name].base)
         return {**layout, **changed}
 
     def _plan(
@@ -230,44 +184,27 @@ class RankController:
         generator = generator_for(self.seed, layer, "growth", step)
         return torch.randn(self.shapes[layer][1], count, generator=generator)
 
-    def _open_as_published(self, fresh: Mapping[str, int], step: int) -> None:
-        """Give fresh modes random values in both factors, as the first ones had; the function jumps."""
-        for name, count in fresh.items():
-            generator = generator_for(self.seed, name, "published growth", step)
-            whole = start_factors(*self.shapes[name], count, self.settings.init, self.values.std(name), generator)
-            held = self.holder.placement(name)
-            U, V = (rows[slice(*held.rows(len(rows)))].to(self.holder.device) for rows in (whole.U, whole.V))
-            self.holder.set_columns(name, self.holder.layout[name].modes - count, U, V)
-
     def _updates(self) -> dict[str, Learned]:
-        """What was learned, where the factors were not born zero."""
-        return {name: Learned(now, self._born_rows(name)) for name, now in self.holder.factors().items()}
+        """What was learned, where the factors did not start at zero."""
+        return {name: Learned(now, self._initial_rows(name)) for name, now in self.holder.factors().items()}
 
-    def _draw_born_rows(self, layer: str) -> Factors:
-        """The rows of ``holder.factors()`` as they were born."""
+    def _draw_initial_rows(self, layer: str) -> Factors:
+        """The rows of ``holder.factors()`` at initialisation."""
         whole = self.values.factors(layer)
         held = self.holder.placement(layer)
         return Factors(*(rows[slice(*held.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
 
-    def _draw_born(self, out_features: int, in_features: int, modes: int) -> Factors:
-        """Factors of a shape as they are born; the explained ratio does not see their scale."""
-        generator = generator_for(self.seed, "null born", out_features, in_features)
-        return start_factors(out_features, in_features, modes, self.settings.init, 1.0, generator)
-
     def _remember(
         self, decisions: Mapping[str, Decision], found: dict[str, int], action: Action, *, was_dense: bool
     ) -> None:
-        shapes = set(self.shapes.values())
-        if not was_dense:
-            self.null.advance(shapes, may_shrink=self._may_shrink(action))
-        elif self.settings.grows:
-            self.null.start_dense(shapes)
+        self.method.advance_null(action, was_dense=was_dense)
         self.found = found
         self.explained = {name: decision.reached for name, decision in decisions.items()}
-        self.quiet = 0 if was_dense or any(d.after > d.before for d in decisions.values()) else self.quiet + 1
+        grew = was_dense or any(d.after > d.before for d in decisions.values())
+        self.checks_without_growth = 0 if grew else self.checks_without_growth + 1
         self.frozen = action == "freeze"
         if self.frozen:
-            self._born_rows.cache_clear()
+            self._initial_rows.cache_clear()
 
     def _records(
         self,
@@ -281,9 +218,9 @@ class RankController:
         """Of each layer ``explained`` is the share that the rank before the decision explains, ``reached`` that of the
         rank after it."""
         records: list[Record] = []
-        shrinks = self._may_shrink(action)
-        when = {"step": step, "seconds": seconds, "threshold": self.rule.threshold, "shrinks": shrinks}
-        null = {name: self.null.of(self.shapes[name]) if self.null.checks else None for name in decisions}
+        shrinks = self.method.may_shrink(action)
+        when = {"step": step, "seconds": seconds, "threshold": self.method.rule.threshold, "shrinks": shrinks}
+        null = {name: self.method.null.of(self.shapes[name]) if self.method.null.checks else None for name in decisions}
         if action:
             layers = {
                 name: {
@@ -328,7 +265,7 @@ class RankController:
             name: {
                 "rank": layer.rank,
                 "found": self.found.get(name, layer.rank),
-                "null_rank": self.null.of(self.shapes[name]) if self.null.checks else None,
+                "null_rank": self.method.null.of(self.shapes[name]) if self.method.null.checks else None,
                 "reached": self.explained.get(name),
                 "shape": list(self.shapes[name]),
             }
@@ -338,14 +275,14 @@ class RankController:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state beside the layout; ``load_state_dict`` continues from it."""
         return {
-            "null": self.null.state_dict(),
+            "null": self.method.null.state_dict(),
             "explained": self.explained,
             "found": self.found,
-            "quiet": self.quiet,
+            "quiet": self.checks_without_growth,
             "frozen": self.frozen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.null.load_state_dict(state["null"])
+        self.method.null.load_state_dict(state["null"])
         self.explained, self.found = dict(state["explained"]), dict(state["found"])
-        self.quiet, self.frozen = state["quiet"], state["frozen"]
+        self.checks_without_growth, self.frozen = state["quiet"], state["frozen"]

@@ -80,7 +80,7 @@ def zero_config(stage: int, config: Config, world_size: int) -> dict[str, Any]:
     Raises:
         UserError: ``parallel.deepspeed`` holds something that DeepSpeed does not know.
     """
-    from ..engine.zero import deepspeed_config  # imports DeepSpeed, which takes seconds and may not be there
+    from ..engine.zero_config import deepspeed_config  # imports DeepSpeed, which takes seconds and may not be there
 
     return deepspeed_config(
         stage,

@@ -1,0 +1,144 @@
+"""The model of a ``LowRankRun``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from ..engine.sharded import ShardedModel, Values
+from ..lowrank.convert import Layout, convert
+from ..lowrank.division import Processes
+from ..lowrank.layer import set_activation, set_base_scale
+from ..lowrank.materialize import clean
+from ..lowrank.spectrum import Factors
+from ..method.settings import LowRankSettings
+from ..models.plan import named_buffers
+from ..optim.groups import decayed_parameters
+from ..optim.moments import check_state
+from ..runtime.errors import UserError
+
+Groups = list[dict[str, Any]]
+
+
+class UserModel(ShardedModel):
+    """Holds the model of a ``LowRankRun``."""
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        layout: Layout,
+        values: Values,
+        buffers: Values,
+        *,
+        device: torch.device,
+        processes: Processes,
+        method: LowRankSettings,
+        optimizer: Callable[[Groups], Optimizer],
+        parallelize: Callable[[nn.Module], nn.Module | None] | None,
+        wrap: Callable[[nn.Module], nn.Module] | None,
+    ) -> None:
+        self._method, self._optimizer, self._user_parallelize, self._user_wrap = method, optimizer, parallelize, wrap
+        super().__init__(skeleton, layout, values, buffers, device=device, processes=processes)
+        check_state(self.optimizer)
+
+    def _prepare(self, module: nn.Module, layout: Layout) -> None:
+        set_activation(module, self._method.activation)
+
+    def _parallelize(self, module: nn.Module) -> None:
+        self._called = module
+        if self._user_parallelize is not None:
+            self._called = self._user_parallelize(module) or module
+        for name, part in self._called.named_modules():
+            if isinstance(part, FullyShardedDataParallel):
+                raise UserError(
+                    f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters; "
+                    "write torch.distributed.fsdp.fully_shard"
+                )
+
+    def _wrap(self, module: nn.Module) -> nn.Module:
+        return self._called if self._user_wrap is None else self._user_wrap(self._called)
+
+    def _make_optimizer(self, module: nn.Module) -> Optimizer:
+        decayed = decayed_parameters(module, factors=True)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        groups: Groups = [
+            {"params": [p for name, p in trained.items() if name in decayed]},
+            {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
+        ]
+        return self._optimizer([group for group in groups if group["params"]])
+
+    def low_rank_copy(self) -> nn.Module:
+        """The model as it is now, on ``meta``."""
+        return convert(self.skeleton, self.layout)
+
+    def gradients(self, backward: Callable[[], object]) -> dict[str, Factors]:
+        """Gradients of every layer's factors; nothing is moved."""
+        self.optimizer.zero_grad()
+        backward()
+        parameters = self.parameters()
+        found = {}
+        for layer in self.layout:
+            both = [parameters[f"{layer}.{factor}"].grad for factor in "UV"]
+            found[layer] = Factors(*(self._local(grad).clone() for grad in both if grad is not None))
+        self.optimizer.zero_grad()
+        return found
+
+    def scale_bases(self, model: nn.Module) -> None:
+        """Set the factor of every base of another model to that of this one."""
+        set_base_scale(model, self._base_scale)
+
+    # State.
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters, saved buffers and optimizer state, by name; they share memory with the model."""
+        saved: dict[str, Tensor] = {}
+        for name, parameter in self.parameters().items():
+            saved[name] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if torch.is_tensor(value):
+                    saved[f"optimizer.{key}.{name}"] = value
+        for prefix, owner in self.module.named_modules():
+            for leaf, buffer in owner.named_buffers(recurse=False):
+                if leaf not in owner._non_persistent_buffers_set:
+                    saved[clean(f"{prefix}.{leaf}" if prefix else leaf)] = buffer
+        return saved
+
+    def rebuild(self, layout: Layout, shapes: Mapping[str, torch.Size]) -> None:
+        """Build the model with a layout, zeros for parameters and for optimizer state, to be read into.
+
+        Args:
+            shapes: of everything that will be read, by the names of ``state``.
+
+        Raises:
+            UserError: these are not the tensors of this model.
+        """
+        buffers = dict(named_buffers(self.module))
+
+        def zeros(name: str, parameter: nn.Parameter) -> Tensor:
+            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 0)
+            shape = (end - first, *parameter.shape[1:]) if parameter.ndim else ()
+            return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
+
+        self.release()
+        self._build(layout, zeros, lambda name: buffers[name])
+        parameters = self.parameters()
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in parameters.items():
+            for key in [key for key in shapes if key.startswith("optimizer.") and key.endswith(f".{name}")]:
+                state = key.removeprefix("optimizer.").removesuffix(f".{name}")
+                if "." in state:  # of a parameter whose name ends alike
+                    continue
+                if shapes[key] == parameter.shape:
+                    value = torch.zeros_like(parameter)
+                else:
+                    group = groups[id(parameter)]
+                    on_device = group.get("fused") or group.get("capturable")
+                    value = torch.zeros(shapes[key], device=self.device if on_device else "cpu")
+                self.optimizer.state[parameter][state] = value
+        expected = {name: tensor.shape for name, tensor in self.state().items()}
+        if expected != dict(shapes):
+            other = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+            raise UserError(f"the checkpoint is of another model or optimizer: {other[0]} differs")

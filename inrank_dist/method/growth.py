@@ -1,0 +1,53 @@
+"""What becomes of new modes right after a growth (``lowrank.growth_init``)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..lowrank.init import generator_for, start_factors
+from .directions import Gradients, aim_at_gradient
+from .holder import FactorHolder
+from .settings import LowRankSettings
+from .start import StartValues
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growth that has just happened.
+
+    Attributes:
+        fresh: layer -> number of new modes, the last columns: ``U`` is zero and ``V`` random and orthonormal there.
+        step: optimizer steps so far.
+        gradients: of all factors on the batch of that step; None: they are not finite, or nobody can compute them.
+    """
+
+    holder: FactorHolder
+    values: StartValues
+    settings: LowRankSettings
+    seed: int
+    fresh: Mapping[str, int]
+    step: int
+    gradients: Gradients | None
+
+
+def look_along_gradient(growth: Growth) -> None:
+    """Turn new modes to the top singular directions of the gradient."""
+    if growth.fresh and growth.gradients is not None:
+        aim_at_gradient(growth.holder, growth.fresh, growth.gradients)
+
+
+def open_as_published(growth: Growth) -> None:
+    """Give new modes random values in both factors, as the first ones had; the function jumps."""
+    for name, count in growth.fresh.items():
+        generator = generator_for(growth.seed, name, "published growth", growth.step)
+        shape, std = growth.values.shapes[name], growth.values.std(name)
+        whole = start_factors(*shape, count, growth.settings.init, std, generator)
+        held = growth.holder.placement(name)
+        U, V = (rows[slice(*held.rows(len(rows)))].to(growth.holder.device) for rows in (whole.U, whole.V))
+        growth.holder.set_columns(name, growth.holder.layout[name].modes - count, U, V)
+
+
+GROWTHS: dict[str, Callable[[Growth], None]] = {
+    "random": lambda growth: None,
+    "gradient": look_along_gradient,
+    "published": open_as_published,
+}
