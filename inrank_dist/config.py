@@ -6,22 +6,21 @@ says what to write instead.
 
 import dataclasses
 import difflib
-import sys
-import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .data.settings import DataSettings, TokenizerSettings
 from .engine.settings import ParallelSettings
 from .method.settings import LowRankSettings
 from .models import ModelSettings
-from .optim.settings import OptimizerSettings
+from .optim.settings import Matrices, OptimizerSettings, optimizers_of
 from .runtime import yaml_text
 from .runtime.errors import UserError
 from .runtime.home import expand_home
+from .runtime.setting_types import fits, in_words, parse
 from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
 
@@ -73,7 +72,7 @@ class Config:
                 f"schedule.warmup_steps is {self.schedule.warmup_steps} of train.steps {steps}; "
                 f"write fewer than {steps}"
             )
-        if low.mode == "efficient" and low.freeze_at(steps) > steps:
+        if low.freezes and low.freeze_at(steps) > steps:
             raise UserError(
                 f"lowrank freezes at step {low.freeze_at(steps)} but train.steps is {steps}; "
                 f"write a lowrank.freeze_step of at most {steps}, or lowrank.mode: inrank"
@@ -84,12 +83,12 @@ class Config:
                 f"lowrank.dense_fraction is {low.dense_fraction} but train.steps is {steps}, so no layer would be "
                 "factored; write a lower fraction, more steps, or lowrank.mode: full"
             )
-        if dense and low.mode == "efficient" and isinstance(low.freeze_step, int) and low.freeze_step < dense:
+        if dense and low.freezes and isinstance(low.freeze_step, int) and low.freeze_step < dense:
             raise UserError(
                 f"lowrank.freeze_step is {low.freeze_step} but with lowrank.dense_fraction {low.dense_fraction} the "
                 f"layers are dense until step {dense}; write a freeze_step of at least {dense}"
             )
-        if low.mode in ("fixed", "inrank") and low.base == "decay" and low.warmup_steps > steps:
+        if low.mode != "full" and not low.freezes and low.base == "decay" and low.warmup_steps > steps:
             raise UserError(
                 f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "
                 f"write at most {steps}, or lowrank.base: frozen"
@@ -105,8 +104,9 @@ class Config:
                 f"optimizer.name is {name} and parallel.engine is {engine}, which cuts matrices into flat pieces; "
                 "write parallel.engine: fsdp, or optimizer.name: adamw"
             )
-        if (name == "muon") != (self.lowrank.mode == "full"):
-            advice = "muon" if self.lowrank.mode == "full" else "spectron or lora_muon"
+        wanted: Matrices = "dense" if self.lowrank.mode == "full" else "factors"
+        if self.optimizer.kind.matrices != wanted:
+            advice = " or ".join(optimizers_of(wanted))
             kind = "has no factors" if self.lowrank.mode == "full" else "trains factors"
             raise UserError(
                 f"optimizer.name is {name} but lowrank.mode {self.lowrank.mode} {kind}; write optimizer.name: {advice}"
@@ -163,8 +163,8 @@ class Config:
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "shard_size", "reduce_each_micro_batch")
         if not self.parallel.engine.startswith("zero"):
             no_effect(f"parallel.engine is {self.parallel.engine}", "parallel", "deepspeed")
-        if self.lowrank.mode == "inrank":
-            no_effect("lowrank.mode is inrank, whose shapes are never final", "train", "cuda_graph")
+        if self.lowrank.grows and not self.lowrank.freezes:
+            no_effect(f"lowrank.mode is {self.lowrank.mode}, whose shapes are never final", "train", "cuda_graph")
         if all(step > self.train.steps for step in self.train.profile):
             no_effect(f"train.steps is {self.train.steps}", "train", "profile")
         if not self.optimizer.orthogonalises:
@@ -196,7 +196,7 @@ def key_of(setting: "dataclasses.Field[Any]") -> str:
 
 
 def _types(section: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(section)
+    hints = typing.get_type_hints(section, include_extras=True)
     return {key_of(setting): hints[setting.name] for setting in dataclasses.fields(section)}
 
 
@@ -229,7 +229,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     """
     inherited, values = _read_yaml(Path(file)) if file is not None else ({}, {})
     for key, text in _split(overrides):
-        values[key] = _parse(text, SETTINGS[key])
+        values[key] = parse(text, SETTINGS[key])
     config = _build(inherited | values)
     if idle := config.idle().keys() & inherited.keys() - values.keys():
         config = _build({key: value for key, value in (inherited | values).items() if key not in idle})
@@ -240,7 +240,7 @@ def _build(values: dict[str, Any]) -> Config:
     sections: dict[str, Any] = {}
     for dotted, value in values.items():
         expected = SETTINGS[dotted]
-        if not _fits(value, expected):
+        if not fits(value, expected):
             quotes = ", in quotes" if expected is str else ""  # YAML reads 007 as a number and no as false
             raise UserError(f"{dotted} is {shown(value)}; write {in_words(expected)}{quotes}")
         # A number without a point is as good where there may be a point.
@@ -344,56 +344,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(known)}" if len(known) < 20 else "; --help lists all"
-
-
-# Types. Settings are of int, float, bool, str, Literal of texts, list of str or int, dict, and any of them or None.
-
-
-def _parse(text: str, expected: Any) -> Any:
-    """The value that a command-line word stands for; the word itself where it stands for none."""
-    kinds = _alternatives(expected)
-    if text == "null" and type(None) in kinds:
-        return None
-    if all(kind in (str, type(None)) or typing.get_origin(kind) is Literal for kind in kinds):
-        return text
-    # In a list of texts, 1 and true are texts.
-    is_list = any(kind == list[str] for kind in kinds)
-    try:
-        return yaml_text.load(text, as_text=is_list) if text.strip() else text
-    except ValueError:
-        return text
-
-
-def _fits(value: Any, expected: Any) -> bool:
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    if len(_alternatives(expected)) > 1:
-        return any(_fits(value, kind) for kind in arguments)
-    if expected in (int, float) and isinstance(value, bool):
-        return False
-    if expected is float:
-        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-    return isinstance(value, expected) and value != ""
-
-
-def _alternatives(expected: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(expected) in (typing.Union, types.UnionType)
-    return typing.get_args(expected) if is_union else (expected,)
-
-
-def in_words(expected: Any) -> str:
-    """What to write for a setting of this type."""
-    if typing.get_origin(expected) is Literal:
-        return "one of " + ", ".join(typing.get_args(expected))
-    if typing.get_origin(expected) is list:
-        return "a list such as [1,2]" if typing.get_args(expected) == (int,) else "a list such as [a,b]"
-    if typing.get_origin(expected) is dict:
-        return "keys and values such as {a: 1}"
-    if len(_alternatives(expected)) > 1:
-        return " or ".join(in_words(kind) for kind in _alternatives(expected))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]

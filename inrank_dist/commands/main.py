@@ -31,6 +31,8 @@ COMMANDS = {
     "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",
 }
 
+DESCRIPTION = "Pre-train language models whose weights grow in rank as they learn, sharded over any number of GPUs."
+
 
 OUTLIVE_CONSOLE = ("train", "prepare", "study")
 """Commands whose result is files. They continue if their output can no longer be written."""
@@ -192,7 +194,7 @@ def _in_process_group() -> bool:
 
 
 def _parse_command(argv: list[str]) -> tuple[str | None, list[str]]:
-    parser = Parser(prog="inrank", description=__import__("inrank_dist").__doc__, allow_abbrev=False)
+    parser = Parser(prog="inrank", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"inrank_dist {__version__}")
     listing = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, meaning in COMMANDS.items():

@@ -155,9 +155,9 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
                 f"--rank is {rank} but lowrank.max_rank_fraction {settings.max_rank_fraction} caps the rank of {name} "
                 f"at {cap}; write at most {cap}"
             )
-    if settings.mode == "inrank":
+    if settings.grows and not settings.freezes:
         final = {name: settings.rule.modes(each, min(shapes[name])) for name, each in final.items()}
-    when = "after the freeze" if settings.mode == "efficient" else "grown"
+    when = "after the freeze" if settings.freezes else "grown"
     # What the rule finds is mostly far below: a bound, said in both lines of the heading.
     when, highest = (f"{when}, upper bound", "at most ") if rank is None else (when, "")
     heading = f"{when}\n{highest}{max(final.values())} modes{base if stays else ''}"
@@ -185,7 +185,7 @@ def _stage_of_run(config: Config, shapes: dict[str, tuple[int, int]], run_folder
                 f"--ranks-from is {run_folder}, where {name} has rank {layer.rank}, but here it is "
                 f"{shapes[name][0]} x {shapes[name][1]}; write a run of the same model"
             )
-    ends = settings.mode in ("efficient", "fixed")
+    ends = settings.freezes or not settings.grows
     modes = {
         name: layer.rank if ends else settings.rule.modes(layer.rank, min(shapes[name]))
         for name, layer in layout.items()

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import inspect
 
-from ..config import SECTIONS, SETTINGS, default_of, in_words, key_of
+from ..config import SECTIONS, SETTINGS, default_of, key_of
+from ..runtime.setting_types import in_words
 from ..runtime.yaml_text import shown
 
 

@@ -85,8 +85,9 @@ class ZeroEngine(ZeroRows):
     @staticmethod
     def _find_optimizer(context: Context, settings: OptimizerSettings, offload: bool) -> type["_Gate"]:
         """DeepSpeed's own Adam where its kernel can be had in every process, torch's elsewhere."""
-        if settings.name == "sgd":
-            return _gated(torch.optim.SGD)
+        elementwise = settings.kind.elementwise
+        if elementwise is not torch.optim.AdamW:
+            return _gated(elementwise)
         kind: type[torch.optim.Optimizer] | None = None
         if offload or context.device.type == "cuda":
             from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -126,7 +127,7 @@ class ZeroEngine(ZeroRows):
             flat = zero.single_partition_of_fp32_groups
         for each in flat:
             state: dict[str, Any] = {name: torch.zeros_like(each) for name in self._plain_moments}
-            if self.optimizer_settings.name == "adamw":
+            if "exp_avg" in state:
                 of_torch, steps = isinstance(self.optimizer, torch.optim.AdamW), self.optimizer_steps
                 state["step"] = torch.tensor(float(steps), device=each.device) if of_torch else steps
             self.optimizer.state[each] = state

@@ -259,7 +259,7 @@ def _check_method(method: LowRankSettings, total_steps: int | None) -> None:
         raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
     if method.frobenius_decay:
         raise UserError("frobenius_decay is a setting of the trainer's engines; write 0 and decay in your optimizer")
-    needs_total = method.dense_fraction or (method.mode == "efficient" and method.freeze_step == "auto")
+    needs_total = method.dense_fraction or (method.freezes and method.freeze_step == "auto")
     if needs_total and total_steps is None:
         raise UserError("the method needs to know the length of the run; write total_steps")
 

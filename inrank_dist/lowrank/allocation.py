@@ -1,14 +1,13 @@
 """Final ranks: how many modes each layer keeps at the freeze."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .init import generator_for
 
-Final = Literal["per_layer", "uniform", "budget", "random"]
 Shape = tuple[int, int]
 
 

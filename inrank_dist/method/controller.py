@@ -50,7 +50,7 @@ class RankController:
     ) -> None:
         self.holder, self.values, self.settings, self.seed = holder, values, settings, seed
         self.shapes, self.processes = values.shapes, holder.processes
-        kind = METHODS.get(settings.mode, RankMethod)
+        kind = METHODS.get(settings.mode, RankMethod)  # without layers, in mode full, nothing is ever due
         self.method = kind(settings, self.shapes, seed, steps, settings.final_multiple(holder.device.type))
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.

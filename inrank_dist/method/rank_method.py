@@ -18,8 +18,8 @@ from .settings import LowRankSettings
 class RankMethod:
     """InRank (arXiv 2306.11250): the explained ratio decides, the null rank is shown beside it.
 
-    The methods ``fixed``, ``inrank`` and ``efficient`` are settings of this one. Another method is a subclass, and a
-    line in ``METHODS``. It sees numbers only; ``RankController`` measures, lets the processes agree, and reshapes.
+    A new method is a subclass, and a line in ``METHODS``. It sees numbers only; ``RankController`` measures, lets the
+    processes agree, and reshapes.
 
     Args:
         settings: section ``lowrank``.
@@ -34,6 +34,9 @@ class RankMethod:
         null: the null ranks so far.
         measures_update: whether ``sigma`` is the spectrum of what was learned since the start, not of the product.
     """
+
+    grows, freezes = True, False
+    """Whether ranks can change, and whether they are frozen at some step."""
 
     def __init__(
         self, settings: LowRankSettings, shapes: Mapping[str, Shape], seed: int, steps: int, multiple: int
@@ -118,5 +121,21 @@ def untrained_factors(settings: LowRankSettings, seed: int, out_features: int, i
     return start_factors(out_features, in_features, modes, settings.init, 1.0, generator)
 
 
-METHODS: dict[str, type[RankMethod]] = {"fixed": RankMethod, "inrank": RankMethod, "efficient": RankMethod}
+class FixedRank(RankMethod):
+    """Factors of constant rank."""
+
+    grows = False
+
+
+class InRank(RankMethod):
+    """The rank may grow to the end."""
+
+
+class InRankEfficient(RankMethod):
+    """The rank grows during the warm-up and is then frozen."""
+
+    freezes = True
+
+
+METHODS: dict[str, type[RankMethod]] = {"fixed": FixedRank, "inrank": InRank, "efficient": InRankEfficient}
 """``lowrank.mode`` -> method; ``full`` has none."""

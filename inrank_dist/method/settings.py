@@ -1,19 +1,38 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from ..lowrank.allocation import Final
+from ..lowrank.allocation import ALLOCATIONS
 from ..lowrank.criterion import Criterion, RankRule
 from ..lowrank.init import Init
 from ..lowrank.layer import Activation
+from ..runtime.choices import OneOf
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}
 """What suits the arithmetic units of a device: tiles of tensor cores, vectors of 8 floats (190 rounded to 192 took 4 %
 off a step of GPT-2 small on CPU)."""
 
-Mode = Literal["full", "fixed", "inrank", "efficient"]
+
+def _modes() -> list[str]:
+    from .rank_method import METHODS  # which needs the settings
+
+    return ["full", *METHODS]
+
+
+def _method(mode: str) -> Any:
+    from .rank_method import METHODS
+
+    return METHODS[mode]
+
+
+def _growths() -> list[str]:
+    from .growth import GROWTHS
+
+    return list(GROWTHS)
+
+
 Base = Literal["frozen", "none", "decay"]
 
 
@@ -21,7 +40,7 @@ Base = Literal["frozen", "none", "decay"]
 class LowRankSettings:
     """Which layers are factored, how the factors start, when and how far their rank grows."""
 
-    mode: Mode = "efficient"
+    mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows
     during the warm-up and is then frozen, at the smallest rank that reaches the threshold."""
     targets: list[str] = field(default_factory=lambda: ["mlp"])
@@ -60,14 +79,14 @@ class LowRankSettings:
     """With freeze_step auto: decisions in a row without growth in any layer after which the rank is frozen."""
     freeze_fraction: float = 0.5
     """With freeze_step auto: fraction of train.steps after which the rank is frozen at the latest."""
-    final: Final = "per_layer"
+    final: Annotated[str, OneOf(lambda: ALLOCATIONS)] = "per_layer"
     """Ranks at the freeze: per_layer as the rule found them; uniform: one rank of about as many parameters; budget: the
     ranks that discard the least energy within final_budget; random: ranks drawn by the seed within final_budget, the
     control of the others."""
     final_budget: float = 0.25
     """With final budget or random: at most this many parameters in the factors after the freeze, as a fraction of the
     dense layers'; ranks are rounded to less than multiple_of where it would not be kept otherwise."""
-    growth_init: Literal["random", "gradient", "published"] = "random"
+    growth_init: Annotated[str, OneOf(_growths)] = "random"
     """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
     the span of the factors (costs two more backward passes a growth); neither changes the function. published: both
     factors random as at the start, as in the published code, so that the function jumps; only to reproduce it."""
@@ -85,6 +104,9 @@ class LowRankSettings:
     """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
 
     def __post_init__(self) -> None:
+        for name, known in (("mode", _modes()), ("final", [*ALLOCATIONS]), ("growth_init", _growths())):
+            if getattr(self, name) not in known:
+                raise ValueError(f"lowrank.{name} is {getattr(self, name)}; write one of {', '.join(known)}")
         for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "freeze_patience", "multiple_of"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -140,7 +162,7 @@ class LowRankSettings:
                         f"write {-(-getattr(self, name) // self.multiple_of) * self.multiple_of}"
                     )
         fades_late = isinstance(self.freeze_step, int) and self.freeze_step < self.warmup_steps
-        if self.mode == "efficient" and self.base == "decay" and fades_late:
+        if self.freezes and self.base == "decay" and fades_late:
             raise ValueError(
                 f"lowrank.freeze_step is {self.freeze_step} but the base fades until lowrank.warmup_steps "
                 f"{self.warmup_steps}; "
@@ -176,12 +198,17 @@ class LowRankSettings:
     def shrinks(self) -> bool:
         """Whether the freeze may lower a rank: to the smallest that reaches the threshold. The published one never
         does."""
-        return self.mode == "efficient" and self.growth_init != "published"
+        return self.freezes and self.growth_init != "published"
 
     @property
     def grows(self) -> bool:
         """Whether the rank can change."""
-        return self.mode in ("inrank", "efficient")
+        return self.mode != "full" and _method(self.mode).grows
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the ranks are frozen at some step."""
+        return self.mode != "full" and _method(self.mode).freezes
 
     def freeze_at(self, steps: int) -> int:
         """Latest step of the freeze in mode ``efficient``, in a run of ``steps``."""
@@ -220,9 +247,9 @@ class LowRankSettings:
         """The calendar of a run of ``steps``."""
         return RankPolicy(
             interval=self.interval if self.grows else None,
-            freeze_step=self.freeze_at(steps) if self.mode == "efficient" else None,
+            freeze_step=self.freeze_at(steps) if self.freezes else None,
             decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
-            patience=self.freeze_patience if self.mode == "efficient" and self.freeze_step == "auto" else None,
+            patience=self.freeze_patience if self.freezes and self.freeze_step == "auto" else None,
             dense_steps=self.dense_steps(steps),
         )
 
@@ -232,19 +259,19 @@ class LowRankSettings:
             return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name != "mode"]
         idle = []
         freezing = ("freeze_step", "freeze_patience", "freeze_fraction", "final", "final_budget")
-        if self.mode == "fixed":
+        if not self.grows:
             growth = ["buffer", "threshold", "criterion", "measure", "interval"]
             growth += ["max_rank_fraction", "multiple_of", "growth_init"]
-            idle += [(key, "lowrank.mode is fixed") for key in (*growth, *freezing)]
-        if self.mode == "inrank":
-            idle += [(key, "lowrank.mode inrank never freezes") for key in freezing]
-        if self.mode == "efficient" and self.freeze_step != "auto":
+            idle += [(key, f"lowrank.mode is {self.mode}") for key in (*growth, *freezing)]
+        elif not self.freezes:
+            idle += [(key, f"lowrank.mode {self.mode} never freezes") for key in freezing]
+        if self.freezes and self.freeze_step != "auto":
             idle += [(key, "lowrank.freeze_step is not auto") for key in ("freeze_patience", "freeze_fraction")]
-        if self.mode == "efficient" and not self.has_budget:
+        if self.freezes and not self.has_budget:
             idle.append(("final_budget", f"lowrank.final is {self.final}"))
         if self.grows and self.base != "none":
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
-        if self.base != "decay" and (self.mode != "efficient" or self.freeze_step is not None or self.dense_fraction):
+        if self.base != "decay" and (not self.freezes or self.freeze_step is not None or self.dense_fraction):
             idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
         if self.dense_fraction:
             idle.append(("init", "with lowrank.dense_fraction the factors come from the dense weights"))

@@ -35,7 +35,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
             if settings.grows:
                 reason += f" and lowrank.max_rank_fraction {settings.max_rank_fraction} caps its rank at {limit}"
             raise UserError(f"lowrank.initial_rank is {settings.initial_rank} but {reason}; write at most {limit}")
-    if settings.mode == "efficient" and settings.has_budget and settings.final_budget < least_fraction(shapes):
+    if settings.freezes and settings.has_budget and settings.final_budget < least_fraction(shapes):
         least = math.ceil(1e4 * least_fraction(shapes)) / 1e4
         raise UserError(
             f"lowrank.final_budget is {settings.final_budget:g} but rank 1 in every factored layer already takes "

@@ -57,13 +57,10 @@ def _is_moment(value: object, parameter: Tensor) -> bool:
 
 
 def moment_names(settings: OptimizerSettings, kind: Kind) -> tuple[str, ...]:
-    """Names, which are torch's, of what is remembered of a parameter of a kind; SGD without momentum remembers
-    nothing."""
+    """Names, which are torch's, of what is remembered of a parameter of a kind."""
     if kind != "plain":
         return ("momentum_buffer",)
-    if settings.name == "sgd":
-        return ("momentum_buffer",) if settings.beta1 > 0 else ()
-    return ("exp_avg", "exp_avg_sq")
+    return settings.kind.moments(settings)
 
 
 def map_moments(

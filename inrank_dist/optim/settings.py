@@ -1,18 +1,28 @@
 """Section ``optimizer``: which optimizer, and its rates."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
+from .registry import OPTIMIZERS, OptimizerKind
 
 MomentRule = Literal["transport", "slice", "reset"]
+
+
+Matrices = Literal["none", "dense", "factors"]
+
+
+def optimizers_of(matrices: Matrices) -> list[str]:
+    """The optimizers that train these parameters as matrices."""
+    return [name for name, kind in OPTIMIZERS.items() if kind.matrices == matrices]
 
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
     """The optimizer. Norms, biases and embeddings take no weight decay."""
 
-    name: Literal["adamw", "sgd", "muon", "spectron", "lora_muon"] = "adamw"
+    name: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "adamw"
     """adamw; sgd with momentum beta1 (weight decay is then L2); muon orthogonalises the updates of the dense matrices
     of a full-rank model; spectron and lora_muon do that to factors, and to the dense matrices beside them. With the
     last three AdamW trains embeddings, norms, biases and the head. Not with ZeRO."""
@@ -36,6 +46,8 @@ class OptimizerSettings:
     columns, as the published code does, but none where a dense weight becomes factors; reset starts from zero."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"optimizer.name is {self.name}; write one of {', '.join(OPTIMIZERS)}")
         for name in ("lr", "matrix_lr", "eps"):
             if not getattr(self, name) > 0:
                 raise UserError(
@@ -51,7 +63,12 @@ class OptimizerSettings:
     @property
     def orthogonalises(self) -> bool:
         """Whether matrices get orthogonalised updates."""
-        return self.name in ("muon", "spectron", "lora_muon")
+        return self.kind.matrices != "none"
+
+    @property
+    def kind(self) -> OptimizerKind:
+        """The optimizer."""
+        return OPTIMIZERS[self.name]
 
     @property
     def matrix_scale(self) -> float:

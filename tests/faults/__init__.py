@@ -70,7 +70,7 @@ def arm(fault: Fault) -> None:
         return
     import torch
 
-    from inrank_dist.engine import engine
+    from inrank_dist.engine import engine, sharded
     from inrank_dist.method import controller
     from inrank_dist.train.checkpoint import folder, shard
     from inrank_dist.train.loop import Trainer
@@ -169,7 +169,7 @@ def arm(fault: Fault) -> None:
 
         around(controller, "measure_spectra", tilt)
     elif fault.phase == "reshape":
-        around(engine, "map_factors")
+        around(sharded, "map_factors")
     elif fault.phase == "save-data":
         around(shard, "write_shard", flip)
     elif fault.phase == "save-commit":

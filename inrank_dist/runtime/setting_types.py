@@ -1,0 +1,62 @@
+"""Types of settings: int, float, bool, str, Literal of texts, names of a registry, lists, dict, any of them or None."""
+
+import sys
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from . import yaml_text
+
+
+def parse(text: str, expected: Any) -> Any:
+    """The value that a command-line word stands for; the word itself where it stands for none."""
+    kinds = alternatives(expected)
+    if text == "null" and type(None) in kinds:
+        return None
+    if all(kind in (str, type(None)) or typing.get_origin(kind) in (Literal, Annotated) for kind in kinds):
+        return text
+    # In a list of texts, 1 and true are texts.
+    is_list = any(kind == list[str] for kind in kinds)
+    try:
+        return yaml_text.load(text, as_text=is_list) if text.strip() else text
+    except ValueError:
+        return text
+
+
+def fits(value: Any, expected: Any) -> bool:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin is Annotated:
+        return isinstance(value, str) and value in expected.__metadata__[0].names()
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if len(alternatives(expected)) > 1:
+        return any(fits(value, kind) for kind in arguments)
+    if expected in (int, float) and isinstance(value, bool):
+        return False
+    if expected is float:
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    return isinstance(value, expected) and value != ""
+
+
+def alternatives(expected: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(expected) in (typing.Union, types.UnionType)
+    return typing.get_args(expected) if is_union else (expected,)
+
+
+def in_words(expected: Any) -> str:
+    """What to write for a setting of this type."""
+    if typing.get_origin(expected) is Annotated:
+        return "one of " + ", ".join(expected.__metadata__[0].names())
+    if typing.get_origin(expected) is Literal:
+        return "one of " + ", ".join(typing.get_args(expected))
+    if typing.get_origin(expected) is list:
+        return "a list such as [1,2]" if typing.get_args(expected) == (int,) else "a list such as [a,b]"
+    if typing.get_origin(expected) is dict:
+        return "keys and values such as {a: 1}"
+    if len(alternatives(expected)) > 1:
+        return " or ".join(in_words(kind) for kind in alternatives(expected))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]
