@@ -18,6 +18,7 @@ from inrank_dist.runtime.context import Context
 from inrank_dist.train.checkpoint import Checkpoint, list_checkpoints, resumable
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.monitors import Monitors
+from inrank_dist.train.session import build
 
 Fails = Callable[..., str]
 """Words of a command that must fail -> its error."""
@@ -89,7 +90,7 @@ class Recorder:
 def trainer_of(config: Config, context: Context, checkpoint: Checkpoint | None = None) -> Trainer:
     """A trainer with its data prepared; the context is started."""
     data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
-    return Trainer(config, context, data, checkpoint)
+    return build(config, context, data, checkpoint)
 
 
 def train(

@@ -14,7 +14,7 @@ from ..config import Config
 from ..data import Prepared
 from ..runtime.context import Context
 from ..train.checkpoint import list_checkpoints
-from ..train.loop import Trainer
+from ..train.session import build
 from .common import spread
 
 MODES = ("off", "sync", "async")
@@ -45,7 +45,7 @@ def measure_checkpoints(config: Config, context: Context, data: Prepared, *, int
     config.run.folder.mkdir(parents=True, exist_ok=True)
     name = tempfile.mkdtemp(prefix="bench-", dir=config.run.folder) if context.is_main else ""
     folder = Path(context.gather(name)[0])
-    trainer = Trainer(config, context, data)
+    trainer = build(config, context, data)
     writer = trainer.writer
     writer.run_folder = folder
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}

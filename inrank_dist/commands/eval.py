@@ -8,7 +8,7 @@ import torch
 
 from ..data import DataSettings, Prepared, find_prepared, prepare, validation_batches
 from ..runtime.errors import UserError
-from ..train.loop import perplexity
+from ..train.records import perplexity
 from .common import TrainedModel, add_run_arguments, device, load_trained, no_overrides
 
 

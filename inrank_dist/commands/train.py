@@ -26,10 +26,10 @@ from ..runtime.stop import Stopped, StopRequest
 from ..runtime.watch import Watch, request_stop
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
-from ..train.loop import Trainer
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable
+from ..train.session import build
 from ..train.start import cost_setup, dense_skeleton, zero_config
 from .common import add_config_arguments, read_config
 from .plan import show_plan
@@ -174,7 +174,7 @@ def _train(
     # Rank events collect garbage; what is there by now (half a million objects of torch alone) is none, look no more.
     gc.collect()
     gc.freeze()
-    trainer = Trainer(config, context, data, checkpoint, stop=stop, heartbeat=watch.heartbeat, before_save=folder.check)
+    trainer = build(config, context, data, checkpoint, stop=stop, heartbeat=watch.heartbeat, before_save=folder.check)
     # Only now, when nothing is left to complain of, is the run folder touched.
     monitors = context.on_rank_zero(folder.open, config, checkpoint) or Monitors()
     _tell_start(config, checkpoint, changes)

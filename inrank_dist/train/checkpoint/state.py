@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,6 +31,7 @@ class TrainState:
         vocab_size, fingerprint, unigram_entropy, tokenizer: of the data and the tokenizer.
         world_size: number of processes that wrote the checkpoint.
         versions: of this program and its libraries.
+        callbacks: name of a callback -> its state.
     """
 
     step: int
@@ -50,6 +51,7 @@ class TrainState:
     tokenizer: str
     world_size: int
     versions: dict[str, str]
+    callbacks: dict[str, Any] = field(default_factory=dict)
 
 
 def _is_finite(value: Any) -> bool:
@@ -68,6 +70,7 @@ KINDS: dict[str, Any] = get_type_hints(TrainState) | {
     "loader": {"seed": int, "epoch": int, "sample_index": int, "fingerprint": str},
     "health": {"skipped": int, "in_a_row": int, "losses": [_is_finite]},
     "versions": {str: str},
+    "callbacks": {str: lambda state: isinstance(state, dict)},
 }
 """Schema of ``state.json``, down to every value: a wrong one must fail now and not many steps later, or never."""
 
@@ -88,6 +91,7 @@ def read_state(folder: Path) -> TrainState:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
             values["ranks"].setdefault("found", {})  # missing in checkpoints from before ranks were rounded
+            values.setdefault("callbacks", {})  # missing in checkpoints from before callbacks
             values.setdefault("flops", None)  # missing in checkpoints from before studies
         _check(values, KINDS, "it")
     except OSError as error:

@@ -1,0 +1,144 @@
+"""What a run writes down: a record at its start, of its steps and rank events, and at its end."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .callbacks import Callback
+from .health import Verdict
+from .memory import peak_resident_bytes
+from .speed import Peak
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+class Records(Callback):
+    """Writes ``metrics.jsonl``'s records to the monitors of the trainer.
+
+    Args:
+        peak: of the arithmetic of a process; None: not known.
+        parameters_dense: of the dense model.
+        parameters_start: of the model before the first step.
+    """
+
+    def __init__(self, peak: Peak | None, parameters_dense: int, parameters_start: int) -> None:
+        self.peak, self.parameters_dense, self.parameters_start = peak, parameters_dense, parameters_start
+        self._peak_memory = 0  # bytes of the GPU, as far as logged
+
+    def on_start(self, trainer: "Trainer") -> None:
+        config, context, data, engine = trainer.config, trainer.context, trainer.data, trainer.engine
+        if trainer.step:
+            source = {"branched_from": str(trainer.branched_from)} if trainer.branched_from else {}
+            resume = {"kind": "resume", "step": trainer.step, "world_size": context.world_size}
+            trainer.monitors.write({**resume, **source})
+        trainer.monitors.write(
+            {
+                "kind": "start",
+                "step": trainer.step,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "world_size": context.world_size,
+                "engine": engine.name,
+                "engine_facts": engine.facts(),
+                "device": _device_name(context.device),
+                "model": config.model.name,
+                "mode": config.lowrank.mode,
+                "parameters": engine.parameter_count(),
+                "parameters_dense": self.parameters_dense,
+                "steps": config.train.steps,
+                "seed": config.run.seed,
+                "torch": torch.__version__,
+                "peak_flops": self.peak.flops if self.peak else None,
+                "peak_source": self.peak.source if self.peak else None,
+                "unigram_entropy": data.unigram_entropy,
+                "train_tokens": data.train_tokens,
+                "validation_tokens": data.validation_tokens,
+                "ranks": {name: layer.rank for name, layer in engine.layout.items()},
+                "rank_table": trainer.ranks.table(),  # after a resume, as it was at the last decision
+                "initial_rank": config.lowrank.start_rank,
+                "threshold": config.lowrank.threshold,
+                "shrinks": trainer.ranks.shrinks,
+            }
+        )
+
+    def on_step_end(self, trainer: "Trainer", verdict: Verdict, rate: float, records: list[dict[str, Any]]) -> None:
+        if trainer.is_due(trainer.config.log.interval):
+            trainer.monitors.write(self._step(trainer, verdict, rate))
+        for record in records:
+            trainer.monitors.write(record)
+
+    def _step(self, trainer: "Trainer", verdict: Verdict, rate: float) -> dict[str, Any]:
+        flops, device = trainer.flops, trainer.engine.device
+        speed, data_wait, per_second = trainer.clock.rates(trainer.tokens, trainer.loader.waited, flops.since_start)
+        if math.isfinite(verdict.loss):
+            trainer.train_loss = verdict.loss
+        record: dict[str, Any] = {}
+        if self.peak is not None:
+            peak = self.peak.flops * trainer.context.world_size
+            record |= {"mfu": per_second / peak, "mfu_dense": speed * flops.dense_per_token / peak}
+        if device.type == "cuda":
+            record["peak_memory"] = torch.cuda.max_memory_allocated(device)
+            self._peak_memory = max(self._peak_memory, record["peak_memory"])
+            torch.cuda.reset_peak_memory_stats(device)
+        return {
+            "kind": "step",
+            "step": trainer.step,
+            "loss": verdict.loss,
+            "tokens": trainer.tokens,
+            "tokens_per_s": speed,
+            "data_wait": data_wait,
+            "lr": rate,
+            "grad_norm": verdict.norm,
+            "parameters": trainer.engine.parameter_count(),
+            **record,
+        }
+
+    def on_end(self, trainer: "Trainer") -> None:
+        config = trainer.config
+        trainer.monitors.write(
+            {
+                "kind": "summary",
+                "step": trainer.step,
+                "tokens": trainer.tokens,
+                "seconds": trainer.seconds,
+                "flops": trainer.flops.of_run,
+                "peak_memory": self._peak_memory or peak_resident_bytes(),
+                "train_loss": trainer.train_loss,
+                "validation_loss": trainer.validation,
+                "perplexity": None if trainer.validation is None else perplexity(trainer.validation),
+                "unigram_entropy": trainer.data.unigram_entropy,
+                "parameters": trainer.engine.parameter_count(),
+                "parameters_dense": self.parameters_dense,
+                "parameters_start": self.parameters_start,
+                "ranks": trainer.ranks.table(),
+                "initial_rank": config.lowrank.start_rank,
+                "threshold": config.lowrank.threshold,
+                "shrinks": trainer.ranks.shrinks,
+                "seed": config.run.seed,
+                "world_size": trainer.context.world_size,
+            }
+        )
+
+
+def notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:
+    """The record of a step that was skipped, or of a loss that stands out."""
+    if verdict.reason is None:
+        return {"kind": "spike", "step": step, "loss": verdict.loss, "deviations": verdict.spike}
+    return {
+        "kind": "skipped",
+        "step": step,
+        "reason": verdict.reason,
+        "processes": verdict.processes,
+        "skipped": skipped,
+    }
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

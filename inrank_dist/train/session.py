@@ -1,0 +1,100 @@
+"""From settings to a run that is ready to train, as the command ``train`` builds it."""
+
+from collections.abc import Callable, Sequence
+
+from ..config import Config
+from ..data import Loader, LoaderState, Prefetcher, Prepared
+from ..lowrank.convert import convert
+from ..method.controller import RankController
+from ..method.start import StartValues, fits, layer_shapes, start_layout
+from ..runtime.context import Context
+from ..runtime.errors import UserError
+from ..runtime.stop import StopRequest
+from .arithmetic import FlopCounter
+from .callbacks import Callback, Sample
+from .checkpoint import Checkpoint, CheckpointWriter, load_tensors
+from .health import Health
+from .loop import Trainer
+from .profiling import StepProfiler
+from .records import Records
+from .speed import known_peak
+from .start import build_engine, dense_skeleton
+
+
+def build(
+    config: Config,
+    context: Context,
+    data: Prepared,
+    checkpoint: Checkpoint | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    stop: StopRequest | None = None,
+    heartbeat: Callable[..., None] = lambda *activity: None,
+    before_save: Callable[[], None] = lambda: None,
+) -> Trainer:
+    """A run, from its start or from a checkpoint.
+
+    Args:
+        config: all settings.
+        context: with its process group up.
+        data: the prepared data, from ``inrank_dist.data.prepare``.
+        checkpoint: where to continue, or None.
+        callbacks: yours; they see the run before ours do.
+        stop, heartbeat, before_save: as of ``Trainer``.
+
+    Raises:
+        UserError: the settings do not fit the model, the data, the checkpoint or the number of processes.
+    """
+    saved = checkpoint.state if checkpoint else None
+    loader = Loader(
+        data.train,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        seed=config.run.seed,
+        fingerprint=data.fingerprint,
+        state=LoaderState.from_dict(saved.loader) if saved else None,
+    )
+    skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
+    shapes = layer_shapes(skeleton, config.lowrank)
+    values = StartValues(skeleton.initial_values(config.run.seed), shapes, config.lowrank, config.run.seed)
+    start = start_layout(shapes, config.lowrank)
+    layout = saved.layout if saved else start
+    if not fits(layout, shapes, config.lowrank):
+        raise UserError(
+            f"{config.run.folder} has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
+            f"{config.lowrank.targets} makes {len(shapes)}: write those it was trained with, or another run.dir"
+        )
+    engine = build_engine(config, context, skeleton, layout, None if saved else values)
+    ranks = RankController(engine, values, config.lowrank, config.run.seed, config.train.steps)
+    health = Health(context, config.train, config.optimizer.lr)
+    peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
+    dense, first = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
+    every = [*callbacks, Sample(), Records(peak, dense, first)]
+    if checkpoint and saved:
+        load_tensors(checkpoint.folder, saved, engine)
+        ranks.load_state_dict(saved.ranks)
+        health.load_state_dict(saved.health)
+        for callback in every:
+            if callback.name in saved.callbacks:
+                callback.load_state_dict(saved.callbacks[callback.name])
+    companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
+    return Trainer(
+        config,
+        context,
+        data,
+        loader=Prefetcher(loader, pin=context.device.type == "cuda"),
+        engine=engine,
+        ranks=ranks,
+        health=health,
+        writer=CheckpointWriter(config.run.folder, context, config.checkpoint, companions),
+        profiler=StepProfiler(config.train.profile, config.run.folder / "profile", context),
+        flops=FlopCounter(engine, data.block_length, saved.flops if saved else 0),
+        callbacks=every,
+        state=saved,
+        branched_from=checkpoint.run_folder if checkpoint and not checkpoint.is_in(config.run.folder) else None,
+        stop=stop or StopRequest(),
+        heartbeat=heartbeat,
+        before_save=before_save,
+    )
