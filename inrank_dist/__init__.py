@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .library import LowRankRun as LowRankRun
     from .library import PretrainThenFactorise as PretrainThenFactorise
     from .library import Published as Published
+    from .library.accelerated import AcceleratedRun as AcceleratedRun
+    from .library.trainer import InRankCallback as InRankCallback
     from .lowrank.convert import LayerLayout as LayerLayout
     from .lowrank.convert import convert as convert
     from .lowrank.convert import find_targets as find_targets
@@ -34,6 +36,8 @@ _PLACES = {
     "LowRankRun": "library",
     "PretrainThenFactorise": "library",
     "Published": "library",
+    "AcceleratedRun": "library.accelerated",
+    "InRankCallback": "library.trainer",
     "LayerLayout": "lowrank.convert",
     "convert": "lowrank.convert",
     "find_targets": "lowrank.convert",

@@ -1,5 +1,6 @@
 """A model with low-rank layers and its optimizer, whole or sharded by rows, whose layers can change shape."""
 
+import copy
 import gc
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -159,7 +160,9 @@ class ShardedModel(HeldModel):
             tensors[U_name] = self._matrix(layer, tensors.pop(f"{layer}.weight"))
             tensors[V_name] = identity_rows(*held.rows(in_features), in_features, self.device)
             moments |= {U_name: of_weight, V_name: {}}
-            extras[U_name] = extras[V_name] = extras.pop(f"{layer}.weight")
+            # Copies: an optimizer counts steps in place, and a tensor that both share would count twice.
+            extras[U_name] = extras.pop(f"{layer}.weight")
+            extras[V_name] = copy.deepcopy(extras[U_name])
             rule = "reset" if rule == "slice" else rule  # the columns of a weight are no modes
         U, V = tensors[U_name], tensors[V_name]
         Z = directions(layer)[slice(*held.rows(in_features))].to(self.device) if event.fresh else None

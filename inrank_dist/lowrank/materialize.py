@@ -1,11 +1,15 @@
 """Values for a converted model on ``meta``."""
 
+import copy
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .layer import LowRankLayer
+
+Model = TypeVar("Model", bound=nn.Module)
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 """What torch's activation checkpointing and compiler put into the names of parameters."""
@@ -55,3 +59,13 @@ def materialize(model: nn.Module, buffers: Callable[[str], Tensor], device: torc
     """Give a model on ``meta`` uninitialised parameters and initialised buffers on a device, in place."""
     assign_parameters(model, lambda _, parameter: torch.empty_like(parameter, device=device))
     assign_buffers(model, buffers, device)
+
+
+def copied_to(model: Model, device: torch.device | str) -> Model:
+    """A copy of a model with its parameters and buffers on a device, ``meta`` included; tied ones stay tied."""
+    copies: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        new = tensor.detach().to(device, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+    return copy.deepcopy(model, copies)

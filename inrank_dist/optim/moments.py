@@ -20,14 +20,22 @@ def plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
     return {name: v for name, v in state.items() if not (torch.is_tensor(v) and v.shape == parameter.shape)}
 
 
-def check_state(optimizer: torch.optim.Optimizer) -> None:
+def check_state(optimizer: torch.optim.Optimizer) -> bool:
     """Refuse an optimizer whose state cannot follow a rank event.
 
     It takes a step of its own kind with a small matrix, to see what it remembers.
 
+    Args:
+        optimizer: one that wraps another as its attribute ``optimizer``, as accelerate's does, stands for that.
+
+    Returns:
+        Whether such a step could be taken.
+
     Raises:
         UserError: it remembers something for which there is no map.
     """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
     kind = type(optimizer)
     probe = torch.nn.Parameter(torch.ones(2, 3))
     accepted = inspect.signature(kind.__init__).parameters
@@ -39,8 +47,9 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
         probe.grad = torch.ones_like(probe)
         twin.step()
     except Exception:  # somebody's own class with other arguments: found out at the first event
-        return
+        return False
     _refuse_unknown(kind, [name for name, value in twin.state[probe].items() if _is_moment(value, probe)])
+    return True
 
 
 def _refuse_unknown(kind: type, names: Iterable[str]) -> None:
