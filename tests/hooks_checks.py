@@ -37,17 +37,20 @@ class Rows(Dataset):
 
 @contextmanager
 def one_of(world_size: int) -> Iterator[None]:
-    """Accelerate's state is one object a process; each run gets a new one."""
-    place = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    """A place for accelerate, whose state is one object a process and which leaves variables in the environment."""
+    environment = dict(os.environ)
     if world_size > 1:
-        os.environ.update(place)
         dist.init_process_group("gloo")
+    else:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.update(place)
+        os.environ.clear()
+        os.environ.update(environment)
         if dist.is_initialized():
             dist.destroy_process_group()
 
