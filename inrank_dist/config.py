@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .data.settings import DataSettings, TokenizerSettings
 from .engine.settings import ParallelSettings
@@ -20,6 +20,7 @@ from .optim.settings import Matrices, OptimizerSettings, optimizers_of
 from .runtime import yaml_text
 from .runtime.errors import UserError
 from .runtime.home import expand_home
+from .runtime.resume import OnResume
 from .runtime.setting_types import fits, in_words, parse
 from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
@@ -28,6 +29,8 @@ from .train.settings import CheckpointSettings, EvalSettings, LogSettings, Sched
 @dataclass(kw_only=True)
 class RunSettings:
     """Name, place and randomness of a run."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("name", "dir", "deterministic"), fixed=("seed",))
 
     name: str = "run"
     """Name of the run."""

@@ -10,8 +10,7 @@ import pytest
 from runs import Fails, small_config, tensor_bytes
 
 from inrank_dist.commands.main import main
-from inrank_dist.config import SETTINGS
-from inrank_dist.train.changes import FIXED
+from inrank_dist.config import SECTIONS, SETTINGS
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 
 CHANGES: dict[str, Any] = {
@@ -210,7 +209,7 @@ def advised(copied: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> d
                 found[f"{key} {other}"] = [*argv[:-1], "--allow-change", key]
             else:
                 assert status == 0 or "write" in error, error
-                if key in FIXED or section in FIXED:
+                if SECTIONS[section].ON_RESUME.is_fixed(key.partition(".")[2]):
                     refused = error.startswith(f"error: {key} is {other} but ")  # beside the other settings
                     assert refused or "which cannot change within a run" in error or "has no such part" in error
     return found

@@ -1,9 +1,10 @@
 """Settings of the text to train on and of its tokenizer."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300
@@ -14,6 +15,8 @@ MAX_VOCABULARY = 1 << 24
 @dataclass(kw_only=True)
 class DataSettings:
     """The text: its source, what is held out for validation, and where the packed tokens are stored."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))  # other text has another fingerprint and is refused for that
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
@@ -119,6 +122,8 @@ class DataSettings:
 @dataclass(kw_only=True)
 class TokenizerSettings:
     """The tokenizer: SentencePiece, trained on the training text or loaded."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("path",), fixed=("*",))  # another tokenizer has another fingerprint
 
     kind: Literal["bpe", "unigram"] = "bpe"
     """Training algorithm. unigram takes about 15 times as long as bpe."""

@@ -1,9 +1,10 @@
 """Settings of the processes and how they hold the model (YAML section ``parallel``)."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 from . import zero_settings
 
 Kind = Literal["local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
@@ -18,6 +19,8 @@ def zero_stage(engine: str) -> int:
 @dataclass(kw_only=True)
 class ParallelSettings:
     """Which engine holds the model, and over how many processes it is sharded."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     engine: Literal["auto", Kind] = "auto"
     """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; zero0 to zero3: a stage of DeepSpeed ZeRO

@@ -1,13 +1,14 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..lowrank.allocation import ALLOCATIONS
 from ..lowrank.criterion import Criterion, RankRule
 from ..lowrank.init import Init
 from ..lowrank.layer import Activation
 from ..runtime.choices import OneOf
+from ..runtime.resume import OnResume
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}
@@ -39,6 +40,8 @@ Base = Literal["frozen", "none", "decay"]
 @dataclass(kw_only=True)
 class LowRankSettings:
     """Which layers are factored, how the factors start, when and how far their rank grows."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse",), fixed=("targets",))
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows

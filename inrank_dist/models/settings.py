@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 
 LARGEST = {
     "num_layers": 2_048,
@@ -18,6 +19,18 @@ LARGEST = {
 @dataclass(kw_only=True)
 class ModelSettings:
     """Shape of the dense model. Fields hold what was written; the properties resolve what was left out."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(
+        fixed=(
+            "name",
+            "num_layers",
+            "num_kv_heads",
+            "hidden_size",
+            "intermediate_size",
+            "max_seq_len",
+            "tie_embeddings",
+        )
+    )
 
     name: Literal["gpt2", "llama"] = "gpt2"
     """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases) or llama (RMSNorm, SwiGLU, rotary

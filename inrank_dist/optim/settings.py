@@ -1,10 +1,11 @@
 """Section ``optimizer``: which optimizer, and its rates."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 from .registry import OPTIMIZERS, OptimizerKind
 
 MomentRule = Literal["transport", "slice", "reset"]
@@ -21,6 +22,8 @@ def optimizers_of(matrices: Matrices) -> list[str]:
 @dataclass(kw_only=True)
 class OptimizerSettings:
     """The optimizer. Norms, biases and embeddings take no weight decay."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(fixed=("name",))
 
     name: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "adamw"
     """adamw; sgd with momentum beta1 (weight decay is then L2); muon orthogonalises the updates of the dense matrices

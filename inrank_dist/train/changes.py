@@ -4,50 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import SETTINGS, Config, load_config
+from ..config import SECTIONS, SETTINGS, Config, load_config
 from ..method.start import fits, layer_shapes
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 from ..runtime.yaml_text import shown
 from .checkpoint import Checkpoint, mismatch, named_folders, step_of
 from .schedule import decay_begins, learning_rate
 from .start import dense_skeleton
-
-HARMLESS = (
-    "run.name",
-    "run.dir",
-    "run.deterministic",
-    "parallel",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.cuda_graph",
-    "train.profile",
-    "train.peak_tflops",
-    "lowrank.fuse",
-    "train.activation_checkpointing",
-    "train.max_skipped",
-    "data",  # other text has another fingerprint and is refused for that
-    "tokenizer.path",  # and so has another tokenizer
-    "checkpoint",
-    "eval",
-    "log",
-)
-"""Sections and settings that change a run by rounding at most; a resumed run takes them as they are now."""
-
-FIXED = (
-    "run.seed",
-    "model.name",
-    "model.num_layers",
-    "model.num_kv_heads",
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.max_seq_len",
-    "model.tie_embeddings",
-    "lowrank.targets",
-    "optimizer.name",
-    "tokenizer",
-)
-"""What weights, moments, tokens and the order of samples depend on: with another value nothing of the checkpoint fits.
-So does ``lowrank.mode`` from or to ``full``."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +43,20 @@ def refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str
         if change.was == change.now:
             continue
         changes.append(change)
-        harmless = _is_in(key, HARMLESS)
+        facts: OnResume = SECTIONS[section].ON_RESUME
         differs = f"{run_folder} was trained with {key} {change.was}, now it is {change.now}"
-        if not harmless and (_is_in(key, FIXED) or (key == "lowrank.mode" and "full" in (change.was, change.now))):
+        becomes_dense = key == "lowrank.mode" and "full" in (change.was, change.now)
+        if facts.is_fixed(name) or becomes_dense:
             raise UserError(
                 f"{differs}, which cannot change within a run; write {change.was}, or another run.dir to start anew"
             )
-        if not harmless and key not in allowed:
+        if not facts.is_free(name) and key not in allowed:
             raise UserError(
                 f"{differs}; write {change.was}, or another run.dir to start anew, or --allow-change {key} to go on "
                 "with it"
             )
     _refuse_misfit(config, checkpoint)
     return changes
-
-
-def _is_in(key: str, keys: Sequence[str]) -> bool:
-    return key in keys or key.partition(".")[0] in keys
 
 
 def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
@@ -130,8 +91,8 @@ def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence
             jumps.append(f"{what} goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}")
     if not jumps:
         return None
-    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr", "schedule")
-    reasons = [change for change in changes if _is_in(change.key, rates)]
+    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr")
+    reasons = [change for change in changes if change.key in rates or change.key.startswith("schedule.")]
     line = f"{' and '.join(jumps)}, since {', '.join(map(str, reasons))}"
     if steps == steps_before:
         return line

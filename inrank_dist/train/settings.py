@@ -1,9 +1,10 @@
 """Settings of the training loop, the optimizer and the files of a run."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..runtime.errors import UserError
+from ..runtime.resume import OnResume
 
 
 def _at_least(section: str, settings: object, least: float, *names: str) -> None:
@@ -23,6 +24,18 @@ def _at_most(section: str, settings: object, most: int, *names: str) -> None:
 @dataclass(kw_only=True)
 class TrainSettings:
     """The loop. Batch sizes count sequences, steps are optimizer steps."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(
+        free=(
+            "micro_batch_size",
+            "compile",
+            "cuda_graph",
+            "profile",
+            "peak_tflops",
+            "activation_checkpointing",
+            "max_skipped",
+        )
+    )
 
     steps: int = 1000
     """Optimizer steps of the whole run."""
@@ -71,6 +84,8 @@ class TrainSettings:
 class ScheduleSettings:
     """Learning rate over the steps: linear warm-up to the peak, then a decay."""
 
+    ON_RESUME: ClassVar[OnResume] = OnResume()
+
     name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Decay after the warm-up; wsd (warm-up, stable, decay) stays at the peak until the last decay_fraction of the
     steps."""
@@ -91,6 +106,8 @@ class ScheduleSettings:
 @dataclass(kw_only=True)
 class CheckpointSettings:
     """Checkpoints of a run."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     interval: int = 1000
     """Optimizer steps between checkpoints; 0: only at the end."""
@@ -114,6 +131,8 @@ class CheckpointSettings:
 class EvalSettings:
     """Validation during training."""
 
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
+
     interval: int = 500
     """Optimizer steps between validations; 0: never."""
     batches: int | None = None
@@ -130,6 +149,8 @@ class EvalSettings:
 @dataclass(kw_only=True)
 class LogSettings:
     """What is written while training."""
+
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     interval: int = 10
     """Optimizer steps between log lines."""
