@@ -5,9 +5,8 @@ says what to write instead.
 """
 
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from .method.settings import LowRankSettings
 from .models import ModelSettings
 from .optim.settings import Matrices, OptimizerSettings, optimizers_of
 from .runtime import yaml_text
-from .runtime.errors import UserError
+from .runtime.errors import UserError, nearest
 from .runtime.home import expand_home
 from .runtime.resume import OnResume
 from .runtime.setting_types import fits, in_words, parse
@@ -257,7 +256,7 @@ def _build(values: dict[str, Any]) -> Config:
         missing = [
             key_of(setting)
             for setting in dataclasses.fields(kind)
-            if key_of(setting) not in present and default_of(setting) is dataclasses.MISSING
+            if present.get(key_of(setting)) is None and is_required(setting, present)
         ]
         if missing:
             names = ", ".join(f"{section}.{name}" for name in missing)
@@ -276,6 +275,14 @@ def _fill(kind: Any, values: dict[str, Any]) -> Any:
 def default_of(key: "dataclasses.Field[Any]") -> Any:
     """Default of a setting; ``dataclasses.MISSING`` where it must be given."""
     return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+
+
+def is_required(key: "dataclasses.Field[Any]", given: Mapping[str, Any]) -> bool:
+    """Whether a setting must be given beside the ``given`` ones of its section."""
+    if default_of(key) is dataclasses.MISSING:
+        return True
+    other, value = key.metadata.get("required_unless", (None, None))
+    return other is not None and given.get(other) != value
 
 
 def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -338,12 +345,3 @@ def _known(dotted: str, place: str = "") -> str:
     same_key = [name for name in SETTINGS if name.endswith(f".{key}")]
     same_section = [name for name in SETTINGS if name.startswith(f"{section}.")]
     raise UserError(f"{place}unknown setting {dotted!r}{nearest(dotted, same_key or same_section or SETTINGS)}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What a message on an unknown name ends with: the known name that is closest, or all of them if they are few."""
-    known = list(known)
-    close = known if len(known) == 1 else difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}" if len(known) < 20 else "; --help lists all"

@@ -400,7 +400,7 @@ def test_flops_follow_the_modules_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "remedy"),
     [
-        ({"name": "bert"}, "model.name is 'bert'", "write gpt2 or llama"),
+        ({"name": "bert"}, "model.name is 'bert'", "write gpt2, llama or hf"),
         ({"num_layers": 0}, "model.num_layers is 0", "above 0"),
         ({"num_heads": -1}, "model.num_heads is -1", "above 0"),
         ({"hidden_size": 0}, "model.hidden_size is 0", "above 0"),

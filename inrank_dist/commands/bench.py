@@ -126,10 +126,11 @@ def _checkpoint(arguments: argparse.Namespace, overrides: Sequence[str]) -> None
 def _show_cost(cost: "Cost", config: Config, context: Context) -> None:
     from ..bench.checkpoint import as_table as as_cost_table
 
-    screen = console(width=200)
+    screen, model = console(width=200), config.model
+    size = "" if model.num_layers is None else f" {model.num_layers} x {model.hidden_size}"
     screen.print(as_cost_table(cost))
     screen.print(
-        f"{config.model.name} {config.model.num_layers} x {config.model.hidden_size}, {context.world_size} process(es) "
+        f"{model.architecture}{size}, {context.world_size} process(es) "
         f"on {context.device.type}, torch {torch.__version__}: a checkpoint of {cost.bytes / 1e6:.1f} MB every "
         f"{cost.interval} steps, {len(cost.seconds['off'])} rounds",
         highlight=False,

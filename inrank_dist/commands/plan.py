@@ -92,8 +92,8 @@ def show_plan(
         screen.print(line, highlight=False, soft_wrap=True)
 
     say(
-        f"{config.model.name}: {_millions(skeleton)}M parameters dense, vocabulary {config.tokenizer.vocab_size}, "
-        f"{len(shapes)} layers factored (lowrank.mode {config.lowrank.mode})"
+        f"{config.model.architecture}: {_millions(skeleton)}M parameters dense, vocabulary "
+        f"{config.tokenizer.vocab_size}, {len(shapes)} layers factored (lowrank.mode {config.lowrank.mode})"
     )
     say(
         f"{train.steps} steps of {train.global_batch_size} sequences of {config.model.max_seq_len} tokens: "

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 
-from ..config import SECTIONS, SETTINGS, default_of, key_of
+from ..config import SECTIONS, SETTINGS, default_of, is_required, key_of
 from ..runtime.setting_types import in_words
 from ..runtime.yaml_text import shown
 
@@ -21,7 +21,7 @@ def settings_help() -> str:
         for key in dataclasses.fields(kind):
             dotted = f"{section}.{key_of(key)}"
             default = default_of(key)
-            standard = "required" if default is dataclasses.MISSING else f"default {shown(default)}"
+            standard = "required" if is_required(key, {}) else f"default {shown(default)}"
             text = f"{descriptions[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"
             group.add_argument(f"--{dotted}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser.format_help()

@@ -1,9 +1,10 @@
-"""Dense GPT-2 and Llama language models in plain PyTorch."""
+"""Language models: GPT-2 and Llama in plain PyTorch, and those of ``transformers``."""
 
 from .build import build_model
 from .count import flops_per_token, parameter_count
 from .init import InitRule
-from .language_model import IGNORED_TARGET, LanguageModel
+from .language_model import LanguageModel
+from .loss import IGNORED_TARGET
 from .settings import ModelSettings
 
 __all__ = [

@@ -18,7 +18,7 @@ def parameter_count(settings: ModelSettings, vocab_size: int) -> int:
 def flops_per_token(model: LanguageModel, seq_len: int) -> int:
     """Forward plus backward floating-point operations per token, for model-FLOPs utilisation (MFU).
 
-    6 for each entry of a matrix (4 if it is frozen: no gradient of its own) plus 12 * layers * hidden *
+    6 for each entry of a matrix (4 if it is frozen: no gradient of its own) plus 12 * layers * attention size *
     seq_len for attention, without a discount for causality and without recomputation (PaLM, arXiv
     2204.02311, appendix B). Matrices are whatever the model holds now, so low-rank factors count as
     themselves; embeddings are look-ups and count only where they are also the head. `model` may be on
@@ -32,4 +32,4 @@ def flops_per_token(model: LanguageModel, seq_len: int) -> int:
         if parameter.dim() >= 2
     }
     linear = sum((6 if matrix.requires_grad else 4) * matrix.numel() for matrix in matrices)
-    return linear + 12 * model.settings.num_layers * model.settings.hidden_size * seq_len
+    return linear + 12 * model.num_layers * model.attention_size * seq_len

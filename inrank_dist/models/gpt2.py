@@ -28,18 +28,18 @@ class GPT2(Decoder):
     """GPT-2 with separate q, k and v projections; `pos_embed` holds the learned positions."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
-        norm = partial(nn.LayerNorm, settings.hidden_size, eps=settings.norm_eps)
+        norm = partial(nn.LayerNorm, settings.width, eps=settings.norm_eps)
         blocks = [
             Block(
                 Attention(settings, bias=True),
-                GeluMLP(settings.hidden_size, settings.mlp_size),
+                GeluMLP(settings.width, settings.mlp_size),
                 norm,
                 settings.dropout,
             )
-            for _ in range(settings.num_layers)
+            for _ in range(settings.depth)
         ]
         super().__init__(settings, vocab_size, blocks, final_norm=norm())
-        self.pos_embed = nn.Embedding(settings.max_seq_len, settings.hidden_size)
+        self.pos_embed = nn.Embedding(settings.max_seq_len, settings.width)
         self.dropout = nn.Dropout(settings.dropout)
 
     def embed(self, input_ids: Tensor) -> Tensor:

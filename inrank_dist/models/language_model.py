@@ -4,16 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lowrank.init import generator_for
 from .init import InitRule, init_rule
 from .layers import Block, Rotary
+from .loss import summed_loss
 from .plan import InitialValues, ModelPlan
 from .settings import ModelSettings
-
-IGNORED_TARGET = -100
 
 
 class RuleValues:
@@ -49,21 +47,23 @@ class TokenLoss(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, T, vocab_size) of any dtype and targets (B, T) int64 -> nats, a float32 scalar."""
-        return F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-        )
+        return summed_loss(logits, targets)
 
 
 class LanguageModel(nn.Module):
     """What the trainer trains: logits of tokens, or the summed loss.
 
     Attributes:
-        settings: with ``num_layers``, ``hidden_size`` and ``max_seq_len``.
         vocab_size: number of logits of a token.
+        max_seq_len: longest sequence in tokens.
+        num_layers: number of blocks.
+        attention_size: width of the attention, that is, heads times the width of one.
     """
 
-    settings: ModelSettings
     vocab_size: int
+    max_seq_len: int
+    num_layers: int
+    attention_size: int
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or the summed loss when `targets` are given.
@@ -71,9 +71,15 @@ class LanguageModel(nn.Module):
         `input_ids` and `targets`: (B, T) int64; `targets[:, t]` is the token that follows `input_ids[:, t]`,
         or -100 where nothing is to be learned. Returns logits (B, T, vocab_size) in the compute dtype, or the
         SUM of the token cross-entropies in nats, a float32 scalar: the caller divides by the global token
-        count. Raises ValueError if T is above `settings.max_seq_len`.
+        count. Raises ValueError if T is above `max_seq_len`.
         """
         raise NotImplementedError
+
+    def check_length(self, input_ids: Tensor) -> None:
+        """Raise ValueError where a sequence is too long."""
+        length = input_ids.size(1)
+        if length > self.max_seq_len:
+            raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq_len {self.max_seq_len}")
 
     @property
     def plan(self) -> ModelPlan:
@@ -96,11 +102,12 @@ class Decoder(LanguageModel):
     def __init__(self, settings: ModelSettings, vocab_size: int, blocks: list[Block], final_norm: nn.Module) -> None:
         super().__init__()
         self.settings = settings
-        self.vocab_size = vocab_size
-        self.tok_embed = nn.Embedding(vocab_size, settings.hidden_size)
+        self.vocab_size, self.max_seq_len = vocab_size, settings.max_seq_len
+        self.num_layers, self.attention_size = settings.depth, settings.width
+        self.tok_embed = nn.Embedding(vocab_size, settings.width)
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
-        self.head = nn.Linear(settings.hidden_size, vocab_size, bias=False)
+        self.head = nn.Linear(settings.width, vocab_size, bias=False)
         self.token_loss = TokenLoss()
         self._tie()
 
@@ -119,11 +126,7 @@ class Decoder(LanguageModel):
         return self.tok_embed(input_ids)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        length = input_ids.size(1)
-        if length > self.settings.max_seq_len:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than model.max_seq_len {self.settings.max_seq_len}"
-            )
+        self.check_length(input_ids)
         x = self.embed(input_ids)
         outputs: dict[str, Tensor] = {}
         for block in self.blocks:
@@ -151,4 +154,4 @@ class Decoder(LanguageModel):
 
         The rules, their source and the KeyError for other names: `init.init_rule`.
         """
-        return init_rule(parameter_name, self.settings.num_layers)
+        return init_rule(parameter_name, self.settings.depth)

@@ -82,9 +82,9 @@ class Attention(nn.Module):
     def __init__(self, settings: ModelSettings, *, bias: bool, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.head_dim = settings.head_dim
-        self.grouped = settings.kv_heads != settings.num_heads
+        self.grouped = settings.kv_heads != settings.heads
         self.dropout = settings.dropout
-        hidden, kv_size = settings.hidden_size, settings.kv_heads * settings.head_dim
+        hidden, kv_size = settings.width, settings.kv_heads * settings.head_dim
         self.q = nn.Linear(hidden, hidden, bias=bias)
         self.k = nn.Linear(hidden, kv_size, bias=bias)
         self.v = nn.Linear(hidden, kv_size, bias=bias)

@@ -29,15 +29,15 @@ class Llama(Decoder):
     """Llama, optionally with fewer key and value heads than query heads."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
-        norm = partial(nn.RMSNorm, settings.hidden_size, eps=settings.norm_eps)
+        norm = partial(nn.RMSNorm, settings.width, eps=settings.norm_eps)
         rotary = Rotary(settings.head_dim, settings.max_seq_len, settings.rotary_base)
         blocks = [
             Block(
                 Attention(settings, bias=False, rotary=rotary),
-                GatedMLP(settings.hidden_size, settings.mlp_size),
+                GatedMLP(settings.width, settings.mlp_size),
                 norm,
                 dropout=0.0,
             )
-            for _ in range(settings.num_layers)
+            for _ in range(settings.depth)
         ]
         super().__init__(settings, vocab_size, blocks, final_norm=norm())

@@ -1,8 +1,8 @@
 """What the model is: the `model` section of a configuration."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
@@ -14,6 +14,11 @@ LARGEST = {
     "max_seq_len": 16_777_216,
 }
 """Far above any model so far. Blocks take time and memory even without values, and sizes must not overflow."""
+
+
+def _size() -> Any:
+    """A size of gpt2 and llama. That of a model of transformers stands in ``model.config``."""
+    return field(default=None, metadata={"required_unless": ("name", "hf")})
 
 
 @dataclass(kw_only=True)
@@ -32,17 +37,21 @@ class ModelSettings:
         )
     )
 
-    name: Literal["gpt2", "llama"] = "gpt2"
-    """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases) or llama (RMSNorm, SwiGLU, rotary
-    positions, no biases)."""
-    num_layers: int
-    """Number of transformer blocks."""
-    num_heads: int
-    """Number of attention heads (query heads); divides hidden_size."""
+    name: Literal["gpt2", "llama", "hf"] = "gpt2"
+    """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases), llama (RMSNorm, SwiGLU, rotary
+    positions, no biases) or hf (a causal language model of transformers, see model.config)."""
+    config: dict[str, Any] | str | None = None
+    """The model of name hf: a mapping with model_type, such as {model_type: qwen3, hidden_size: 256}, whose other keys
+    are those of that model's configuration class in transformers, or a folder with a config.json. Its vocab_size is
+    that of the tokenizer."""
+    num_layers: int | None = _size()
+    """Number of transformer blocks; of gpt2 and llama."""
+    num_heads: int | None = _size()
+    """Number of attention heads (query heads); divides hidden_size; of gpt2 and llama."""
     num_kv_heads: int | None = None
     """Number of key and value heads, llama only; divides num_heads. Left out: num_heads."""
-    hidden_size: int
-    """Width of the residual stream."""
+    hidden_size: int | None = _size()
+    """Width of the residual stream; of gpt2 and llama."""
     intermediate_size: int | None = None
     """Width inside the MLP. Left out: 4 x hidden_size for gpt2; for llama 8/3 x hidden_size rounded up to a
     multiple of 64, or of 256 from hidden_size 2048 on (so 4096 gives the published 11008)."""
@@ -63,8 +72,8 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         """Reject what cannot be built; raises UserError."""
-        if self.name not in ("gpt2", "llama"):
-            raise UserError(f"model.name is {self.name!r}; there are two models; write gpt2 or llama")
+        if self.name not in ("gpt2", "llama", "hf"):
+            raise UserError(f"model.name is {self.name!r}; write gpt2, llama or hf")
         for key in (
             "num_layers",
             "num_heads",
@@ -82,8 +91,15 @@ class ModelSettings:
                 raise UserError(f"model.{key} is {value}; write a number of at most {LARGEST[key]}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it is a probability; write a number from 0 to below 1")
-        if self.hidden_size % self.num_heads:
-            fitting = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+        if self.name == "hf":
+            self._check_hf()
+            return
+        if self.config is not None:
+            raise UserError(
+                f"model.config is written but model.name is {self.name}; leave it out or write model.name: hf"
+            )
+        if self.width % self.heads:
+            fitting = math.ceil(self.width / self.heads) * self.heads
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}, which model.num_heads {self.num_heads} does not"
                 f" divide; write {fitting} or another multiple of {self.num_heads}"
@@ -92,6 +108,19 @@ class ModelSettings:
             self._reject_llama_only()
         else:
             self._check_llama()
+
+    def _check_hf(self) -> None:
+        for setting in fields(self):
+            if setting.name in ("name", "config", "max_seq_len"):
+                continue
+            if getattr(self, setting.name) != setting.default:
+                raise UserError(
+                    f"model.{setting.name} is {getattr(self, setting.name)} but model.name is hf; leave it out and "
+                    "write in model.config what that model calls it"
+                )
+        from .huggingface_config import read_config  # transformers takes seconds to import
+
+        self.config = read_config(self.config, self.max_seq_len)
 
     def _reject_llama_only(self) -> None:
         for key in ("num_kv_heads", "rope_theta"):
@@ -102,7 +131,7 @@ class ModelSettings:
                 )
 
     def _check_llama(self) -> None:
-        if self.num_heads % self.kv_heads:
+        if self.heads % self.kv_heads:
             raise UserError(
                 f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads"
                 f" {self.num_heads}; write a divisor of {self.num_heads}"
@@ -110,8 +139,8 @@ class ModelSettings:
         if self.head_dim % 2:
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}, which gives {self.num_heads} heads of odd size"
-                f" {self.head_dim}; rotary positions turn pairs; write {self.hidden_size + self.num_heads}"
-                f" or another multiple of {2 * self.num_heads}"
+                f" {self.head_dim}; rotary positions turn pairs; write {self.width + self.heads}"
+                f" or another multiple of {2 * self.heads}"
             )
         if self.dropout:
             raise UserError(
@@ -120,14 +149,42 @@ class ModelSettings:
             )
 
     @property
+    def architecture(self) -> str:
+        """The name, with that of ``transformers`` after hf."""
+        return f"hf {self.config['model_type']}" if isinstance(self.config, dict) else self.name
+
+    # Of gpt2 and llama.
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self._given("num_layers")
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self._given("num_heads")
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self._given("hidden_size")
+
+    def _given(self, key: str) -> int:
+        value = getattr(self, key)
+        if value is None:
+            raise UserError(f"model.{key} is missing; write a whole number")
+        return int(value)
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_heads
+        return self.width // self.heads
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        return self.heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def mlp_size(self) -> int:
@@ -135,9 +192,9 @@ class ModelSettings:
         if self.intermediate_size is not None:
             return self.intermediate_size
         if self.name == "gpt2":
-            return 4 * self.hidden_size
-        multiple = 256 if self.hidden_size >= 2048 else 64
-        return math.ceil(8 * self.hidden_size / (3 * multiple)) * multiple
+            return 4 * self.width
+        multiple = 256 if self.width >= 2048 else 64
+        return math.ceil(8 * self.width / (3 * multiple)) * multiple
 
     @property
     def tied(self) -> bool:

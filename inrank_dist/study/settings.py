@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import SETTINGS, Config, load_config, nearest
+from ..config import SETTINGS, Config, load_config
 from ..runtime import yaml_text
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.yaml_text import shown
 
 Unit = Literal["tokens", "flops", "seconds"]

@@ -1,0 +1,247 @@
+"""``model.name: hf``: a causal language model of ``transformers`` as the trainer trains it, and its initial values."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from ..lowrank.conv1d import CONV1D, linearise
+from ..lowrank.init import seed_for
+from ..lowrank.layer import qualified_name
+from ..runtime.errors import UserError
+from .huggingface_config import make_config, refused
+from .language_model import LanguageModel
+from .loss import LossHead, summed_loss
+from .plan import InitialValues, ModelPlan, named_buffers
+from .settings import ModelSettings
+
+logging.set_verbosity_error()
+
+PREFIX = "model."
+"""Of the names of everything in the model of ``transformers``."""
+
+
+class HuggingFaceLM(LanguageModel):
+    """A causal language model of ``transformers``, in float32, without a cache.
+
+    Its parameters have the names that ``transformers`` gives them, after ``model.``. Each ``Conv1D`` is an
+    ``nn.Linear`` here, so that its weight is ``(out, in)`` in checkpoints, the transpose of what ``transformers`` has.
+    The output layer is a ``LossHead`` where its output is the logits and nothing comes after it.
+
+    Args:
+        settings: of name hf; their ``config`` is checked already.
+        vocab_size: of the tokenizer; that of the configuration is replaced.
+
+    Raises:
+        UserError: ``transformers`` cannot build it, or it holds what cannot be trained here.
+    """
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        assert isinstance(settings.config, dict)
+        self.settings, self.vocab_size, self.max_seq_len = settings, vocab_size, settings.max_seq_len
+        self.model = build(settings.config, vocab_size)
+        config = self.model.config
+        self.num_layers = config.num_hidden_layers
+        heads = getattr(config, "num_attention_heads", None) or 0
+        self.attention_size = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
+        linearise(self, [name for name, _ in self.named_modules()])
+        _refuse_unknown_tensors(self, config.model_type)
+        if _ends_in_head(self.model):
+            head = self.model.get_output_embeddings()
+            name = next(name for name, module in self.named_modules() if module is head)
+            self.set_submodule(name, LossHead.of(head))
+
+    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        self.check_length(input_ids)
+        head = self.model.get_output_embeddings()
+        if targets is None or not isinstance(head, LossHead):
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            return logits if targets is None else summed_loss(logits, targets)
+        head.targets = targets
+        try:
+            loss: Tensor = self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            return loss
+        finally:
+            head.targets = None
+
+    @property
+    def plan(self) -> ModelPlan:
+        found = ModelPlan.infer(self)
+        if found.blocks:
+            return found
+        for name, module in self.named_modules():  # a single block
+            if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
+                return ModelPlan((f"{name}.0",), found.units, found.bottom)
+        return found
+
+    def initial_values(self, seed: int) -> InitialValues:
+        return HuggingFaceValues(self, seed)
+
+
+def build(mapping: dict[str, Any], vocab_size: int) -> Any:
+    """The model as ``transformers`` builds it from a checked mapping, on the default device, in float32."""
+    config = make_config(mapping, vocab_size)
+    dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 5
+    try:
+        model = AutoModelForCausalLM.from_config(config, **{dtype: torch.float32})
+    except Exception as error:  # whatever a model can say of its sizes
+        raise refused(config.model_type, error) from None
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None  # our tokenizers have no such token; its row would never be trained
+    return model
+
+
+def _refuse_unknown_tensors(model: HuggingFaceLM, model_type: str) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2 and "expert" in name:
+            raise UserError(
+                f"model_type in model.config is {model_type!r}, whose experts are not linear layers but one tensor "
+                f"({name.removeprefix(PREFIX)}); write a model without experts"
+            )
+    for name, module in model.named_modules():
+        buffers = {id(buffer) for buffer in module.buffers(recurse=False)}
+        for leaf, value in vars(module).items():
+            if isinstance(value, Tensor) and id(value) not in buffers:
+                raise UserError(
+                    f"model_type in model.config is {model_type!r}, whose {name.removeprefix(PREFIX)}.{leaf} is a "
+                    "tensor but neither parameter nor buffer, so it would get no values; write another model"
+                )
+
+
+@torch.no_grad()
+def _ends_in_head(model: Any) -> bool:
+    """Whether a model's logits are what its output layer, an ``nn.Linear``, gives, found out on two fake tokens.
+
+    Some models scale or cap them.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    outputs: list[tuple[Tensor, int]] = []
+    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append((output, output._version)))
+    training = model.training
+    try:
+        with FakeTensorMode(), torch.device("cpu"):
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
+            inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "use_cache": False, "return_dict": True}
+            logits = functional_call(model.eval(), fake, kwargs=inputs).logits
+    except Exception:  # it needs values to run; all logits at once are right in any case
+        return False
+    finally:
+        hook.remove()
+        model.train(training)
+    return len(outputs) == 1 and outputs[0][0] is logits and outputs[0][1] == logits._version
+
+
+class HuggingFaceValues:
+    """Values as ``transformers`` initialises them, each parameter drawn by itself from the seed and its name.
+
+    ``transformers`` calls ``_init_weights`` of a model with every module, the inner ones first. It may set the
+    parameters of the module and of those inside it. So for one parameter it is called with the module that owns it and
+    with those around that one, in this order, while all other parameters are on ``meta``, where nothing is drawn.
+
+    Buffers, and parameters that ``_init_weights`` leaves to the constructor, come from a model whose constructor runs
+    on the CPU, with each parameter put on ``meta`` as soon as it is made. Only one parameter is in memory at a time.
+
+    Args:
+        model: may be on ``meta``.
+        seed: of the values.
+    """
+
+    def __init__(self, model: HuggingFaceLM, seed: int) -> None:
+        self._mapping, self._vocab_size, self._seed = model.settings.config, model.vocab_size, seed
+        self._constructed: Any = None
+        self._small: dict[int, Tensor] = {}
+
+    def parameter(self, name: str) -> Tensor:
+        model = self._model()
+        path = name.removeprefix(PREFIX)
+        place, _, leaf = path.rpartition(".")
+        owner = model.get_submodule(place)
+        around = [".".join(place.split(".")[:length]) for length in range(place.count(".") + 1, 0, -1)] if place else []
+        modules = [model.get_submodule(each) for each in around] + [model]
+        for constructed in (False, True):
+            value = self._drawn(name, owner, leaf, modules, constructed)
+            if not value.isnan().any():
+                of_conv1d = leaf == "weight" and any(qualified_name(cls) == CONV1D for cls in type(owner).__mro__)
+                return value.T.contiguous() if of_conv1d else value
+        raise UserError(f"{path} gets no value from _init_weights of {type(model).__name__}; write another model_type")
+
+    @torch.no_grad()
+    def _drawn(self, name: str, owner: nn.Module, leaf: str, modules: list[nn.Module], constructed: bool) -> Tensor:
+        """The value that the modules give a parameter; NaN where they give it none.
+
+        Args:
+            constructed: whether the constructor's value comes first.
+        """
+        model, original = self._model(), owner._parameters[leaf]
+        assert original is not None
+        value = nn.Parameter(torch.full(original.shape, torch.nan, device="cpu"), requires_grad=False)
+        owner._parameters[leaf] = value
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                torch.manual_seed(seed_for(self._seed, name))
+                if constructed and id(original) in self._small:
+                    value.copy_(self._small[id(original)])
+                if constructed and callable(reset := getattr(owner, "reset_parameters", None)):
+                    reset()
+                for module in modules:
+                    model._init_weights(module)
+        finally:
+            owner._parameters[leaf] = original
+        return value.data
+
+    def std(self, name: str) -> float:
+        """Root mean square of the value."""
+        return float(self.parameter(name).square().mean().sqrt())
+
+    def buffer(self, name: str) -> Tensor:
+        model = self._model()
+        buffers: dict[str, Tensor] = dict(named_buffers(model))
+        return buffers[name.removeprefix(PREFIX)]
+
+    def _model(self) -> Any:
+        """The model with buffers on the CPU and parameters on ``meta``."""
+        if self._constructed is None:
+            assert isinstance(self._mapping, dict)
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta(self._small):
+                torch.manual_seed(seed_for(self._seed, "buffers"))
+                self._constructed = build(self._mapping, self._vocab_size)
+        return self._constructed
+
+
+SMALL = 2**20
+"""Elements of a parameter whose value from the constructor is kept."""
+
+
+@contextmanager
+def _parameters_on_meta(small: dict[int, Tensor]) -> Iterator[None]:
+    """Put each parameter on ``meta`` as soon as a module gets it.
+
+    Args:
+        small: takes the values that parameters of at most ``SMALL`` elements had, by the ``id`` of the one on ``meta``.
+    """
+    register: Callable[..., None] = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            value = parameter.detach()
+            parameter = nn.Parameter(value.to("meta"), requires_grad=parameter.requires_grad)
+            if value.numel() <= SMALL:
+                small[id(parameter)] = value
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
