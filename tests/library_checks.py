@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 import inrank_dist as inrank
@@ -207,3 +208,29 @@ def alone(name: str, steps: int, options: dict[str, Any], folder: Path | None = 
     if folder is not None:
         run.save(folder)
     return result
+
+
+def refusals() -> list[str]:
+    """What is said of shardings that cannot work."""
+    context = Context()
+    context.start(60)
+    mesh = init_device_mesh("cpu", (context.world_size,))
+    other = init_device_mesh("cpu", (2, context.world_size // 2), mesh_dim_names=("a", "b"))
+    ways: list[dict[str, Any]] = [
+        {"parallelize": lambda m: fully_shard(m, mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))},
+        {"parallelize": lambda m: fully_shard(m, mesh=other["a"])},
+        {"wrap": lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu"), use_orig_params=True)},
+    ]
+    said = []
+    try:
+        for way in ways:
+            try:
+                inrank.LowRankRun(
+                    llama, method(["all"], buffer=6), lambda groups: torch.optim.SGD(groups, lr=0.1), **way
+                )
+                said.append("nothing")
+            except inrank.UserError as error:
+                said.append(str(error))
+    finally:
+        context.stop()
+    return said

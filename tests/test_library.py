@@ -109,6 +109,15 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
         inrank.InRank(["mlp"], treshold=0.5)
 
 
+def test_shardings_that_cannot_work_are_refused_by_name(pool: Pool) -> None:
+    """A factor cut along its rank, a mesh of some of the processes, and FSDP1, whose parameters are flat."""
+    for said in pool.run("library_checks:refusals", world_size=4, timeout=60):
+        across, part, flat = said
+        assert "is placed as [Shard(dim=1)]" in across and "write a sharding by rows" in across
+        assert "sharded over 2 of 4 processes; write a mesh of all of them" in part
+        assert "FSDP1" in flat and "write torch.distributed.fsdp.fully_shard" in flat
+
+
 def readme_example() -> str:
     """The first Python program of the README."""
     text = (Path(__file__).parent.parent / "README.md").read_text()

@@ -51,15 +51,12 @@ class UserModel(ShardedModel):
         self._called = module
         if self._user_parallelize is not None:
             self._called = self._user_parallelize(module) or module
-        for name, part in self._called.named_modules():
-            if isinstance(part, FullyShardedDataParallel):
-                raise UserError(
-                    f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters; "
-                    "write torch.distributed.fsdp.fully_shard"
-                )
+        _refuse_flat(self._called)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        return self._called if self._user_wrap is None else self._user_wrap(self._called)
+        called = self._called if self._user_wrap is None else self._user_wrap(self._called)
+        _refuse_flat(called)
+        return called
 
     def _make_optimizer(self, module: nn.Module) -> Optimizer:
         decayed = decayed_parameters(module, factors=True)
@@ -142,3 +139,13 @@ class UserModel(ShardedModel):
         if expected != dict(shapes):
             other = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
             raise UserError(f"the checkpoint is of another model or optimizer: {other[0]} differs")
+
+
+def _refuse_flat(model: nn.Module) -> None:
+    """Refuse FSDP1, which flattens parameters."""
+    for name, part in model.named_modules():
+        if isinstance(part, FullyShardedDataParallel):
+            raise UserError(
+                f"{name or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters; "
+                "write torch.distributed.fsdp.fully_shard"
+            )
