@@ -8,7 +8,9 @@ import reference
 import reference_step
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from inrank_dist.optim.groups import parameter_kinds
 from inrank_dist.optim.matrices import HeldRows, MatrixOptimizer, Pair
 from inrank_dist.optim.orthogonal import (
     inverse_root,
@@ -20,6 +22,8 @@ from inrank_dist.optim.orthogonal import (
     spectral_norm,
     spectron_maps,
 )
+from inrank_dist.optim.settings import OptimizerSettings
+from inrank_dist.runtime.errors import UserError
 
 WHOLE = HeldRows(lambda tensor: tensor.detach(), lambda tensor: None, lambda size: [size])
 
@@ -124,6 +128,30 @@ def test_dense_matrices_move_as_torchs_muon_moves_them() -> None:
             optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_convolution_moves_as_its_matrix() -> None:
+    """Wide, tall and square: one row a channel."""
+    for shape in ((6, 4, 3, 3), (40, 2, 3, 3), (18, 2, 3, 3)):
+        rows, columns = shape[0], math.prod(shape[1:])
+        flat = nn.Parameter(reference.normal(rows, columns, 1))
+        weight = nn.Parameter(flat.detach().clone().view(shape))
+        flat.grad = reference.normal(rows, columns, 2)
+        weight.grad = flat.grad.clone().view(shape)
+        for parameter in (weight, flat):
+            optimizer_of([parameter], [], 0.1, None).step()
+        assert torch.equal(weight.flatten(1), flat)
+
+
+def test_which_layers_are_matrices() -> None:
+    """Those of every registered kind within the blocks; a transposed one is refused."""
+    block = nn.ModuleList([nn.Linear(4, 4), nn.Conv2d(2, 3, 3)])
+    model = nn.ModuleDict({"block": block, "head": nn.Linear(4, 4)})
+    kinds = parameter_kinds(model, [block], OptimizerSettings(name="muon"))
+    assert {name for name, kind in kinds.items() if kind == "dense"} == {"block.0.weight", "block.1.weight"}
+    transformers_layer = Conv1D(4, 4)
+    with pytest.raises(UserError, match=r"Conv1D.*write optimizer.name: adamw"):
+        parameter_kinds(transformers_layer, [transformers_layer], OptimizerSettings(name="muon"))
 
 
 @pytest.mark.parametrize("maps", [spectron_maps, lora_muon_maps])

@@ -7,7 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..lowrank.kinds import kind_of
 from ..lowrank.layer import LowRankLayer
+from ..runtime.errors import UserError
 from .matrices import HeldRows, MatrixOptimizer, Pair
 from .settings import OptimizerSettings
 
@@ -19,15 +21,24 @@ def parameter_kinds(model: nn.Module, blocks: Iterable[nn.Module], settings: Opt
     """Kind of each parameter that takes gradients.
 
     Args:
-        blocks: modules of the model whose linear weights are matrices; what lies outside (embeddings, the head) is not.
+        blocks: modules of the model whose layers' weights are matrices, where the layer has a kind (``lowrank.kinds``);
+            what lies outside (embeddings, the head) is not.
+
+    Raises:
+        UserError: the optimizer orthogonalises matrices, and a layer stores its matrix transposed.
     """
     kinds: dict[int, Kind] = {}
     if settings.orthogonalises:
         inside = {id(module) for block in blocks for module in block.modules()}
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, LowRankLayer):
                 kinds |= {id(module.U): "factor", id(module.V): "factor"}
-            elif isinstance(module, nn.Linear) and id(module) in inside:
+            elif id(module) in inside and (kind := kind_of(module)):
+                if kind.transposed:
+                    raise UserError(
+                        f"{name} is a {type(module).__name__}, whose weight is stored as (in, out), and optimizer.name "
+                        f"{settings.name} needs (out, in); write optimizer.name: adamw"
+                    )
                 kinds[id(module.weight)] = "dense"
     return {name: kinds.get(id(p), "plain") for name, p in model.named_parameters() if p.requires_grad}
 

@@ -59,7 +59,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         rest: parameters that AdamW trains, in groups with their ``weight_decay``.
-        dense: matrices, in groups likewise.
+        dense: matrices, in groups likewise; weights of convolutions count as matrices with a row a channel.
         pairs: factors, in groups likewise.
         rows: how they are held.
         maps: the rule of the pairs; None where there are none.
@@ -134,14 +134,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for parameter, update in zip(batch, updates, strict=True):
                 rows = self.rows.local(parameter)
                 rows.mul_(1 - lr * group["weight_decay"])
-                rows.sub_(update.to(rows.dtype), alpha=lr * _stretch(*parameter.shape))
+                rows.sub_(update.reshape(rows.shape).to(rows.dtype), alpha=lr * _stretch(*_matrix_shape(parameter)))
 
     def _orthogonalise(self, mixes: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """This process's rows of the orthogonalised matrices; each is computed by one process."""
-        group = self.rows.group
+        group, mixes = self.rows.group, [mix.flatten(1) for mix in mixes]
         if group is None:
             return [orthogonalise_matrix(mix, self.dtype) for mix in mixes]
-        index, shapes = self.rows.index, [parameter.shape for parameter in parameters]
+        index, shapes = self.rows.index, [_matrix_shape(parameter) for parameter in parameters]
         held = [self.rows.split(shape[0]) for shape in shapes]
         sizes = [rows[index] * shape[1] for rows, shape in zip(held, shapes, strict=True)]
         owns = index < len(shapes)
@@ -176,6 +176,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 step = lr * _stretch(pairs[index][0].shape[0], pairs[index][1].shape[0]) / shrink
                 for factor, mix, each in zip(pairs[index], mixes[index], both, strict=True):
                     self.rows.local(factor).mul_(shrink).sub_(mix @ each.to(mix.dtype), alpha=step)
+
+
+def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """``(out, in)``; of a convolution ``(out_channels, in_channels * kh * kw)``."""
+    return parameter.shape[0], math.prod(parameter.shape[1:])
 
 
 def _stretch(out_features: int, in_features: int) -> float:

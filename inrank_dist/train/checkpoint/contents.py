@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from ...config import Config, load_config
 from ...data import Tokenizer
 from ...lowrank.convert import convert
+from ...lowrank.kinds import kind_of, matrix_shape
 from ...models import LanguageModel
 from ...optim import moment_names, parameter_kinds
 from ...runtime.errors import UserError
@@ -61,11 +60,11 @@ def check_contents(checkpoint: Checkpoint) -> None:
     if (tokenizer.fingerprint, tokenizer.vocab_size) != (state.tokenizer, state.vocab_size):
         raise Damaged(f"{checkpoint.tokenizer_file} is not the tokenizer that {STATE} names")
     skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
-    linears = {name: module for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {name: matrix_shape(module) for name, module in skeleton.named_modules() if kind_of(module)}
     for name, layer in state.layout.items():
-        if name not in linears:
+        if name not in shapes:
             raise Damaged(f"{folder / STATE} has a rank of {name}, which is not a linear layer of the model")
-        limit = min(linears[name].in_features, linears[name].out_features)
+        limit = min(shapes[name])
         if not layer.rank <= layer.modes <= limit:
             raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")
     if found := mismatch(checkpoint, config, skeleton, "its settings and rank table make"):
