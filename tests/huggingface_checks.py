@@ -7,6 +7,7 @@ from torch import Tensor
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import init
+from inrank_dist.models import loss
 from inrank_dist.models.huggingface import HuggingFaceLM, HuggingFaceValues
 from inrank_dist.train.start import dense_skeleton
 
@@ -59,4 +60,10 @@ def train_like_ours(config: Config, ours: Config) -> Run:
         patch.object(HuggingFaceLM, "initial_values", lambda model, seed: OurValues(model, seed)),
         patch.object(init, "seed_for", renamed),
     ):
+        return train_in_worker(config)
+
+
+def train_in_chunks(config: Config) -> Run:
+    """Train with the loss of so few tokens at a time that even a small vocabulary takes several chunks."""
+    with patch.object(loss, "CHUNK", 5 * 301):
         return train_in_worker(config)

@@ -35,7 +35,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": GROUPED,
     "gpt_neox": {**SIZES, **MLP},
     "gemma": GROUPED,
+    "openai-gpt": SIZES,
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2},
 }
+"""openai-gpt leaves its Conv1D to their constructor; mamba has parameters that are no matrices."""
 
 
 def settings(model_type: str, **changes: Any) -> ModelSettings:
@@ -237,6 +240,30 @@ def test_every_engine_gives_the_same_run(pool: Pool, corpus: Path, model_type: s
     assert_same_run(pool.run("runs:train_in_worker", config, world_size=2), reference, 2)
 
 
+@pytest.mark.parametrize(
+    ("engine", "changes"),
+    [
+        ("fsdp", {}),
+        ("ddp", {"train__precision": "bf16"}),
+        nightly("fsdp", {"train__precision": "bf16", "train__compile": "true"}),  # minutes of compilation
+        slow("fsdp", {"train__activation_checkpointing": "true"}),
+        slow("zero2", {}),
+        slow("zero3", {}),
+        slow("zero3", {"train__precision": "bf16"}),
+    ],
+)
+def test_chunks_change_no_run(pool: Pool, corpus: Path, engine: str, changes: dict[str, str]) -> None:
+    """The output layer is a unit of its own, which an engine gathers for one call."""
+    config = hf_config(corpus, "llama", parallel__engine=engine, **changes)
+    whole = pool.run("runs:train_in_worker", config, world_size=2)
+    chunked = pool.run("huggingface_checks:train_in_chunks", config, world_size=2)
+    tolerance = 2e-3 if changes.get("train__precision") else 1e-6
+    assert chunked[0].losses() == pytest.approx(whole[0].losses(), rel=tolerance)
+    assert chunked[0].losses() != whole[0].losses()
+    if tolerance == 1e-6:
+        assert [run.table for run in chunked] == [run.table for run in whole]
+
+
 @pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("fsdp", 2), slow("zero3", 2)])
 def test_a_llama_of_transformers_trains_as_ours(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
     """30 steps with growth at 8 and 16 and the freeze at 24, from the same values and with the same new modes."""
@@ -317,6 +344,7 @@ def test_plan_counts_the_published_model(capsys: pytest.CaptureFixture[str], tmp
         ({"model_type": "vit"}, "'vit', not a causal language model; write that of a causal language model"),
         ({"model_type": "bert"}, "'bert', whose tokens see later ones; write that of a causal language model such as"),
         ({"model_type": "xlnet"}, "'xlnet', whose tokens see later ones"),
+        ({"model_type": "bert-generation"}, "'bert-generation', whose tokens see later ones; write that of a causal"),
         ({"model_type": "gemma3"}, "'gemma3', a model of several parts; write gemma3_text"),
         ({"model_type": "llama", "max_position_embeddings": 8}, "model.max_seq_len is 16 but max_position_embeddings"),
     ],

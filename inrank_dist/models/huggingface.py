@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..lowrank.conv1d import CONV1D, linearise
 from ..lowrank.init import seed_for
 from ..lowrank.layer import qualified_name
+from ..lowrank.materialize import assign_parameters
 from ..runtime.errors import UserError
 from .huggingface_config import make_config, refused
 from .language_model import LanguageModel
@@ -49,8 +51,7 @@ class HuggingFaceLM(LanguageModel):
         self.model = build(settings.config, vocab_size)
         config = self.model.config
         self.num_layers = config.num_hidden_layers
-        heads = getattr(config, "num_attention_heads", None) or 0
-        self.attention_size = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
+        self.attention_size = _attention_size(config)
         linearise(self, [name for name, _ in self.named_modules()])
         _refuse_unknown_tensors(self, config.model_type)
         if _ends_in_head(self.model):
@@ -91,12 +92,22 @@ def build(mapping: dict[str, Any], vocab_size: int) -> Any:
     dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 5
     try:
         model = AutoModelForCausalLM.from_config(config, **{dtype: torch.float32})
+        embedding = model.get_input_embeddings()
     except Exception as error:  # whatever a model can say of its sizes
         raise refused(config.model_type, error) from None
-    embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None  # our tokenizers have no such token; its row would never be trained
     return model
+
+
+def _attention_size(config: Any) -> int:
+    """Heads times the width of one; 0 without attention."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    try:
+        width = getattr(config, "head_dim", None)
+    except Exception:  # it differs from layer to layer
+        width = None
+    return heads * (width or config.hidden_size // max(heads, 1))
 
 
 def _refuse_unknown_tensors(model: HuggingFaceLM, model_type: str) -> None:
@@ -149,8 +160,8 @@ class HuggingFaceValues:
     parameters of the module and of those inside it. So for one parameter it is called with the module that owns it and
     with those around that one, in this order, while all other parameters are on ``meta``, where nothing is drawn.
 
-    Buffers, and parameters that ``_init_weights`` leaves to the constructor, come from a model whose constructor runs
-    on the CPU, with each parameter put on ``meta`` as soon as it is made. Only one parameter is in memory at a time.
+    Buffers, and small parameters that ``_init_weights`` leaves to the constructor, come from a model whose constructor
+    runs on the CPU, with each large parameter put on ``meta`` as soon as it is made, so that the model is never whole.
 
     Args:
         model: may be on ``meta``.
@@ -160,7 +171,7 @@ class HuggingFaceValues:
     def __init__(self, model: HuggingFaceLM, seed: int) -> None:
         self._mapping, self._vocab_size, self._seed = model.settings.config, model.vocab_size, seed
         self._constructed: Any = None
-        self._small: dict[int, Tensor] = {}
+        self._small: dict[str, Tensor] = {}
 
     def parameter(self, name: str) -> Tensor:
         model = self._model()
@@ -172,8 +183,7 @@ class HuggingFaceValues:
         for constructed in (False, True):
             value = self._drawn(name, owner, leaf, modules, constructed)
             if not value.isnan().any():
-                of_conv1d = leaf == "weight" and any(qualified_name(cls) == CONV1D for cls in type(owner).__mro__)
-                return value.T.contiguous() if of_conv1d else value
+                return value.T.contiguous() if leaf == "weight" and _is_conv1d(owner) else value
         raise UserError(f"{path} gets no value from _init_weights of {type(model).__name__}; write another model_type")
 
     @torch.no_grad()
@@ -190,12 +200,16 @@ class HuggingFaceValues:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.manual_seed(seed_for(self._seed, name))
-                if constructed and id(original) in self._small:
-                    value.copy_(self._small[id(original)])
+                if constructed and name.removeprefix(PREFIX) in self._small:
+                    value.copy_(self._small[name.removeprefix(PREFIX)])
                 if constructed and callable(reset := getattr(owner, "reset_parameters", None)):
                     reset()
+                elif constructed and leaf == "weight" and _is_conv1d(owner):
+                    value.normal_(std=0.02)  # by its constructor
                 for module in modules:
                     model._init_weights(module)
+        except NotImplementedError:  # a rule that reads other parameters, which are on meta
+            value.fill_(torch.nan)
         finally:
             owner._parameters[leaf] = original
         return value.data
@@ -213,10 +227,16 @@ class HuggingFaceValues:
         """The model with buffers on the CPU and parameters on ``meta``."""
         if self._constructed is None:
             assert isinstance(self._mapping, dict)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"), _parameters_on_meta(self._small):
-                torch.manual_seed(seed_for(self._seed, "buffers"))
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), _large_parameters_on_meta():
+                torch.manual_seed(seed_for(self._seed, "constructor"))
                 self._constructed = build(self._mapping, self._vocab_size)
+            assign_parameters(self._constructed, self._put_away)
         return self._constructed
+
+    def _put_away(self, name: str, parameter: nn.Parameter) -> Tensor:
+        if not parameter.is_meta:
+            self._small[name] = parameter.detach()
+        return parameter.detach().to("meta")
 
 
 SMALL = 2**20
@@ -224,24 +244,32 @@ SMALL = 2**20
 
 
 @contextmanager
-def _parameters_on_meta(small: dict[int, Tensor]) -> Iterator[None]:
-    """Put each parameter on ``meta`` as soon as a module gets it.
-
-    Args:
-        small: takes the values that parameters of at most ``SMALL`` elements had, by the ``id`` of the one on ``meta``.
-    """
+def _large_parameters_on_meta() -> Iterator[None]:
+    """Put each parameter of more than ``SMALL`` elements on ``meta`` as soon as a module gets it."""
     register: Callable[..., None] = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            value = parameter.detach()
-            parameter = nn.Parameter(value.to("meta"), requires_grad=parameter.requires_grad)
-            if value.numel() <= SMALL:
-                small[id(parameter)] = value
+        if parameter is not None and parameter.numel() > SMALL and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _NothingUnset():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _NothingUnset(TorchFunctionMode):
+    """NaN in what ``torch.empty`` gives, so that what a constructor never sets can be told."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.empty and made.is_floating_point() and made.numel() <= SMALL:
+            made.fill_(torch.nan)
+        return made
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(qualified_name(cls) == CONV1D for cls in type(module).__mro__)

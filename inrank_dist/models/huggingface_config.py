@@ -73,7 +73,7 @@ def make_config(mapping: Mapping[str, Any], vocab_size: int) -> Any:
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         try:
             setattr(config, key, None)
-        except (TypeError, ValueError):  # a class that insists on one
+        except Exception:  # a class that insists on one says so in its own way
             setattr(config, key, 0)
     return config
 
@@ -135,16 +135,23 @@ def _refuse_other_kinds(config: Any) -> None:
     advice = "write that of a causal language model such as gpt2, llama or qwen3"
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model_type in model.config is {name!r}, an encoder and a decoder; {advice}")
-    if getattr(config, "sub_configs", None):
+    if set(getattr(config, "sub_configs", ())) - PARTS_OF_ONE:
         text = f"{name}_text"
         advice = f"write {text}" if text in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else advice
         raise UserError(f"model_type in model.config is {name!r}, a model of several parts; {advice}")
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"model_type in model.config is {name!r}, not a causal language model; {advice}")
-    if name in NOT_CAUSAL or (name in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)):
+    may_be_encoder = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES or name in ENCODERS
+    if name in NOT_CAUSAL or (may_be_encoder and not getattr(config, "is_decoder", False)):
         why = advice if name in NOT_CAUSAL else f"{advice}, or is_decoder: true"
         raise UserError(f"model_type in model.config is {name!r}, whose tokens see later ones; {why}")
 
 
-NOT_CAUSAL = ("xlm", "xlnet")
+PARTS_OF_ONE = {"attn_config", "ffn_config"}
+"""Configurations inside that of a language model, of its layers."""
+
+ENCODERS = ("bert-generation",)
+"""Models whose tokens see later ones unless ``is_decoder`` is set, beside those that are trained with masked tokens."""
+
+NOT_CAUSAL = ("cpmant", "xlm", "xlnet")
 """Models that ``transformers`` lists as causal and whose tokens see later ones all the same."""
