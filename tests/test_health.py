@@ -43,7 +43,7 @@ def test_a_bad_gradient_in_one_process_is_skipped_by_all(pool: Pool, corpus: Pat
     for records, changed in pool.run("checks:bad_gradient", config, where, 1, 9, world_size=2):
         assert changed == []
         (skipped,) = [record for record in records if record["kind"] == "skipped"]
-        reason = f"the {'loss' if where == 'loss' else 'gradient'} is not a number"
+        reason = f"the {'loss' if where == 'loss' else 'gradient'} is not finite"
         assert skipped == {"kind": "skipped", "step": 10, "reason": reason, "processes": [1], "skipped": 1}
         losses = {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
         assert torch.isfinite(torch.tensor([losses[step] for step in (9, 11, 12)])).all()
@@ -59,7 +59,7 @@ def test_the_control_changes_everything(pool: Pool, corpus: Path) -> None:
 
 
 def test_a_bad_batch_gives_no_growth_directions(pool: Pool, corpus: Path) -> None:
-    """Growth right after a skipped step must not look along a gradient that is not a number."""
+    """Growth right after a skipped step must not look along a gradient that is not finite."""
     config = small_config(corpus, lowrank__growth_init="gradient", train__steps=12, lowrank__warmup_steps=12)
     for records, changed in pool.run("checks:bad_gradient", config, "loss", 0, 7, world_size=2):
         assert changed == []
@@ -104,7 +104,7 @@ def test_too_many_skipped_steps_stop_the_run(corpus: Path, tmp_path: Path) -> No
         trainer.engine.loss = lambda *batch: loss(*batch) * (float("inf") if trainer.step >= 9 else 1)  # type: ignore
 
     message = (
-        r"at step 12 the loss is not a number \(process 0\), and 3 steps in a row were skipped \(train.max_skipped\)"
+        r"at step 12 the loss is not finite \(process 0\), and 3 steps in a row were skipped \(train.max_skipped\)"
     )
     with pytest.raises(UserError, match=message):
         train(config, hook=hook)

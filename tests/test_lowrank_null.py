@@ -60,7 +60,7 @@ def test_published_ranks_are_those_of_untrained_factors(shape: tuple[int, int], 
 
 def test_published_rank_from_factors_as_they_are_born() -> None:
     # The published factors start uniform (kaiming), not normal: the rule does not see the difference.
-    assert path(NullRanks(published(SMALL), 2, seed=0, born=kaiming), SMALL)[-1] == pytest.approx(255, abs=2)
+    assert path(NullRanks(published(SMALL), 2, seed=0, initial=kaiming), SMALL)[-1] == pytest.approx(255, abs=2)
 
 
 @pytest.mark.parametrize(

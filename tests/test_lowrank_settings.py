@@ -225,11 +225,11 @@ def test_base_that_does_not_fade_stays() -> None:
 
 def test_patience_ends_growth_once_the_base_is_gone() -> None:
     policy = RankPolicy(interval=10, freeze_step=100, decay_steps=50, patience=2)
-    assert policy.action(30, quiet=5) == "grow"  # the base still carries weight
-    assert policy.action(60, quiet=1) == "grow"
-    assert policy.action(60, quiet=2) == "freeze"
-    assert policy.action(61, quiet=2) is None
-    assert policy.action(100, quiet=0) == "freeze"
+    assert policy.action(30, checks_without_growth=5) == "grow"  # the base still carries weight
+    assert policy.action(60, checks_without_growth=1) == "grow"
+    assert policy.action(60, checks_without_growth=2) == "freeze"
+    assert policy.action(61, checks_without_growth=2) is None
+    assert policy.action(100, checks_without_growth=0) == "freeze"
 
 
 def test_dense_layers_are_factorised_once_and_grow_after_that() -> None:

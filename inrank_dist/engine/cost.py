@@ -116,9 +116,9 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
         return Held(P, T, M)
     if setup.kind == "fsdp":
         S = setup.shard_size or N
-        mine = FLOAT * _cut(trained, S)
+        local = FLOAT * _cut(trained, S)
         whole = setup.accumulation > 1 and not setup.reduce_each_micro_batch
-        return Held(FLOAT * _cut(every, S), T if whole else mine, FLOAT * _cut(remembered, S))
+        return Held(FLOAT * _cut(every, S), T if whole else local, FLOAT * _cut(remembered, S))
     stage = zero_stage(setup.kind)
     part = -(-T // N)
     moments = M // T * part if T else 0  # the same for all: ZeRO trains element by element

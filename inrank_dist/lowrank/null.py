@@ -15,16 +15,17 @@ Shape = tuple[int, int]
 class NullRanks:
     """Runs the same rule, as often, on untrained factors of the same shapes.
 
-    All columns are i.i.d. Gaussian where one factor is born zero. Otherwise the first ones are as they were born, and
-    those that growth appends are Gaussian if it opens them at random and add nothing if it opens them at zero. One
-    sample a shape, drawn anew at each check; transposed shapes share theirs, since the product has the same spectrum.
+    All columns are i.i.d. Gaussian where one factor is zero at initialisation. Otherwise the first columns are those of
+    the initialisation, and those that growth appends are Gaussian if it opens them at random and add nothing if it
+    opens them at zero. One sample a shape, drawn anew at each check; transposed shapes share theirs, since the product
+    has the same spectrum.
 
     Args:
         rule: the rule of the run.
         initial_rank: where both the run and its null start.
         seed: of the run.
-        born: ``born(out, in, R) -> Factors`` as a layer is born, or None where one factor is born zero.
-        opens_at_random: whether growth opens both factors of a new mode at random (``born`` given).
+        initial: ``initial(out, in, R) -> Factors`` of a layer at initialisation; None where one factor is zero then.
+        opens_at_random: whether growth opens both factors of a new mode at random (``initial`` given).
     """
 
     def __init__(
@@ -32,11 +33,11 @@ class NullRanks:
         rule: RankRule,
         initial_rank: int,
         seed: int,
-        born: Callable[[int, int, int], Factors] | None = None,
+        initial: Callable[[int, int, int], Factors] | None = None,
         *,
         opens_at_random: bool = True,
     ) -> None:
-        self.rule, self.initial_rank, self.seed, self.born = rule, initial_rank, seed, born
+        self.rule, self.initial_rank, self.seed, self.initial = rule, initial_rank, seed, initial
         self.opens_at_random = opens_at_random
         self.checks = 0
         self._ranks: dict[Shape, int] = {}
@@ -64,10 +65,10 @@ class NullRanks:
     def _grams(self, shape: Shape) -> Grams:
         modes = self.rule.modes(self.of(shape), min(shape))
         generator = generator_for(self.seed, "null", *shape, self.checks)
-        if self.born is None:
+        if self.initial is None:
             factors = Factors(*(torch.randn(n, modes, generator=generator) for n in shape))
         else:
-            factors = self.born(*shape, min(self.rule.modes(self.initial_rank, min(shape)), modes))
+            factors = self.initial(*shape, min(self.rule.modes(self.initial_rank, min(shape)), modes))
             if self.opens_at_random:
                 factors = Factors(*(_widen(factor, modes, generator) for factor in (factors.U, factors.V)))
         return gram_matrices({"null": factors}, lambda total: None)["null"]

@@ -25,11 +25,11 @@ class RankPolicy:
     patience: int | None = None
     dense_steps: int = 0
 
-    def action(self, step: int, quiet: int = 0) -> Action | None:
+    def action(self, step: int, checks_without_growth: int = 0) -> Action | None:
         """What is due after ``step`` optimizer steps, as long as the rank is not frozen yet.
 
         Args:
-            quiet: decisions in a row, up to now, in which no layer grew.
+            checks_without_growth: decisions in a row, up to now, in which no layer grew.
         """
         if self.freeze_step is not None and step >= self.freeze_step:
             return "freeze"
@@ -37,8 +37,8 @@ class RankPolicy:
             return "factorise" if 0 < step == self.dense_steps else None
         if not self.interval or step % self.interval:
             return None
-        is_quiet = self.patience is not None and quiet >= self.patience
-        return "freeze" if is_quiet and step >= (self.decay_steps or 0) else "grow"
+        is_settled = self.patience is not None and checks_without_growth >= self.patience
+        return "freeze" if is_settled and step >= (self.decay_steps or 0) else "grow"
 
     def base_scale(self, step: int) -> float:
         """``a`` for the forward passes of the step that follows ``step`` completed ones."""

@@ -91,7 +91,7 @@ class StartValues:
         return self.dense.parameter(name)
 
     def _factors(self, layer: str) -> Factors:
-        """Both factors of a layer as they are born."""
+        """Both factors of a layer at initialisation."""
         out_features, in_features = self.shapes[layer]
         modes = self.settings.rule.modes(self.settings.initial_rank, min(out_features, in_features))
         init = self.settings.init if self.settings.base == "none" else None

@@ -24,7 +24,7 @@ class Verdict:
         loss: mean over the tokens of the global batch, in nats.
         norm: of the gradient, before clipping.
         reason: why the optimizer must not move; None: it may.
-        processes: those whose own loss or gradient is no number.
+        processes: those whose local_nonfinite loss or gradient is no number.
         spike: how many standard deviations the loss lies above the last ones, where that is too many.
         stop: whether any process was asked to stop.
         failed: whether a checkpoint could not be written behind the training in any process.
@@ -57,20 +57,28 @@ class Health:
         self._losses: list[float] = []
 
     def judge(
-        self, loss: Tensor, norm: Tensor, mine: Tensor, own: Tensor, tokens: int, *, stop: bool, failed: bool
+        self,
+        loss: Tensor,
+        norm: Tensor,
+        local_norm: Tensor,
+        local_nonfinite: Tensor,
+        tokens: int,
+        *,
+        stop: bool,
+        failed: bool,
     ) -> Verdict:
         """One all-reduce of 40 bytes, and the step's one synchronisation with the device.
 
         Args:
             loss: this process's summed loss.
             norm: of the whole gradient.
-            mine: of what this process holds of the gradient.
-            own: whether this process itself computed a gradient that is no number; bool.
+            local_norm: norm of the rows of the gradient that this process holds.
+            local_nonfinite: whether this process itself computed a gradient that is not finite; bool.
             tokens: of the global batch.
             stop, failed: whether this process was asked to stop; whether it knows of a failed save.
         """
-        bad_loss, bad_rows = ~torch.isfinite(loss), ~torch.isfinite(mine)
-        bad_gradient = own | bad_rows | ~torch.isfinite(norm)
+        bad_loss, bad_rows = ~torch.isfinite(loss), ~torch.isfinite(local_norm)
+        bad_gradient = local_nonfinite | bad_rows | ~torch.isfinite(norm)
         flags = torch.tensor([stop, failed], dtype=torch.float64).to(loss.device, non_blocking=True)
         sums = torch.cat([torch.stack([loss.double(), bad_loss.double(), bad_gradient.double()]), flags])
         self.context.sum(sums)
@@ -78,9 +86,9 @@ class Health:
         mean = total / tokens
         reason, processes, spike = None, [], None
         if losses or gradients:
-            reason = "the loss is not a number" if losses else "the gradient is not a number"
+            reason = "the loss is not finite" if losses else "the gradient is not finite"
             # Who computed it, if anyone; else who holds it: a sum over processes spreads it to all.
-            marks = self.context.gather((bool(bad_loss), bool(own), bool(bad_rows)))
+            marks = self.context.gather((bool(bad_loss), bool(local_nonfinite), bool(bad_rows)))
             signs = [[rank for rank, mark in enumerate(marks) if mark[sign]] for sign in range(3)]
             processes = next((found for found in signs if found), [])
         else:
