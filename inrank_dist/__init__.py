@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from .lowrank.convert import convert as convert
     from .lowrank.convert import find_targets as find_targets
     from .lowrank.kinds import register_layer_kind as register_layer_kind
+    from .lowrank.layer import LayerKind as LayerKind
+    from .lowrank.layer import LowRankLayer as LowRankLayer
     from .lowrank.merge import merge as merge
+    from .method.settings import LowRankSettings as LowRankSettings
     from .models.plan import ModelPlan as ModelPlan
     from .runtime.errors import UserError as UserError
 
@@ -38,7 +41,10 @@ _PLACES = {
     "Published": "library",
     "AcceleratedRun": "library.accelerated",
     "InRankCallback": "library.trainer",
+    "LayerKind": "lowrank.layer",
     "LayerLayout": "lowrank.convert",
+    "LowRankLayer": "lowrank.layer",
+    "LowRankSettings": "method.settings",
     "convert": "lowrank.convert",
     "find_targets": "lowrank.convert",
     "register_layer_kind": "lowrank.kinds",

@@ -423,7 +423,7 @@ def test_a_tokenizer_of_another_run(run: Path, newest: Path, caplog: pytest.LogC
 
 OPEN: tuple[tuple[Any, ...], ...] = (
     ("layout",), ("versions",), ("ranks", "explained"), ("ranks", "found"), ("ranks", "null", "ranks"),
-    ("health", "losses"),
+    ("health", "losses"), ("callbacks",),
 )  # fmt: skip
 """Places in the state of dicts and lists that may hold any number of things."""
 
@@ -470,7 +470,7 @@ def forgeries(state: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, 
         for other in wrong(value, path):
             yield f"{name} {other!r}", lambda s, p=path, o=other: at(s, p[:-1]).__setitem__(p[-1], o)
         # What checkpoints of earlier versions lack may be missing.
-        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",)):
+        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",), ("callbacks",)):
             yield f"{name} missing", lambda s, p=path: at(s, p[:-1]).pop(p[-1])
         if isinstance(value, dict) and path not in OPEN:
             yield f"{name} with more", lambda s, p=path: at(s, p).update(more=1)

@@ -18,7 +18,7 @@ from test_data_loader import ids, loader
 from inrank_dist.data import prefetch
 from inrank_dist.data.loader import LoaderState, MicroBatch
 from inrank_dist.data.prefetch import Prefetcher
-from inrank_dist.train import loop
+from inrank_dist.train import clock
 from inrank_dist.train.loop import Trainer
 
 SECONDS = 30
@@ -205,14 +205,14 @@ def test_a_run_ends_its_thread_however_it_ends(corpus: Path, tmp_path: Path, fai
 
 def test_the_share_is_that_of_the_training_time_since_the_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
-    clock = loop._Clock(seconds=500.0, tokens=70)  # of a resumed run
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
+    measured = clock.Clock(seconds=500.0, tokens=70)  # of a resumed run
     now += 10
-    assert clock.rates(100, 2.5, 400) == [3.0, 0.25, 40.0]
-    with clock.stopped():
+    assert measured.rates(100, 2.5, 400) == [3.0, 0.25, 40.0]
+    with measured.stopped():
         now += 90
     now += 5
-    assert clock.rates(110, 3.0, 500) == [2.0, 0.1, 20.0]
+    assert measured.rates(110, 3.0, 500) == [2.0, 0.1, 20.0]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A layer kind, a method and an optimizer from outside the package: one class and one line in a registry each."""
+"""A layer kind, a method, an allocation, an optimizer and a callback from outside: one line in a registry each."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_config, train
+from runs import short_config, small_config, train
 from torch import Tensor, nn
 
 import inrank_dist as inrank
+from inrank_dist.data import prepare
+from inrank_dist.lowrank.allocation import ALLOCATIONS
 from inrank_dist.lowrank.criterion import Decision
 from inrank_dist.lowrank.kinds import KINDS
 from inrank_dist.lowrank.layer import LayerKind, LowRankLayer
 from inrank_dist.method.rank_method import METHODS, RankMethod
 from inrank_dist.optim.registry import OPTIMIZERS, OptimizerKind
+from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
+from inrank_dist.train import Callback, build
+from inrank_dist.train.checkpoint import find_checkpoint
+from inrank_dist.train.monitors import Monitors
 
 
 class HalfRank(RankMethod):
@@ -82,8 +88,46 @@ def registered() -> Iterator[None]:
     METHODS["half"] = HalfRank
     OPTIMIZERS["lion"] = OptimizerKind(Lion, lambda s: {"lr": s.lr, "beta": s.beta1}, lambda s: ("exp_avg",))
     KINDS[Scaled] = ScaledKind()
+    ALLOCATIONS["thrice"] = lambda layers, multiple_of, budget, seed: dict.fromkeys(layers, 3)
     yield
-    del METHODS["half"], OPTIMIZERS["lion"], KINDS[Scaled]
+    del METHODS["half"], OPTIMIZERS["lion"], KINDS[Scaled], ALLOCATIONS["thrice"]
+
+
+class Count(Callback):
+    """Counts steps, and goes on counting after a resume."""
+
+    name = "count"
+
+    def __init__(self) -> None:
+        self.steps, self.ended = 0, False
+
+    def on_step_end(self, trainer: Any, verdict: Any, rate: float, records: list[dict[str, Any]]) -> None:
+        self.steps += 1
+
+    def on_end(self, trainer: Any) -> None:
+        self.ended = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+def test_a_callback_sees_a_run_and_keeps_its_state(registered: None, corpus: Path, tmp_path: Path) -> None:
+    config = short_config(corpus, run__dir=tmp_path, checkpoint__interval=5, lowrank__final="thrice")
+    data, context = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False), Context()
+    first = Count()
+    trainer = build(config, context, data, callbacks=[first])
+    trainer.run(Monitors())
+    assert first.ended and first.steps == config.train.steps
+    assert {layer.rank for layer in trainer.engine.layout.values()} == {3}
+    second = Count()
+    checkpoint = find_checkpoint(config.run.folder, 5)
+    resumed = build(config, context, data, checkpoint, callbacks=[second])
+    assert second.steps == resumed.step == 5
+    with pytest.raises(ValueError, match="two callbacks have the same name"):
+        build(config, context, data, callbacks=[Count(), Count()])
 
 
 def test_the_trainer_knows_a_new_method_and_a_new_optimizer(registered: None, corpus: Path, tmp_path: Path) -> None:

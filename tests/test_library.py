@@ -95,8 +95,11 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
 
     def refused(message: str, **changes: Any) -> None:
         arguments: dict[str, Any] = {"method": inrank.InRank([r"\.up$"]), "optimizer": lambda groups: adamw(groups)}
+        steps = changes.pop("then", False)
         with pytest.raises(inrank.UserError, match=message):
-            inrank.LowRankRun(build, **{**arguments, **changes})
+            run = inrank.LowRankRun(build, **{**arguments, **changes})
+            assert steps
+            run.after_step()
 
     refused("amsgrad|max_exp_avg_sq", optimizer=lambda groups: adamw(groups, amsgrad=True))
     refused("square_avg", optimizer=lambda groups: torch.optim.RMSprop(groups))
@@ -105,6 +108,17 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
     refused("shared|same layer", method=inrank.InRank(["shared"]))
     refused("matches no", method=inrank.InRank(["nothing"]))
     refused("total_steps", method=inrank.InRank([r"\.up$"], freeze_step="auto"))
+    refused("processes|needs gradients", method=inrank.InRank([r"\.up$"], growth_init="gradient"), then=True)
+    refused(
+        "total_steps is 7, but the method is for 9",
+        method=inrank.PretrainThenFactorise(3, 9, [r"\.up$"]),
+        total_steps=7,
+    )
+    for wrong in ({"base": "decya"}, {"criterion": "energi"}, {"measure": "updtae"}, {"init": "orthognal"}):
+        (name,) = wrong
+        with pytest.raises(inrank.UserError, match=f"lowrank.{name} is .*; write one of"):
+            inrank.InRank(["mlp"], **wrong)
+    assert inrank.InRank(["mlp"], freeze_step="auto").freeze_at(100)
     with pytest.raises(TypeError, match="tresh"):
         inrank.InRank(["mlp"], treshold=0.5)
 

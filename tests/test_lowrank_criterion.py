@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inrank_dist.lowrank.criterion import Criterion, RankRule, effective_rank, explained_ratio
+from inrank_dist.lowrank.criterion import RankRule, effective_rank, explained_ratio
 
-CRITERIA: list[Criterion] = ["energy", "variance"]
+CRITERIA: list[str] = ["energy", "variance"]
 
 
 def spectrum(values: list[float]) -> Tensor:
@@ -27,7 +27,7 @@ spectra = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, ma
 @pytest.mark.parametrize("criterion", CRITERIA)
 @settings(max_examples=150, deadline=None)
 @given(sigma=spectra, structural=st.integers(0, 40))
-def test_ratio_equals_the_definition(criterion: Criterion, sigma: Tensor, structural: int) -> None:
+def test_ratio_equals_the_definition(criterion: str, sigma: Tensor, structural: int) -> None:
     # Structural zeros (min(in, out) > R) belong to the variance; the energy does not see them.
     dimension = len(sigma) + structural
     whole = torch.cat([sigma, sigma.new_zeros(structural)])
@@ -41,13 +41,13 @@ def test_ratio_equals_the_definition(criterion: Criterion, sigma: Tensor, struct
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("scale", [1e-36, 1e-18, 1.0, 1e18, 1e36])
-def test_ratio_does_not_see_the_scale(criterion: Criterion, scale: float) -> None:
+def test_ratio_does_not_see_the_scale(criterion: str, scale: float) -> None:
     sigma = spectrum([5.0, 3.0, 1.0, 0.2])
     assert torch.allclose(explained_ratio(sigma * scale, 9, criterion), explained_ratio(sigma, 9, criterion))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_ratio_ends_at_exactly_one(criterion: Criterion) -> None:
+def test_ratio_ends_at_exactly_one(criterion: str) -> None:
     # "All modes explain everything" must hold to the bit: a threshold of 0.999999 relies on it.
     sigma = reference.normal(30, 1, 0)[:, 0].double().abs().sort(descending=True).values
     assert float(explained_ratio(sigma, 50, criterion)[-1]) == 1.0
@@ -55,7 +55,7 @@ def test_ratio_ends_at_exactly_one(criterion: Criterion) -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("modes", [1, 4])
-def test_nothing_learned_is_wholly_explained(criterion: Criterion, modes: int) -> None:
+def test_nothing_learned_is_wholly_explained(criterion: str, modes: int) -> None:
     # 0 / 0 would make every comparison false, and the rank of an untouched layer jump to the end of its buffer.
     assert torch.equal(
         explained_ratio(torch.zeros(modes, dtype=torch.float64), 9, criterion), torch.ones(modes + 1).double()
@@ -63,7 +63,7 @@ def test_nothing_learned_is_wholly_explained(criterion: Criterion, modes: int) -
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_one_mode_is_explained_by_itself(criterion: Criterion) -> None:
+def test_one_mode_is_explained_by_itself(criterion: str) -> None:
     assert explained_ratio(spectrum([3.0]), 7, criterion).tolist() == [0.0, 1.0]
 
 
@@ -110,7 +110,7 @@ states = st.fixed_dictionaries(
 @pytest.mark.parametrize("criterion", CRITERIA)
 @settings(max_examples=200, deadline=None)
 @given(state=states)
-def test_rule_equals_the_published_scan(criterion: Criterion, state: dict) -> None:
+def test_rule_equals_the_published_scan(criterion: str, state: dict) -> None:
     multiple, dimension = state["multiple"], state["dimension"]
     rank, buffer = state["rank"] * multiple, state["buffer"] * multiple
     assume(rank <= dimension)

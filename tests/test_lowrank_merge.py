@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inrank_dist.lowrank.conv1d import linearise
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
+from inrank_dist.lowrank.kinds import linearise
 from inrank_dist.lowrank.layer import LowRankLayer, set_activation, set_base_scale
 from inrank_dist.lowrank.merge import merge
 

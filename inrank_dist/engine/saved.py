@@ -58,7 +58,7 @@ class SavedModel(ShardedModel):
     def _set_state(
         self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
     ) -> None:
-        if "exp_avg" in moments:
+        if moments.keys() & {"exp_avg"} and self.optimizer_settings.kind.counts_steps:
             extras = {"step": torch.tensor(float(self.optimizer_steps), device=self.device)}
         super()._set_state(name, parameter, moments, extras)
 

@@ -16,6 +16,7 @@ from ..lowrank.materialize import assign_buffers, assign_parameters, clean
 from ..lowrank.spectrum import identity_rows
 from ..models.plan import named_buffers
 from ..optim.moments import MomentRule, map_moments, moments_of_right_factor, plain_state
+from ..runtime.errors import UserError
 from .held import HeldModel
 from .placement import RowPlacement, placement_of
 
@@ -101,10 +102,15 @@ class ShardedModel(HeldModel):
         self.model = self._wrap(module)
 
     def _find_placements(self, module: nn.Module) -> dict[str, RowPlacement]:
-        return {
+        found = {
             clean(name): placement_of(clean(name), parameter, self.processes.rank, self.processes.count)
             for name, parameter in module.named_parameters(remove_duplicate=False)
         }
+        for name, placement in found.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "U" and f"{layer}.V" in found and found[f"{layer}.V"] != placement:
+                raise UserError(f"the factors U and V of {layer} are sharded differently; write one sharding for both")
+        return found
 
     def _assign(self, module: nn.Module, rows: Rows) -> None:
         """Give a module on ``meta`` its parameters."""
@@ -115,7 +121,7 @@ class ShardedModel(HeldModel):
         assign_parameters(module, held)
 
     def release(self) -> None:
-        """Let go of the model and its optimizer; without a build there is no more use for this object."""
+        """Drop the model and its optimizer. The object is unusable until ``_build`` is called again."""
         del self.module, self.model, self.optimizer
         gc.collect()  # a model is a web of cycles; its memory is wanted at once
 

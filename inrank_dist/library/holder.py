@@ -39,10 +39,17 @@ class UserModel(ShardedModel):
         optimizer: Callable[[Groups], Optimizer],
         parallelize: Callable[[nn.Module], nn.Module | None] | None,
         wrap: Callable[[nn.Module], nn.Module] | None,
+        before_release: Callable[[], None],
     ) -> None:
+        self._before_release = before_release
         self._method, self._optimizer, self._user_parallelize, self._user_wrap = method, optimizer, parallelize, wrap
         super().__init__(skeleton, layout, values, buffers, device=device, processes=processes)
         check_state(self.optimizer)
+
+    def release(self) -> None:
+        self._before_release()
+        del self._called
+        super().release()
 
     def _prepare(self, module: nn.Module, layout: Layout) -> None:
         set_activation(module, self._method.activation)
@@ -110,12 +117,13 @@ class UserModel(ShardedModel):
             shapes: of everything that will be read, by the names of ``state``.
 
         Raises:
-            UserError: these are not the tensors of this model.
+            UserError: these are not the tensors of this model; nothing was touched.
         """
+        self._refuse_other(layout, shapes)
         buffers = dict(named_buffers(self.module))
 
         def zeros(name: str, parameter: nn.Parameter) -> Tensor:
-            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 0)
+            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 1)
             shape = (end - first, *parameter.shape[1:]) if parameter.ndim else ()
             return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
 
@@ -135,10 +143,18 @@ class UserModel(ShardedModel):
                     on_device = group.get("fused") or group.get("capturable")
                     value = torch.zeros(shapes[key], device=self.device if on_device else "cpu")
                 self.optimizer.state[parameter][state] = value
-        expected = {name: tensor.shape for name, tensor in self.state().items()}
-        if expected != dict(shapes):
-            other = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-            raise UserError(f"the checkpoint is of another model or optimizer: {other[0]} differs")
+
+    def _refuse_other(self, layout: Layout, shapes: Mapping[str, torch.Size]) -> None:
+        """Refuse tensors that are not those of this model with a layout."""
+        expected = {name: p.shape for name, p in convert(self.skeleton, layout).named_parameters()}
+        saved = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")}
+        buffers = {name for name, _ in named_buffers(self.module)}
+        for name in sorted(expected.keys() | saved.keys() - buffers):
+            if expected.get(name) != saved.get(name):
+                raise UserError(
+                    f"the checkpoint is of another model: {name} is {saved.get(name, 'not in it')} and should be "
+                    f"{expected.get(name, 'not there')}; write the model that it was saved from"
+                )
 
 
 def _refuse_flat(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The methods by name, as settings with the arguments that each of them takes."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from ..lowrank.init import Init
 from ..method.settings import Base, LowRankSettings
@@ -13,7 +14,7 @@ def InRank(
     buffer: int = 8,
     threshold: float = 0.9,
     interval: int = 25,
-    freeze_step: int | None = None,
+    freeze_step: int | Literal["auto"] | None = None,
     base: Base = "decay",
     warmup_steps: int | None = None,
     **options: object,
@@ -27,12 +28,13 @@ def InRank(
         buffer: modes trained beyond the active rank; the most that one check can add.
         threshold: explained ratio below which the rank is raised.
         interval: optimizer steps between two checks.
-        freeze_step: optimizer step after which the ranks are frozen; None: they may grow to the end.
+        freeze_step: optimizer step after which the ranks are frozen; ``auto``: when no layer has grown for a while;
+            None: they may grow to the end.
         base: dense base under the factors: ``decay``, ``frozen`` or ``none``.
         warmup_steps: optimizer steps over which a decaying base fades; None: ``freeze_step``, or 200.
         options: any other field of ``LowRankSettings``.
     """
-    warmup = warmup_steps if warmup_steps is not None else (freeze_step or 200)
+    warmup = warmup_steps or (freeze_step if isinstance(freeze_step, int) else 200)
     return _settings(
         mode="inrank" if freeze_step is None else "efficient",
         targets=list(targets),
@@ -74,7 +76,9 @@ def PretrainThenFactorise(
         options: any other field of ``LowRankSettings``.
     """
     chosen: dict[str, object] = {"mode": "efficient"} if rank is None else {"mode": "fixed", "initial_rank": rank}
-    return _settings(targets=list(targets), base="none", dense_fraction=steps / total_steps, **chosen, **options)
+    method = _settings(targets=list(targets), base="none", dense_fraction=steps / total_steps, **chosen, **options)
+    method.total_steps = total_steps  # type: ignore[misc]
+    return method
 
 
 def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **options: object) -> LowRankSettings:

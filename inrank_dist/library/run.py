@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,21 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..lowrank.conv1d import linearise
 from ..lowrank.convert import LayerLayout
 from ..lowrank.division import Processes
+from ..lowrank.kinds import linearise
 from ..lowrank.layer import set_activation
 from ..lowrank.materialize import materialize
 from ..lowrank.merge import merge
 from ..method.controller import RankController
 from ..method.settings import LowRankSettings
-from ..method.start import StartValues, layer_shapes, start_layout
+from ..method.start import StartValues, fits, layer_shapes, start_layout
 from ..models.plan import ModelValues, named_buffers
 from ..runtime.agreement import agree
 from ..runtime.errors import UserError
 from .holder import Groups, UserModel
+
+log = logging.getLogger("inrank_dist")
 
 STATE = "inrank.state"
 """Name of the JSON text, as uint8, that a checkpoint holds beside tensors."""
@@ -52,8 +55,8 @@ class LowRankRun:
         optimizer: makes the optimizer from parameter groups: matrices, and the rest with ``weight_decay`` 0.
         parallelize: activation checkpointing, compilation and ``fully_shard``, applied to the model on ``meta``, in
             place; called again after each event. None: the model stays whole.
-        wrap: makes what is called in place of the model once that has its values, such as
-            ``DistributedDataParallel``; called again after each event.
+        wrap: wraps the model after its parameters have values, such as ``DistributedDataParallel``; the result is
+            ``run.model``. Called again after each event.
         scheduler: makes a learning rate scheduler for an optimizer.
         initial: dense model on the CPU whose values all layers but the factored ones start from.
         seed: of initial values and of new modes.
@@ -83,8 +86,10 @@ class LowRankRun:
         device: torch.device | str | None = None,
         total_steps: int | None = None,
     ) -> None:
-        _check_method(method, total_steps)
+        total_steps = _check_method(method, total_steps)
         self._method, self._make_scheduler = method, scheduler
+        self._groups: list[dict[str, Any]] = []  # of the optimizer that an event replaces
+        self._schedule: dict[str, Any] = {}
         with torch.device("meta"):
             self._dense = model()
         if initial is None:
@@ -110,8 +115,14 @@ class LowRankRun:
             optimizer=optimizer,
             parallelize=parallelize,
             wrap=wrap,
+            before_release=self._remember,
         )
-        self._controller = RankController(self._holder, values, method, seed, total_steps or 1)
+        if self._holder.processes.count > 1 and parallelize is None and wrap is None:
+            log.warning(
+                "warning: %d processes but neither parallelize nor wrap: your loop must average the gradients itself",
+                self._holder.processes.count,
+            )
+        self._controller = RankController(self._holder, values, method, seed, total_steps)
         self.step = 0
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self._controller.before_step(0)
@@ -152,26 +163,31 @@ class LowRankRun:
             UserError: the training diverged.
             Disagreement: processes decided differently; nothing was touched.
         """
+        if backward is None and self._method.growth_init == "gradient":
+            raise UserError("growth_init is gradient, which needs gradients; write after_step(backward)")
         self.step += 1
-        before = self.optimizer
         gradients = None if backward is None else lambda: self._holder.gradients(backward)
         records = self._controller.after_step(self.step, gradients)
-        if self.optimizer is not before:
-            self._carry_over(before)
+        self._carry_over()
         self._controller.before_step(self.step)
         return records
 
-    def _carry_over(self, before: Optimizer) -> None:
-        """Give the new optimizer the learning rates of the old one, and the scheduler the new optimizer."""
-        for new, old in zip(self.optimizer.param_groups, before.param_groups, strict=True):
-            new.update({key: value for key, value in old.items() if key != "params"})
-        if self.scheduler is not None and self._make_scheduler is not None:
-            state = self.scheduler.state_dict()
-            rates = [group["lr"] for group in self.optimizer.param_groups]
+    def _remember(self) -> None:
+        """Keep what the next optimizer and scheduler need, and nothing that holds the old parameters."""
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        if self.scheduler is not None:
+            self._schedule, self.scheduler = self.scheduler.state_dict(), None
+
+    def _carry_over(self) -> None:
+        """Give a new optimizer the learning rates of the old one, and a new scheduler the state of the old one."""
+        if not self._groups:
+            return
+        if self._make_scheduler is not None:
             self.scheduler = self._make_scheduler(self.optimizer)
-            self.scheduler.load_state_dict(state)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            self.scheduler.load_state_dict(self._schedule)
+        for new, old in zip(self.optimizer.param_groups, self._groups, strict=True):
+            new.update(old)
+        self._groups = []
 
     def merge(self) -> nn.Module:
         """The dense model with the products of the factors as weights, whole, on the CPU; a collective if sharded."""
@@ -209,7 +225,7 @@ class LowRankRun:
         return {**self._holder.state(), STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_dict`` gave, in this or another process with as many processes."""
+        """Restore what ``state_dict`` returned; the number of processes must be the same (``load`` allows another)."""
         shapes = {name: tensor.shape for name, tensor in state.items() if name != STATE}
         self._restore(json.loads(bytes(state[STATE].tolist())), shapes)
         with torch.no_grad():
@@ -238,15 +254,13 @@ class LowRankRun:
 
     def _restore(self, saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
         layout = {name: LayerLayout(rank, modes, base) for name, (rank, modes, base) in saved["layout"].items()}
-        if layout and layout.keys() != self._shapes.keys():
-            other = sorted(layout.keys() ^ self._shapes.keys())
-            raise UserError(f"the checkpoint has other low-rank layers ({other[0]}); write the targets that it has")
-        before = self.optimizer
+        if not fits(layout, self._shapes, self._method):
+            other = sorted(layout.keys() ^ self._shapes.keys())[0]
+            raise UserError(f"the checkpoint has other low-rank layers ({other}); write the targets that it has")
         self._holder.rebuild(layout, shapes)
         self.step = saved["step"]
         self._controller.load_state_dict(saved["controller"])
-        if self.optimizer is not before:
-            self._carry_over(before)
+        self._carry_over()
         for group, old in zip(self.optimizer.param_groups, saved["groups"], strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in old.items()})
         if self.scheduler is not None and saved["scheduler"] is not None:
@@ -254,14 +268,19 @@ class LowRankRun:
         self._controller.before_step(self.step)
 
 
-def _check_method(method: LowRankSettings, total_steps: int | None) -> None:
+def _check_method(method: LowRankSettings, total_steps: int | None) -> int:
+    """Refuse a method that does not suit the library; the length of the run, 1 where nothing depends on it."""
     if method.mode == "full":
         raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
     if method.frobenius_decay:
         raise UserError("frobenius_decay is a setting of the trainer's engines; write 0 and decay in your optimizer")
+    if method.total_steps and total_steps and method.total_steps != total_steps:
+        raise UserError(f"total_steps is {total_steps}, but the method is for {method.total_steps}; write it once")
     needs_total = method.dense_fraction or (method.freezes and method.freeze_step == "auto")
-    if needs_total and total_steps is None:
+    total = total_steps or method.total_steps
+    if needs_total and total is None:
         raise UserError("the method needs to know the length of the run; write total_steps")
+    return total or 1
 
 
 def _device(device: torch.device | str | None) -> torch.device:

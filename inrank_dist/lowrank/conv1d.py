@@ -1,11 +1,10 @@
 """``Conv1D`` of ``transformers``: a linear layer that stores its weight as ``(in, out)``."""
 
-from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .layer import LayerKind, LowRankLayer, qualified_name
+from .layer import LayerKind, LowRankLayer
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -27,25 +26,3 @@ class Conv1dKind(LayerKind[Any]):
 
     def restore(self, module: Any, matrix: Tensor) -> Tensor:
         return matrix.T
-
-
-def linearise(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace each ``Conv1D`` among the named layers by the ``nn.Linear`` that does the same, in place.
-
-    Needed before ``convert``: the rows of a ``Conv1D`` weight that a process holds are rows of ``in``. ``merge`` with
-    the model as it was before gives the ``Conv1D`` back.
-
-    Args:
-        names: from ``find_targets``; layers of other types stay as they are.
-    """
-    for name in names:
-        module = model.get_submodule(name)
-        if not any(qualified_name(cls) == CONV1D for cls in type(module).__mro__):
-            continue
-        source: Any = module
-        linear = nn.Linear(source.nx, source.nf, device="meta", dtype=source.weight.dtype)
-        weight = source.weight.detach().T.contiguous()
-        linear.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
-        linear.bias = source.bias
-        linear.train(source.training)
-        model.set_submodule(name, linear)

@@ -1,15 +1,23 @@
 """From singular values to a rank: the explained ratio and the rule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Criterion = Literal["energy", "variance"]
+Residual = Callable[[Tensor, Tensor, int], Tensor]
+"""Sums over the tails ``i > q`` of ``sigma_i^2`` and of ``sigma_i``, each ``(R + 1,)`` for ``q = 0 ... R``, and
+``min(in, out)`` -> what the first ``q`` modes leave unexplained, ``(R + 1,)``. Its share of the first is ``1 - g``."""
+
+RESIDUALS: dict[str, Residual] = {
+    "energy": lambda squares, sums, dimension: squares,
+    "variance": lambda squares, sums, dimension: squares / dimension - (sums / dimension).square(),
+}
+"""``lowrank.criterion`` -> how much of a spectrum is left."""
 
 
-def explained_ratio(sigma: Tensor, dimension: int, criterion: Criterion) -> Tensor:
+def explained_ratio(sigma: Tensor, dimension: int, criterion: str) -> Tensor:
     """How much of a spectrum its first ``q`` modes hold, for every ``q``.
 
     ``energy``: ``g(q) = sum_{i<=q} sigma_i^2 / sum_i sigma_i^2``.
@@ -28,11 +36,7 @@ def explained_ratio(sigma: Tensor, dimension: int, criterion: Criterion) -> Tens
     zero = sigma.new_zeros(1)
     # Sums over the tail i > q for q = 0 ... R; from the small end, so that a tiny tail is not lost in a large total.
     squares = torch.cat([sigma.square().flip(0).cumsum(0).flip(0), zero])
-    if criterion == "energy":
-        residual = squares
-    else:
-        sums = torch.cat([sigma.flip(0).cumsum(0).flip(0), zero])
-        residual = squares / dimension - (sums / dimension).square()
+    residual = RESIDUALS[criterion](squares, torch.cat([sigma.flip(0).cumsum(0).flip(0), zero]), dimension)
     # Equal values in every dimension have no variance; what is computed for it is rounding, of either sign.
     rounding = len(sigma) * torch.finfo(sigma.dtype).eps
     if residual[0] <= squares[0] / dimension * rounding:
@@ -78,7 +82,7 @@ class RankRule:
     """
 
     threshold: float
-    criterion: Criterion
+    criterion: str
     buffer: int
     max_rank_fraction: float
     multiple_of: int

@@ -1,5 +1,6 @@
 """Which dense layers a low-rank layer can stand for: the registry of layer kinds."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -46,3 +47,27 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     if kind is None:
         raise TypeError(f"a {type(module).__name__} has no layer kind")
     return kind.shape(module)
+
+
+def linearise(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace each named layer whose weight is ``(in, out)``, such as ``Conv1D`` of ``transformers``, by the
+    ``nn.Linear`` that does the same, in place.
+
+    Needed before ``convert``: the rows of such a weight that a process holds are rows of ``in``. ``merge`` with the
+    model as it was before gives the layer back.
+
+    Args:
+        names: from ``find_targets``; other layers stay as they are.
+    """
+    for name in names:
+        module: Any = model.get_submodule(name)
+        kind = kind_of(module)
+        if kind is None or not kind.transposed:
+            continue
+        out_features, in_features = kind.shape(module)
+        linear = nn.Linear(in_features, out_features, device="meta", dtype=module.weight.dtype)
+        weight = kind.matrix(module.weight.detach()).contiguous()
+        linear.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        linear.bias = module._parameters.get("bias")
+        linear.train(module.training)
+        model.set_submodule(name, linear)

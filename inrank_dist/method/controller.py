@@ -33,7 +33,7 @@ class RankController:
         method: decides.
         found: layer -> the rank that the rule found at the last decision, which the null rank is to be held against;
             the freeze may have given the layer another.
-        explained: layer -> share of the spectrum that its rank explained at the last decision.
+        reached: layer -> share of the spectrum that its rank explains since the last decision.
         checks_without_growth: decisions in a row in which no layer grew.
         frozen: whether the rank is frozen.
 
@@ -55,7 +55,7 @@ class RankController:
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
         self._initial_rows = cache(self._draw_initial_rows)
-        self.explained: dict[str, float] = {}
+        self.reached: dict[str, float] = {}
         self.found: dict[str, int] = {}
         self.checks_without_growth, self.frozen = 0, False
 
@@ -100,8 +100,9 @@ class RankController:
         if layout != self.holder.layout:
             self.holder.reshape(layout, events, lambda name: self._directions(name, step, events[name].fresh))
             fresh = {name: event.fresh for name, event in events.items() if event.fresh and action == "grow"}
-            growth = Growth(self.holder, self.values, self.settings, self.seed, fresh, step, gradients)
-            GROWTHS[self.settings.growth_init](growth)
+            if fresh:
+                growth = Growth(self.holder, self.values, self.settings, self.seed, fresh, step, gradients)
+                GROWTHS[self.settings.growth_init](growth)
         if action:
             self._remember(decisions, found, action, was_dense=was_dense)
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
@@ -199,7 +200,7 @@ class RankController:
     ) -> None:
         self.method.advance_null(action, was_dense=was_dense)
         self.found = found
-        self.explained = {name: decision.reached for name, decision in decisions.items()}
+        self.reached = {name: decision.reached for name, decision in decisions.items()}
         grew = was_dense or any(d.after > d.before for d in decisions.values())
         self.checks_without_growth = 0 if grew else self.checks_without_growth + 1
         self.frozen = action == "freeze"
@@ -266,7 +267,7 @@ class RankController:
                 "rank": layer.rank,
                 "found": self.found.get(name, layer.rank),
                 "null_rank": self.method.null.of(self.shapes[name]) if self.method.null.checks else None,
-                "reached": self.explained.get(name),
+                "reached": self.reached.get(name),
                 "shape": list(self.shapes[name]),
             }
             for name, layer in self.holder.layout.items()
@@ -276,7 +277,7 @@ class RankController:
         """JSON-able state beside the layout; ``load_state_dict`` continues from it."""
         return {
             "null": self.method.null.state_dict(),
-            "explained": self.explained,
+            "explained": self.reached,
             "found": self.found,
             "quiet": self.checks_without_growth,
             "frozen": self.frozen,
@@ -284,5 +285,5 @@ class RankController:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.method.null.load_state_dict(state["null"])
-        self.explained, self.found = dict(state["explained"]), dict(state["found"])
+        self.reached, self.found = dict(state["explained"]), dict(state["found"])
         self.checks_without_growth, self.frozen = state["quiet"], state["frozen"]

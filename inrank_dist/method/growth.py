@@ -17,7 +17,7 @@ class Growth:
     Attributes:
         fresh: layer -> number of new modes, the last columns: ``U`` is zero and ``V`` random and orthonormal there.
         step: optimizer steps so far.
-        gradients: of all factors on the batch of that step; None: they are not finite, or nobody can compute them.
+        gradients: of all factors on the batch of that step; None: they are not finite.
     """
 
     holder: FactorHolder
@@ -31,7 +31,7 @@ class Growth:
 
 def look_along_gradient(growth: Growth) -> None:
     """Turn new modes to the top singular directions of the gradient."""
-    if growth.fresh and growth.gradients is not None:
+    if growth.gradients is not None:
         aim_at_gradient(growth.holder, growth.fresh, growth.gradients)
 
 

@@ -16,10 +16,10 @@ from .settings import LowRankSettings
 
 
 class RankMethod:
-    """InRank (arXiv 2306.11250): the explained ratio decides, the null rank is shown beside it.
+    """Decides when ranks change and to what, by the explained ratio (arXiv 2306.11250), and keeps the null ranks.
 
-    A new method is a subclass, and a line in ``METHODS``. It sees numbers only; ``RankController`` measures, lets the
-    processes agree, and reshapes.
+    Subclasses set ``grows`` and ``freezes``. A new method is a subclass and a line in ``METHODS``. It sees numbers
+    only; ``RankController`` measures, lets the processes agree, and reshapes.
 
     Args:
         settings: section ``lowrank``.
@@ -121,21 +121,25 @@ def untrained_factors(settings: LowRankSettings, seed: int, out_features: int, i
     return start_factors(out_features, in_features, modes, settings.init, 1.0, generator)
 
 
-class FixedRank(RankMethod):
+class FixedMethod(RankMethod):
     """Factors of constant rank."""
 
     grows = False
 
 
-class InRank(RankMethod):
+class GrowingMethod(RankMethod):
     """The rank may grow to the end."""
 
 
-class InRankEfficient(RankMethod):
+class GrowThenFreezeMethod(RankMethod):
     """The rank grows during the warm-up and is then frozen."""
 
     freezes = True
 
 
-METHODS: dict[str, type[RankMethod]] = {"fixed": FixedRank, "inrank": InRank, "efficient": InRankEfficient}
+METHODS: dict[str, type[RankMethod]] = {
+    "fixed": FixedMethod,
+    "inrank": GrowingMethod,
+    "efficient": GrowThenFreezeMethod,
+}
 """``lowrank.mode`` -> method; ``full`` has none."""

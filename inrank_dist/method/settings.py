@@ -1,13 +1,14 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from ..lowrank.allocation import ALLOCATIONS
-from ..lowrank.criterion import Criterion, RankRule
+from ..lowrank.criterion import RESIDUALS, RankRule
 from ..lowrank.init import Init
 from ..lowrank.layer import Activation
 from ..runtime.choices import OneOf
+from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
 from .policy import RankPolicy
 
@@ -20,6 +21,13 @@ def _modes() -> list[str]:
     from .rank_method import METHODS  # which needs the settings
 
     return ["full", *METHODS]
+
+
+def _choices(kind: Any) -> list[str]:
+    """The texts that a setting of this type can have; empty: any value of another type."""
+    if get_origin(kind) is Annotated:
+        return list(kind.__metadata__[0].names())
+    return list(get_args(kind)) if get_origin(kind) is Literal else []
 
 
 def _method(mode: str) -> Any:
@@ -59,7 +67,7 @@ class LowRankSettings:
     """Modes b trained beyond the active rank; the most that one decision can add."""
     threshold: float = 0.9
     """Explained ratio below which the rank is raised."""
-    criterion: Criterion = "energy"
+    criterion: Annotated[str, OneOf(lambda: RESIDUALS)] = "energy"
     """Explained ratio by energy (sum of squared singular values) or by variance (as published)."""
     measure: Literal["update", "product"] = "update"
     """Spectrum of what was learned since the start, or of the product of the factors, random start included (as
@@ -107,35 +115,37 @@ class LowRankSettings:
     """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", _modes()), ("final", [*ALLOCATIONS]), ("growth_init", _growths())):
-            if getattr(self, name) not in known:
-                raise ValueError(f"lowrank.{name} is {getattr(self, name)}; write one of {', '.join(known)}")
+        for setting in fields(self):
+            known = _choices(setting.type)
+            if known and getattr(self, setting.name) not in known:
+                value = getattr(self, setting.name)
+                raise UserError(f"lowrank.{setting.name} is {value}; write one of {', '.join(known)}")
         for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "freeze_patience", "multiple_of"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"lowrank.{name} is {value}; write a whole number of at least 1")
+                raise UserError(f"lowrank.{name} is {value}; write a whole number of at least 1")
         if not 0 <= self.dense_fraction < 1:
-            raise ValueError(
+            raise UserError(
                 f"lowrank.dense_fraction is {self.dense_fraction}; write a fraction from 0, for none, to below 1"
             )
         if self.buffer < 0 or (self.grows and self.buffer == 0):
-            raise ValueError(
+            raise UserError(
                 f"lowrank.buffer is {self.buffer}; the rank grows into the buffer, so write a whole number of "
                 "at least 1"
             )
         if not 0 < self.threshold < 1:
-            raise ValueError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
+            raise UserError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
         for name in ("max_rank_fraction", "freeze_fraction", "final_budget"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
+                raise UserError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
         if not self.frobenius_decay >= 0:
-            raise ValueError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
+            raise UserError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
         if not self.targets:
-            raise ValueError("lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full")
+            raise UserError("lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full")
         if self.mode == "full":
             return
         if self.base != "none" and self.init in ("spectral", "spectral_ones"):
-            raise ValueError(
+            raise UserError(
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
@@ -145,13 +155,13 @@ class LowRankSettings:
             self._check_bottleneck()
         published = self.grows and self.growth_init == "published"
         if published and self.measure != "product":
-            raise ValueError(
+            raise UserError(
                 f"lowrank.growth_init is published but lowrank.measure is {self.measure}, which would take the "
                 "random new "
                 "modes for learned ones; write lowrank.measure: product or lowrank.growth_init: random"
             )
         if published and self.base != "none":
-            raise ValueError(
+            raise UserError(
                 f"lowrank.growth_init is published but lowrank.base is {self.base}, and the published code has "
                 "no base; "
                 "write lowrank.base: none or lowrank.growth_init: random"
@@ -159,14 +169,14 @@ class LowRankSettings:
         if self.grows and self.multiple_of is not None:
             for name in ("initial_rank", "buffer"):
                 if getattr(self, name) % self.multiple_of:
-                    raise ValueError(
+                    raise UserError(
                         f"lowrank.{name} is {getattr(self, name)}, not a multiple of lowrank.multiple_of "
                         f"{self.multiple_of}; "
                         f"write {-(-getattr(self, name) // self.multiple_of) * self.multiple_of}"
                     )
         fades_late = isinstance(self.freeze_step, int) and self.freeze_step < self.warmup_steps
         if self.freezes and self.base == "decay" and fades_late:
-            raise ValueError(
+            raise UserError(
                 f"lowrank.freeze_step is {self.freeze_step} but the base fades until lowrank.warmup_steps "
                 f"{self.warmup_steps}; "
                 f"write a freeze_step of at least {self.warmup_steps}"
@@ -175,7 +185,7 @@ class LowRankSettings:
     def _check_bottleneck(self) -> None:
         for name, value in (("mode", "fixed"), ("base", "none"), ("dense_fraction", 0), ("frobenius_decay", 0)):
             if getattr(self, name) != value:
-                raise ValueError(
+                raise UserError(
                     f"lowrank.activation is {self.activation} but lowrank.{name} is {getattr(self, name)}; write "
                     f"lowrank.{name}: {value}, or lowrank.activation: none"
                 )
@@ -183,9 +193,12 @@ class LowRankSettings:
     def _check_dense_start(self) -> None:
         start = f"lowrank.dense_fraction is {self.dense_fraction}"
         if self.base != "none":
-            raise ValueError(f"{start} but lowrank.base is {self.base}; write lowrank.base: none")
+            raise UserError(f"{start} but lowrank.base is {self.base}; write lowrank.base: none")
         if self.growth_init == "published":
-            raise ValueError(f"{start} but lowrank.growth_init is published; write lowrank.growth_init: random")
+            raise UserError(f"{start} but lowrank.growth_init is published; write lowrank.growth_init: random")
+
+    total_steps: ClassVar[int | None] = None
+    """Optimizer steps of the run, where a method was made for a certain length (``library.PretrainThenFactorise``)."""
 
     @property
     def start_rank(self) -> int | None:

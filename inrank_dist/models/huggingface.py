@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from ..lowrank.conv1d import CONV1D, linearise
+from ..lowrank.conv1d import CONV1D
 from ..lowrank.init import seed_for
+from ..lowrank.kinds import linearise
 from ..lowrank.layer import qualified_name
 from ..lowrank.materialize import assign_parameters
 from ..runtime.errors import UserError

@@ -107,5 +107,5 @@ def build_optimizer(
             eps=settings.eps,
             dtype=matrix_dtype,
         )
-    make = kind or partial(entry.elementwise, **entry.elsewhere)
+    make = kind or partial(entry.elementwise, **entry.native_arguments)
     return make(groups("plain"), **entry.arguments(settings))

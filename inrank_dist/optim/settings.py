@@ -6,12 +6,9 @@ from typing import Annotated, ClassVar, Literal
 from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
-from .registry import OPTIMIZERS, OptimizerKind
+from .registry import OPTIMIZERS, Matrices, OptimizerKind
 
 MomentRule = Literal["transport", "slice", "reset"]
-
-
-Matrices = Literal["none", "dense", "factors"]
 
 
 def optimizers_of(matrices: Matrices) -> list[str]:

@@ -1,13 +1,18 @@
 """The trainer: ``build`` makes a run from settings, as the command ``train`` does."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["build"]
+if TYPE_CHECKING:
+    from .callbacks import Callback as Callback
+    from .session import build as build
+
+__all__ = ["Callback", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "build":  # the settings of this package are read by those who train nothing
-        from .session import build
-
-        return build
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Imported when used: the settings of this package are read by those who train nothing.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = {"Callback": ".callbacks", "build": ".session"}[name]
+    return getattr(importlib.import_module(place, __name__), name)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ class Trainer:
         patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
         for callback in self.callbacks:
             callback.on_start(self)
-        if self.branched_from:  # from here on the run needs the other one no more
+        if self.branched_from:  # from here on the parent run is no longer needed
             self.save()
             self._resumed_at = self.step
         self._between_steps(stop=False)
@@ -126,7 +127,7 @@ class Trainer:
                 patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
             self.heartbeat(f"step {self.step + 1}", patience, setting)
             began = time.perf_counter()
-            stop, reshaped = self._train_one_step()
+            stop, reshaped = self._step_and_events()
             seconds = time.perf_counter() - began
             self._between_steps(stop)
             # The first step after a start or a reshape may compile; where steps take long, so may the next.
@@ -144,8 +145,12 @@ class Trainer:
         self.writer.finish()
         self.writer.close()
 
-    def _train_one_step(self) -> tuple[bool, bool]:
-        """One optimizer step with what follows from it; whether anyone asked to stop, and whether layers changed."""
+    def _step_and_events(self) -> tuple[bool, bool]:
+        """One optimizer step, its rank event and the callbacks.
+
+        Returns:
+            Whether any process was asked to stop, and whether layers changed their shapes.
+        """
         (batches, verdict, rate), write = self.profiler.run(self.step + 1, self.take_step)
         if write:
             with self.clock.stopped():
@@ -162,13 +167,15 @@ class Trainer:
         gradients = None if verdict.reason else partial(self.engine.factor_gradients, batches, self._tokens_per_step)
         records = self.ranks.after_step(self.step, gradients)
         self.seconds = self.clock.seconds
+        if self.is_due(self.config.log.interval) and math.isfinite(verdict.loss):
+            self.train_loss = verdict.loss
         for callback in self.callbacks:
             callback.on_step_end(self, verdict, rate, records)
         self.evaluation_due = self.is_due(self.config.eval.interval) and self.config.eval.interval > 0
         return verdict.stop, self.engine.layout != before
 
     def take_step(self) -> tuple[Batches, Verdict, float]:
-        """The next optimizer step, without what follows from it: its batches, what was found, the learning rate."""
+        """The next optimizer step alone: its batches, the verdict on it, the learning rate."""
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         self.flops.count(self._tokens_per_step)
         verdict, rate = self._train_step(batches)
@@ -195,7 +202,7 @@ class Trainer:
         return interval > 0 and self.step > 0 and self.step % interval == 0
 
     def _train_step(self, batches: Batches) -> tuple[Verdict, float]:
-        """One optimizer step, or none where it would do harm; what was found, and the learning rate."""
+        """Forward, backward and update; no update where the verdict is against it."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.ranks.before_step(self.step)
@@ -282,7 +289,7 @@ class Trainer:
         self.writer.save(self.engine, state, ephemeral=ephemeral)
 
     def _refuse_lost(self) -> None:
-        """Raise the user's mistake in all processes where a weight or a moment of one of them is not finite."""
+        """Raise ``UserError`` on every process if any process holds a weight or moment that is not finite."""
         lost = self.engine.is_lost()
         self.context.sum(lost)
         if lost:

@@ -72,8 +72,6 @@ class Records(Callback):
     def _step(self, trainer: "Trainer", verdict: Verdict, rate: float) -> dict[str, Any]:
         flops, device = trainer.flops, trainer.engine.device
         speed, data_wait, per_second = trainer.clock.rates(trainer.tokens, trainer.loader.waited, flops.since_start)
-        if math.isfinite(verdict.loss):
-            trainer.train_loss = verdict.loss
         record: dict[str, Any] = {}
         if self.peak is not None:
             peak = self.peak.flops * trainer.context.world_size

@@ -62,16 +62,21 @@ def build(
     start = start_layout(shapes, config.lowrank)
     layout = saved.layout if saved else start
     if not fits(layout, shapes, config.lowrank):
+        first = sorted(layout.keys() ^ shapes.keys())[0]
         raise UserError(
-            f"{config.run.folder} has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
-            f"{config.lowrank.targets} makes {len(shapes)}: write those it was trained with, or another run.dir"
+            f"the checkpoint has {len(layout)} low-rank layers; lowrank.mode {config.lowrank.mode}, targets "
+            f"{config.lowrank.targets} makes {len(shapes)}, and {first} is in one of them only; write those it was "
+            "trained with, or another run.dir"
         )
     engine = build_engine(config, context, skeleton, layout, None if saved else values)
     ranks = RankController(engine, values, config.lowrank, config.run.seed, config.train.steps)
     health = Health(context, config.train, config.optimizer.lr)
     peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
-    dense, first = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
-    every = [*callbacks, Sample(), Records(peak, dense, first)]
+    dense, at_start = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
+    every = [*callbacks, Sample(), Records(peak, dense, at_start)]
+    names = [callback.name for callback in every if callback.name]
+    if len(names) > len(set(names)):
+        raise ValueError(f"two callbacks have the same name, under which their state is saved: {sorted(names)}")
     if checkpoint and saved:
         load_tensors(checkpoint.folder, saved, engine)
         ranks.load_state_dict(saved.ranks)

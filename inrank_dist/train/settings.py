@@ -62,7 +62,7 @@ class TrainSettings:
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass to save memory."""
     max_skipped: int = 10
-    """Number of consecutive skipped steps, whose loss or gradient is not finite (inf or nan), after which the run stops."""
+    """Consecutive skipped steps, whose loss or gradient is not finite (inf or nan), after which the run stops."""
     spike_deviations: float = 6.0
     """A loss this many standard deviations above the mean of the last 64 steps is reported as a spike; 0: none is."""
     skip_spikes: bool = False
