@@ -115,7 +115,9 @@ class Count(Callback):
 
 
 def test_a_callback_sees_a_run_and_keeps_its_state(registered: None, corpus: Path, tmp_path: Path) -> None:
-    config = short_config(corpus, run__dir=tmp_path, checkpoint__interval=5, lowrank__final="thrice")
+    config = short_config(
+        corpus, run__dir=tmp_path, checkpoint__interval=5, checkpoint__keep=9, lowrank__final="thrice"
+    )
     data, context = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False), Context()
     first = Count()
     trainer = build(config, context, data, callbacks=[first])
