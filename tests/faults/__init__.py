@@ -4,6 +4,7 @@
 the same below a launcher such as torchrun. A fault goes off once, also when the job is restarted: it leaves a file.
 """
 
+import functools
 import json
 import os
 import signal
@@ -65,121 +66,141 @@ class Injected(RuntimeError):
 
 
 def arm(fault: Fault) -> None:
-    """Put the fault into this process's code, if it is the one."""
+    """Put the fault into this process, if it is the one."""
     if int(os.environ.get("RANK", "0")) != fault.process:
         return
+    from inrank_dist.commands import train
+    from inrank_dist.train import build
+
+    injected = injector(fault)
+    train.build = functools.partial(build, callbacks=[injected])  # type: ignore[assignment]
+    if fault.phase == "prepare":  # before there is a run
+        injected.around(sys.modules["inrank_dist.data.preparation"], "make_once")
+
+
+def injector(fault: Fault) -> Any:
+    """A callback that puts the fault into the parts of a run when it starts."""
     import torch
 
-    from inrank_dist.engine import engine, sharded
+    from inrank_dist.engine import sharded
     from inrank_dist.method import controller
+    from inrank_dist.train import Callback
     from inrank_dist.train.checkpoint import folder, shard
-    from inrank_dist.train.loop import Trainer
 
-    trainers: list[Trainer] = []
-    start = Trainer.__init__
+    class Injector(Callback):
+        trainer: Any = None
 
-    def remembered(self: Trainer, *arguments: Any, **options: Any) -> None:
-        trainers.append(self)
-        start(self, *arguments, **options)
+        def on_start(self, trainer: Any) -> None:
+            self.trainer, engine = trainer, trainer.engine
+            nan = lambda loss, *_: loss * float("nan")  # noqa: E731
+            if fault.phase == "forward":
+                self.around(engine, "loss", nan, lambda *_: engine.module.training)
+            elif fault.phase == "evaluation":
+                self.around(engine, "loss", nan, lambda *_: not engine.module.training)
+            elif fault.phase == "backward":
+                engine.loss = self.hooked(engine.loss)
+            elif fault.phase == "optimizer":
+                self.around(engine, "gradient_norm", before=lambda: self.poison(engine))
+            elif fault.phase == "decision":
+                self.around(controller, "measure_spectra", self.tilt)
+            elif fault.phase == "reshape":
+                self.around(sharded, "map_factors")
+            elif fault.phase == "save-data":
+                self.around(shard, "write_shard", self.flip)
+            elif fault.phase == "save-commit":
+                self.around(Path, "rename", when=lambda path, *_: path.name.startswith("tmp-step-"))
+            elif fault.phase == "retention":
+                removed = lambda path, *_, **__: path.name.startswith("tmp-removed-")  # noqa: E731
+                self.around(folder.shutil, "rmtree", when=removed)
 
-    Trainer.__init__ = remembered  # type: ignore[method-assign]
+        def fires(self) -> bool:
+            if Path(fault.fired).exists() or (fault.step is not None and self.trainer is None):
+                return False
+            # A save behind the training may come when the training is steps ahead.
+            behind = fault.phase in ("save-data", "save-commit", "retention")
+            if fault.step is not None:
+                step = self.trainer.step
+                if step < fault.step if behind else step != fault.step:
+                    return False
+            Path(fault.fired).touch()
+            return True
 
-    def fires() -> bool:
-        if Path(fault.fired).exists() or (fault.step is not None and not trainers):
-            return False
-        # A save behind the training may come when the training is steps ahead.
-        behind = fault.phase in ("save-data", "save-commit", "retention")
-        if fault.step is not None and (trainers[0].step < fault.step if behind else trainers[0].step != fault.step):
-            return False
-        Path(fault.fired).touch()
-        return True
+        def around(
+            self,
+            owner: Any,
+            name: str,
+            corrupt: Callable[..., Any] | None = None,
+            when: Any = None,
+            before: Callable[[], None] = lambda: None,
+        ) -> None:
+            """Strike before ``owner.name`` is called. A corruption is done to what it returns, or beforehand."""
+            original = getattr(owner, name)
 
-    def strike() -> None:
-        if fault.action == "kill" and fault.delay:
-            threading.Timer(fault.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-        elif fault.action == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault.action == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        elif fault.action == "signal":
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif fault.action == "raise":
-            raise Injected(f"injected at step {fault.step} in {fault.phase}")
-        elif fault.action == "hang":
-            time.sleep(10_000)
-        elif fault.action == "pause":
-            while not Path(fault.fired + ".go").exists():
-                time.sleep(0.01)
+            def replaced(*arguments: Any, **options: Any) -> Any:
+                goes_off = (when is None or when(*arguments)) and self.fires()
+                if goes_off:
+                    strike(fault)
+                    if fault.action == "corrupt":
+                        before()
+                result = original(*arguments, **options)
+                return corrupt(result, *arguments) if goes_off and fault.action == "corrupt" and corrupt else result
 
-    def around(owner: Any, name: str, corrupt: Callable[..., Any] | None = None, when: Any = None) -> None:
-        """Strike before ``owner.name`` is called; a corruption is done to what it returns."""
-        original = getattr(owner, name)
+            setattr(owner, name, replaced)
 
-        def replaced(*arguments: Any, **options: Any) -> Any:
-            goes_off = (when is None or when(*arguments)) and fires()
-            if goes_off:
-                strike()
-            result = original(*arguments, **options)
-            return corrupt(result, *arguments) if goes_off and fault.action == "corrupt" and corrupt else result
+        def hooked(self, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            """Strike when the gradient of the loss arrives."""
 
-        setattr(owner, name, replaced)
+            def replaced(*arguments: Any) -> torch.Tensor:
+                loss = original(*arguments)
+                if loss.requires_grad and self.fires():
 
-    def flip(result: Any, *arguments: Any) -> Any:
-        """Flip a byte of the tensor file that was written."""
-        path = arguments[0] / next(iter(result))
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        return result
+                    def hook(gradient: torch.Tensor) -> torch.Tensor:
+                        strike(fault)
+                        return gradient * float("nan") if fault.action == "corrupt" else gradient
 
-    training = lambda held, *_: held.module.training  # noqa: E731
-    if fault.phase == "forward":
-        around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), training)
-    elif fault.phase == "backward":
-        original_loss = engine.Engine.loss
+                    loss.register_hook(hook)
+                return loss
 
-        def hooked(held: Any, *arguments: Any) -> torch.Tensor:
-            loss = original_loss(held, *arguments)
-            if loss.requires_grad and fires():
+            return replaced
 
-                def hook(gradient: torch.Tensor) -> torch.Tensor:
-                    strike()
-                    return gradient * float("nan") if fault.action == "corrupt" else gradient
+        @staticmethod
+        def poison(engine: Any) -> None:
+            next(rows for rows in engine._gradients() if rows.numel()).fill_(float("nan"))
 
-                loss.register_hook(hook)
-            return loss
-
-        engine.Engine.loss = hooked  # type: ignore[method-assign]
-    elif fault.phase == "optimizer":
-        gradient_norm = engine.Engine.gradient_norm
-
-        def poisoned(held: Any) -> Any:
-            if fires():
-                strike()
-                if fault.action == "corrupt":
-                    next(rows for rows in held._gradients() if rows.numel()).fill_(float("nan"))
-            return gradient_norm(held)
-
-        engine.Engine.gradient_norm = poisoned  # type: ignore[method-assign]
-    elif fault.phase == "decision":
-
+        @staticmethod
         def tilt(result: Any, *_: Any) -> Any:
             result.checksums[next(iter(result.checksums))] += 1
             return result
 
-        around(controller, "measure_spectra", tilt)
-    elif fault.phase == "reshape":
-        around(sharded, "map_factors")
-    elif fault.phase == "save-data":
-        around(shard, "write_shard", flip)
-    elif fault.phase == "save-commit":
-        around(Path, "rename", when=lambda path, *_: path.name.startswith("tmp-step-"))
-    elif fault.phase == "retention":
-        around(folder.shutil, "rmtree", when=lambda path, *_, **__: path.name.startswith("tmp-removed-"))
-    elif fault.phase == "evaluation":
-        around(engine.Engine, "loss", lambda loss, *_: loss * float("nan"), lambda held, *_: not held.module.training)
-    elif fault.phase == "prepare":
-        around(sys.modules["inrank_dist.data.preparation"], "make_once")
+        @staticmethod
+        def flip(result: Any, *arguments: Any) -> Any:
+            """Flip a byte of the tensor file that was written."""
+            path = arguments[0] / next(iter(result))
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+            return result
+
+    return Injector()
+
+
+def strike(fault: Fault) -> None:
+    """Do to this process what the fault does, but for a corruption."""
+    if fault.action == "kill" and fault.delay:
+        threading.Timer(fault.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    elif fault.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.action == "signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif fault.action == "raise":
+        raise Injected(f"injected at step {fault.step} in {fault.phase}")
+    elif fault.action == "hang":
+        time.sleep(10_000)
+    elif fault.action == "pause":
+        while not Path(fault.fired + ".go").exists():
+            time.sleep(0.01)
 
 
 def record_samples(file: Path) -> None:
