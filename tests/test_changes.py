@@ -186,6 +186,8 @@ def others(key: str, present: Any) -> list[str]:
     kind = SETTINGS[key]
     if key in OTHER:
         return [OTHER[key]]
+    if typing.get_origin(kind) is typing.Annotated:
+        return [each for each in kind.__metadata__[0].names() if each != present]
     if typing.get_origin(kind) is typing.Literal:
         return [each for each in typing.get_args(kind) if each != present]
     if isinstance(present, bool):
