@@ -319,7 +319,7 @@ def test_budget_and_uniform_stay_below_the_cap_and_show_what_they_explain(corpus
         recorder, table = train(config, hook=kept.append)
         assert {rank for rank, _, _ in table.values()} <= {1, 2, 3}
         check = [record for record in recorder.records if record["kind"] == "rank_check"][-1]["layers"]
-        for name, share in kept[0].ranks.explained.items():
+        for name, share in kept[0].ranks.reached.items():
             assert share >= check[name]["explained"] or check[name]["rank"] < 3
 
 

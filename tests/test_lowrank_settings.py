@@ -1,5 +1,6 @@
 """The section ``lowrank``: what it refuses, what it means, and the calendar that follows from it."""
 
+import dataclasses
 import re
 
 import pytest
@@ -180,7 +181,7 @@ def test_settings_without_effect_in_mode_fixed() -> None:
 
 def test_nothing_has_an_effect_in_mode_full() -> None:
     every = {key for key, _ in LowRankSettings(mode="full").without_effect()}
-    assert every == set(LowRankSettings.__dataclass_fields__) - {"mode"}
+    assert every == {field.name for field in dataclasses.fields(LowRankSettings)} - {"mode"}
 
 
 def test_calendar_of_a_run() -> None:
