@@ -245,18 +245,9 @@ class Engine(SavedModel):
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
         """Gradients of every layer's factors on a global batch, all rows that this process holds; nothing is moved."""
         self.accumulate(batches, tokens, training=False)
-        parameters = self.parameters()
-        gradients = {
-            layer: Factors(*(self._gradient(parameters[f"{layer}.{factor}"]) for factor in "UV"))
-            for layer in self.layout
-        }
+        gradients = self._factor_gradients()
         self.drop_gradients()
         return gradients
-
-    def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """This process's rows of a parameter's gradient, copied."""
-        assert parameter.grad is not None
-        return self._local(parameter.grad).clone()
 
     def facts(self) -> dict[str, str]:
         """What a user would want to know of how this engine runs here, for the log."""

@@ -107,6 +107,19 @@ class HeldModel:
         parameters = self.parameters()
         return {layer: Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")) for layer in layers}
 
+    def _gradient(self, parameter: nn.Parameter) -> Tensor:
+        """This process's rows of a parameter's gradient, copied."""
+        assert parameter.grad is not None
+        return self._local(parameter.grad).clone()
+
+    def _factor_gradients(self) -> dict[str, Factors]:
+        """All rows of the gradients of every layer's factors that this process holds, copied."""
+        parameters = self.parameters()
+        return {
+            layer: Factors(*(self._gradient(parameters[f"{layer}.{factor}"]) for factor in "UV"))
+            for layer in self.layout
+        }
+
     @torch.no_grad()
     def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
         """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""

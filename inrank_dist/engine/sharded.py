@@ -61,16 +61,13 @@ class ShardedModel(HeldModel):
         self._base_scale = 1.0
 
         def initial(name: str, parameter: nn.Parameter) -> Tensor:
-            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 1)
-            if values is None:
-                shape = (end - first, *parameter.shape[1:]) if parameter.ndim else ()
-                return torch.zeros(shape, dtype=parameter.dtype, device=device)
+            assert values is not None
             whole = values(name)
             # A copy of the rows: a view would keep the whole tensor alive.
-            rows = whole[first:end] if parameter.ndim else whole
+            rows = whole[slice(*self._placements[name].rows(parameter.shape[0]))] if parameter.ndim else whole
             return rows.to(device, parameter.dtype, copy=True).contiguous()
 
-        self._build(layout, initial, buffers)
+        self._build(layout, self._zeros if values is None else initial, buffers)
 
     # What a subclass defines: how the model is sharded, called and trained.
 
@@ -119,6 +116,14 @@ class ShardedModel(HeldModel):
             return self._placements[name].wrap(rows(name, parameter), parameter.shape)
 
         assign_parameters(module, held)
+
+    def _zeros(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """This process's rows of zeros, to be read into."""
+        shape = list(parameter.shape)
+        if shape:
+            first, end = self._placements[name].rows(shape[0])
+            shape[0] = end - first
+        return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
 
     def release(self) -> None:
         """Drop the model and its optimizer. The object is unusable until ``_build`` is called again."""

@@ -82,11 +82,7 @@ class UserModel(ShardedModel):
         """Gradients of every layer's factors; nothing is moved."""
         self.optimizer.zero_grad()
         backward()
-        parameters = self.parameters()
-        found = {}
-        for layer in self.layout:
-            both = [parameters[f"{layer}.{factor}"].grad for factor in "UV"]
-            found[layer] = Factors(*(self._local(grad).clone() for grad in both if grad is not None))
+        found = self._factor_gradients()
         self.optimizer.zero_grad()
         return found
 
@@ -121,14 +117,8 @@ class UserModel(ShardedModel):
         """
         self._refuse_other(layout, shapes)
         buffers = dict(named_buffers(self.module))
-
-        def zeros(name: str, parameter: nn.Parameter) -> Tensor:
-            first, end = self._placements[name].rows(parameter.shape[0]) if parameter.ndim else (0, 1)
-            shape = (end - first, *parameter.shape[1:]) if parameter.ndim else ()
-            return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
-
         self.release()
-        self._build(layout, zeros, lambda name: buffers[name])
+        self._build(layout, self._zeros, lambda name: buffers[name])
         parameters = self.parameters()
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for name, parameter in parameters.items():
