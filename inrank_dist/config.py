@@ -107,11 +107,11 @@ class Config:
                 "write parallel.engine: fsdp, or optimizer.name: adamw"
             )
         wanted: Matrices = "dense" if self.lowrank.mode == "full" else "factors"
-        if self.optimizer.kind.matrices != wanted:
+        if self.optimizer.entry.matrices != wanted:
             advice = " or ".join(optimizers_of(wanted))
-            kind = "has no factors" if self.lowrank.mode == "full" else "trains factors"
+            fact = "has no factors" if self.lowrank.mode == "full" else "trains factors"
             raise UserError(
-                f"optimizer.name is {name} but lowrank.mode {self.lowrank.mode} {kind}; write optimizer.name: {advice}"
+                f"optimizer.name is {name} but lowrank.mode {self.lowrank.mode} {fact}; write optimizer.name: {advice}"
             )
 
     def to_yaml(self) -> str:
@@ -122,17 +122,17 @@ class Config:
         """Section -> key -> value, under the names that a YAML file has."""
         return {
             section: {
-                key_of(setting): getattr(getattr(self, section), setting.name) for setting in dataclasses.fields(kind)
+                key_of(setting): getattr(getattr(self, section), setting.name) for setting in dataclasses.fields(cls)
             }
-            for section, kind in SECTIONS.items()
+            for section, cls in SECTIONS.items()
         }
 
     def changed(self) -> dict[str, Any]:
         """Dotted key -> value of the settings that are not the default."""
         return {
             f"{section}.{key_of(setting)}": value
-            for section, kind in SECTIONS.items()
-            for setting in dataclasses.fields(kind)
+            for section, cls in SECTIONS.items()
+            for setting in dataclasses.fields(cls)
             if (value := getattr(getattr(self, section), setting.name)) != default_of(setting)
         }
 
@@ -205,7 +205,7 @@ def _types(section: type) -> dict[str, Any]:
 SECTIONS: dict[str, Any] = _types(Config)
 """Section -> its dataclass."""
 SETTINGS: dict[str, Any] = {
-    f"{section}.{key}": kind for section, settings in SECTIONS.items() for key, kind in _types(settings).items()
+    f"{section}.{key}": type_ for section, cls in SECTIONS.items() for key, type_ in _types(cls).items()
 }
 """Dotted key -> its type."""
 
@@ -251,11 +251,11 @@ def _build(values: dict[str, Any]) -> Config:
             raise UserError(f"{dotted} is {shown(value)}; write a number of at most {MOST}")
         section, _, key = dotted.partition(".")
         sections.setdefault(section, {})[key] = float(value) if is_float else value
-    for section, kind in SECTIONS.items():
+    for section, cls in SECTIONS.items():
         present = sections.setdefault(section, {})
         missing = [
             key_of(setting)
-            for setting in dataclasses.fields(kind)
+            for setting in dataclasses.fields(cls)
             if present.get(key_of(setting)) is None and is_required(setting, present)
         ]
         if missing:
@@ -263,13 +263,13 @@ def _build(values: dict[str, Any]) -> Config:
             are, each = ("is", "") if len(missing) == 1 else ("are", " for each")
             raise UserError(f"{names} {are} missing; write {in_words(SETTINGS[f'{section}.{missing[0]}'])}{each}")
     try:
-        return Config(**{section: _fill(kind, sections[section]) for section, kind in SECTIONS.items()})
+        return Config(**{section: _fill(cls, sections[section]) for section, cls in SECTIONS.items()})
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _fill(kind: Any, values: dict[str, Any]) -> Any:
-    return kind(**{s.name: values[key_of(s)] for s in dataclasses.fields(kind) if key_of(s) in values})
+def _fill(cls: Any, values: dict[str, Any]) -> Any:
+    return cls(**{s.name: values[key_of(s)] for s in dataclasses.fields(cls) if key_of(s) in values})
 
 
 def default_of(key: "dataclasses.Field[Any]") -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import spectrum
-from inrank_dist.lowrank.layer import set_joining
+from inrank_dist.lowrank.layer import set_fused
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
 from inrank_dist.runtime.agreement import Disagreement
 from inrank_dist.train.loop import Trainer
@@ -198,7 +198,7 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
     engine = trainer.engine
     gradients: dict[str, Tensor] = {}
     hooks = []
-    set_joining(engine.module, False)  # layers that run together are not called one by one
+    set_fused(engine.module, False)  # layers that run together are not called one by one
     for name in layers:
         inputs: list[Tensor] = []
 
@@ -215,7 +215,7 @@ def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: i
     engine.drop_gradients()
     for hook in hooks:
         hook.remove()
-    set_joining(engine.module, True)
+    set_fused(engine.module, True)
     for name in layers:
         engine.context.sum(gradients[name])
     return gradients

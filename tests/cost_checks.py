@@ -29,9 +29,9 @@ from inrank_dist.lowrank.convert import convert
 from inrank_dist.lowrank.division import Processes
 from inrank_dist.lowrank.spectrum import Factors, measure_spectra
 from inrank_dist.runtime.context import Context
+from inrank_dist.train.building import cost_setup
 from inrank_dist.train.loop import Trainer
 from inrank_dist.train.memory import peak_extra_bytes
-from inrank_dist.train.start import cost_setup
 
 
 def all_seen() -> dict[str, list[Counted]]:

@@ -9,7 +9,7 @@ from inrank_dist.config import Config
 from inrank_dist.lowrank import init
 from inrank_dist.models import loss
 from inrank_dist.models.huggingface import HuggingFaceLM, HuggingFaceValues
-from inrank_dist.train.start import dense_skeleton
+from inrank_dist.train.building import dense_skeleton
 
 RENAMES = {
     "model.model.layers.": "blocks.",

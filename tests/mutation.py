@@ -101,7 +101,7 @@ FAULTS = [
     ),
     Fault(
         "stale parameters: the optimizer holds those of before the rank event",
-        "engine/sharded.py",
+        "engine/reshapable.py",
         "self.optimizer = self._make_optimizer(module)",
         "self.optimizer = getattr(self, 'stale', None) or self._make_optimizer(module); self.stale = self.optimizer",
         ("tests/test_engines.py::test_every_parameter_moves_after_every_event[fsdp-3]",),

@@ -29,7 +29,7 @@ def outcome(times: dict[Form, float], width: int = 64, flops: dict[Form, int] | 
 
 def test_every_form_is_measured_on_one_process() -> None:
     forms = [form for form in {**dict.fromkeys(STANDARD), **dict.fromkeys(ABLATION)} if not form.compiled]
-    got = measure_speed(TINY, forms, Context(), kind="local", bf16=False, rounds=3)
+    got = measure_speed(TINY, forms, Context(), engine="local", bf16=False, rounds=3)
     assert list(got.rows) == forms
     assert (got.rank, got.rounded) == (12, 16)  # to the nearest multiple of 8
     for form, row in got.rows.items():
@@ -47,7 +47,7 @@ def in_each_process() -> dict[str, tuple[float, float]]:
     context = Context()
     context.start(60)
     forms = [Form("full"), Form("frozen")]
-    got = measure_speed(TINY, forms, context, kind="fsdp", bf16=False, rounds=1)
+    got = measure_speed(TINY, forms, context, engine="fsdp", bf16=False, rounds=1)
     context.stop()
     return {f"{form.model} {kind}": sent for form, row in got.rows.items() for kind, sent in row.sent.items()}
 

@@ -17,7 +17,7 @@ from runs import small_config, train, trainer_of
 from safetensors import safe_open
 
 from inrank_dist.data.hashing import hash_file
-from inrank_dist.engine.saved import SavedRows
+from inrank_dist.engine.checkpointable import SavedRows
 from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
@@ -87,7 +87,7 @@ def test_a_process_without_rows_writes_no_file_but_fetches(tmp_path: Path) -> No
 MEASURED = """
 import resource, sys, torch
 from pathlib import Path
-from inrank_dist.engine.saved import SavedRows
+from inrank_dist.engine.checkpointable import SavedRows
 from inrank_dist.train.checkpoint.shard import stage, write_shard
 
 MIB, COUNT, ROWS = 2**20, 12, 2048

@@ -11,11 +11,11 @@ from sharing import slow
 from inrank_dist.commands.main import main
 from inrank_dist.config import SECTIONS, SETTINGS, Config, load_config
 from inrank_dist.lowrank.convert import LayerLayout, convert
+from inrank_dist.method.initial import layer_shapes
 from inrank_dist.method.settings import LowRankSettings
-from inrank_dist.method.start import layer_shapes
 from inrank_dist.models import flops_per_token
 from inrank_dist.runtime.errors import UserError
-from inrank_dist.train.start import dense_skeleton
+from inrank_dist.train.building import dense_skeleton
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PUBLISHED = {

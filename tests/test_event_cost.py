@@ -273,7 +273,7 @@ class Compilations:
         self.trainer = trainer
         self.counts: list[tuple[str, bool, int]] = []
         self.tables: list[set[Any]] = [self.layouts()]
-        train_step, evaluate, after_step = trainer._train_step, trainer._evaluate, trainer.ranks.after_step
+        train_step, evaluate, after_step = trainer._update, trainer._evaluate, trainer.ranks.after_step
         self.first = {"train": True, "eval": True}
 
         def counted(kind: str, work: Any, *arguments: Any) -> Any:
@@ -292,7 +292,7 @@ class Compilations:
                 self.first = {"train": True, "eval": True}
             return records
 
-        trainer._train_step = lambda *batch: counted("train", train_step, *batch)  # type: ignore[method-assign]
+        trainer._update = lambda *batch: counted("train", train_step, *batch)  # type: ignore[method-assign]
         trainer._evaluate = lambda: counted("eval", evaluate)  # type: ignore[method-assign]
         trainer.ranks.after_step = event  # type: ignore[method-assign]
 

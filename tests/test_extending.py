@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import inrank_dist as inrank
 from inrank_dist.data import prepare
-from inrank_dist.lowrank.allocation import ALLOCATIONS
+from inrank_dist.lowrank.allocation import ALLOCATIONS, Allocation
 from inrank_dist.lowrank.criterion import Decision
 from inrank_dist.lowrank.kinds import KINDS
 from inrank_dist.lowrank.layer import LayerKind, LowRankLayer
 from inrank_dist.method.rank_method import METHODS, RankMethod
-from inrank_dist.optim.registry import OPTIMIZERS, OptimizerKind
+from inrank_dist.optim.registry import OPTIMIZERS, OptimizerEntry
 from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.train import Callback, build
@@ -86,9 +86,9 @@ class ScaledKind(LayerKind[Scaled]):
 @pytest.fixture
 def registered() -> Iterator[None]:
     METHODS["half"] = HalfRank
-    OPTIMIZERS["lion"] = OptimizerKind(Lion, lambda s: {"lr": s.lr, "beta": s.beta1}, lambda s: ("exp_avg",))
+    OPTIMIZERS["lion"] = OptimizerEntry(Lion, lambda s: {"lr": s.lr, "beta": s.beta1}, lambda s: ("exp_avg",))
     KINDS[Scaled] = ScaledKind()
-    ALLOCATIONS["thrice"] = lambda layers, multiple_of, budget, seed: dict.fromkeys(layers, 3)
+    ALLOCATIONS["thrice"] = Allocation(lambda layers, multiple_of, budget, seed: dict.fromkeys(layers, 3))
     yield
     del METHODS["half"], OPTIMIZERS["lion"], KINDS[Scaled], ALLOCATIONS["thrice"]
 

@@ -10,7 +10,7 @@ from runs import small_config, tensor_bytes, train
 from torch import Tensor, nn
 
 from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
-from inrank_dist.lowrank.layer import set_base_scale, set_joining
+from inrank_dist.lowrank.layer import set_base_scale, set_fused
 from inrank_dist.lowrank.linear import LowRankLinear
 from inrank_dist.lowrank.materialize import materialize
 from inrank_dist.models import LanguageModel, ModelSettings, build_model
@@ -41,7 +41,7 @@ def low_rank(settings: ModelSettings, *, base: bool, dtype: torch.dtype = torch.
 
 
 def loss_and_gradients(model: LanguageModel, *, joins: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    set_joining(model, joins)
+    set_fused(model, joins)
     model.zero_grad()
     tokens = torch.arange(32).view(2, 16) % 61
     loss = model(tokens, tokens.roll(1, 1))

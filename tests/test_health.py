@@ -78,8 +78,8 @@ def test_a_checkpoint_right_after_a_skipped_step_is_resumed(corpus: Path, tmp_pa
         def ends(batches: Any) -> Any:
             raise KeyboardInterrupt
 
-        train_step = trainer._train_step
-        trainer._train_step = lambda batches: (ends if trainer.step == 9 else train_step)(batches)  # type: ignore
+        train_step = trainer._update
+        trainer._update = lambda batches: (ends if trainer.step == 9 else train_step)(batches)  # type: ignore
 
     with pytest.raises(KeyboardInterrupt):
         train(config, hook=hook)
@@ -201,7 +201,7 @@ def test_a_failed_save_behind_the_training_is_told_at_the_next_step(corpus: Path
     steps: list[int] = []
 
     def hook(trainer: Trainer) -> None:
-        train_step, commit = trainer._train_step, trainer.writer._commit
+        train_step, commit = trainer._update, trainer.writer._commit
 
         def waits(batches: Any) -> Any:
             steps.append(trainer.step)
@@ -213,7 +213,7 @@ def test_a_failed_save_behind_the_training_is_told_at_the_next_step(corpus: Path
         def fails(*arguments: Any) -> None:
             raise OSError(errno.EIO, "Input/output error")
 
-        trainer._train_step, trainer.writer._commit = waits, fails if commit else commit  # type: ignore
+        trainer._update, trainer.writer._commit = waits, fails if commit else commit  # type: ignore
 
     with pytest.raises(UserError, match=r"step-00000004 could not be written \(Input/output error\)"):
         train(config, hook=hook)

@@ -21,8 +21,8 @@ from inrank_dist.models import ModelSettings, flops_per_token, huggingface, loss
 from inrank_dist.models.huggingface import HuggingFaceLM, build
 from inrank_dist.models.loss import ChunkedLoss, LossHead, summed_loss
 from inrank_dist.runtime.errors import UserError
+from inrank_dist.train.building import dense_skeleton
 from inrank_dist.train.memory import peak_extra_bytes
-from inrank_dist.train.start import dense_skeleton
 
 VOCAB = 301
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}

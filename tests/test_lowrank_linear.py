@@ -114,6 +114,6 @@ def test_an_activation_lies_between_the_factors() -> None:
     plain = layer(x)
     set_activation(nn.Sequential(layer), "silu")
     torch.testing.assert_close(layer(x), F.silu(x @ layer.V) @ layer.U.T + layer.bias)
-    (joined,) = LowRankLinear.forward_together([layer], x)
+    (joined,) = LowRankLinear.forward_fused([layer], x)
     torch.testing.assert_close(joined, layer(x))
     assert not torch.allclose(plain, joined)

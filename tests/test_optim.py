@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from inrank_dist.optim.groups import parameter_kinds
+from inrank_dist.optim.groups import parameter_roles
 from inrank_dist.optim.matrices import HeldRows, MatrixOptimizer, Pair
 from inrank_dist.optim.orthogonal import (
     inverse_root,
@@ -147,11 +147,11 @@ def test_which_layers_are_matrices() -> None:
     """Those of every registered kind within the blocks; a transposed one is refused."""
     block = nn.ModuleList([nn.Linear(4, 4), nn.Conv2d(2, 3, 3)])
     model = nn.ModuleDict({"block": block, "head": nn.Linear(4, 4)})
-    kinds = parameter_kinds(model, [block], OptimizerSettings(name="muon"))
-    assert {name for name, kind in kinds.items() if kind == "dense"} == {"block.0.weight", "block.1.weight"}
+    roles = parameter_roles(model, [block], OptimizerSettings(name="muon"))
+    assert {name for name, role in roles.items() if role == "dense"} == {"block.0.weight", "block.1.weight"}
     transformers_layer = Conv1D(4, 4)
     with pytest.raises(UserError, match=r"Conv1D.*write optimizer.name: adamw"):
-        parameter_kinds(transformers_layer, [transformers_layer], OptimizerSettings(name="muon"))
+        parameter_roles(transformers_layer, [transformers_layer], OptimizerSettings(name="muon"))
 
 
 @pytest.mark.parametrize("maps", [spectron_maps, lora_muon_maps])

@@ -14,8 +14,8 @@ from inrank_dist.commands.main import main
 from inrank_dist.engine.activations import _peaks, micro_batch_activations
 from inrank_dist.lowrank.convert import LayerLayout, convert
 from inrank_dist.models import ModelSettings
+from inrank_dist.train.building import dense_skeleton
 from inrank_dist.train.checkpoint import list_checkpoints, stored_tensors
-from inrank_dist.train.start import dense_skeleton
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

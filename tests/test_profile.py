@@ -15,9 +15,9 @@ from inrank_dist.lowrank.convert import LayerLayout, convert, find_targets
 from inrank_dist.models import flops_per_token
 from inrank_dist.runtime.context import Context
 from inrank_dist.train import speed
+from inrank_dist.train.building import dense_skeleton
 from inrank_dist.train.monitors import ConsoleMonitor
 from inrank_dist.train.profiling import StepProfiler, memory_split
-from inrank_dist.train.start import dense_skeleton
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ from inrank_dist.engine.engine import Engine
 from inrank_dist.lowrank.convert import LayerLayout, Layout
 from inrank_dist.lowrank.event import RankEvent, grow
 from inrank_dist.lowrank.init import generator_for
-from inrank_dist.method.start import layer_shapes, start_layout
+from inrank_dist.method.initial import layer_shapes, start_layout
 from inrank_dist.runtime.context import Context
-from inrank_dist.train.start import build_engine, dense_skeleton
+from inrank_dist.train.building import build_engine, dense_skeleton
 
 HIDDEN, MLP, LAYERS, VOCABULARY, RANK, BUFFER = 2048, 5504, 24, 32_000, 128, 32
 SHAPES = dict.fromkeys(("attention.q", "attention.k", "attention.v", "attention.out"), (HIDDEN, HIDDEN))

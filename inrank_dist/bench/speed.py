@@ -21,23 +21,23 @@ from torch import Tensor
 from ..config import Config, load_config
 from ..engine.cost import Held, held_bytes, sent_bytes
 from ..engine.engine import Batches, Engine
-from ..engine.settings import Kind
-from ..engine.sharded import Values
+from ..engine.reshapable import Values
+from ..engine.settings import EngineName
 from ..lowrank.allocation import fitting_multiple
 from ..lowrank.convert import LayerLayout, Layout, convert, find_targets
 from ..lowrank.init import generator_for
-from ..lowrank.layer import set_activation, set_joining
+from ..lowrank.layer import set_activation, set_fused
 from ..models import LanguageModel, flops_per_token
 from ..runtime.context import Context
+from ..train.building import build_engine, cost_setup, dense_skeleton
 from ..train.memory import peak_extra_bytes
 from ..train.speed import Peak, peak_of
-from ..train.start import build_engine, cost_setup, dense_skeleton
 from .traffic import Collectives
 
 log = logging.getLogger("inrank_dist")
 
 Model = Literal["full", "fixed", "untruncated", "growing", "frozen", "half", "bottleneck"]
-COUNTED_ENGINES: tuple[Kind, ...] = ("ddp", "fsdp", "zero3")
+COUNTED_ENGINES: tuple[EngineName, ...] = ("ddp", "fsdp", "zero3")
 
 
 @dataclass(frozen=True)
@@ -209,16 +209,16 @@ class Outcome:
 
 
 def measure_speed(
-    shape: Shape, forms: Sequence[Form], context: Context, *, kind: Kind, bf16: bool, rounds: int
+    shape: Shape, forms: Sequence[Form], context: Context, *, engine: EngineName, bf16: bool, rounds: int
 ) -> Outcome:
     """Time a step of every form in alternating rounds, after one warm-up round. With several processes, also count the
     bytes that ``COUNTED_ENGINES`` send.
 
     Args:
-        kind: engine.
+        engine: its name.
         rounds: number of rounds of every form.
     """
-    config = _config(shape, context, kind, bf16)
+    config = _config(shape, context, engine, bf16)
     skeleton = dense_skeleton(config.model, shape.vocab)
     multiple = config.lowrank.final_multiple(context.device.type)
     rounded = _rounded(shape.requested_rank, multiple)
@@ -248,8 +248,8 @@ def measure_speed(
         with _running(engines[form.model], form):
             step = partial(_step, engines[form.model], batch, tokens)
             rows[form].extra = peak_extra_bytes(step, context.device)
-    for engine in engines.values():
-        engine.release()
+    for built in engines.values():
+        built.release()
     engines.clear()
     torch.compiler.reset()
     if context.world_size > 1:
@@ -257,10 +257,10 @@ def measure_speed(
             if row.form.model in ("full", "growing", "frozen") and not row.form.compiled and row.form.fused:
                 row.sent = _sent(config, context, skeleton, layouts[row.form.model], batch, tokens)
     peak = peak_of(context.device, bf16=bf16)
-    return Outcome(shape, shape.requested_rank, rounded, half, kind, tokens, peak, rows)
+    return Outcome(shape, shape.requested_rank, rounded, half, engine, tokens, peak, rows)
 
 
-def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
+def _config(shape: Shape, context: Context, engine: EngineName, bf16: bool) -> Config:
     settings = {
         "model.num_layers": shape.layers,
         "model.num_heads": max(shape.hidden // 64, 1),
@@ -272,7 +272,7 @@ def _config(shape: Shape, context: Context, kind: Kind, bf16: bool) -> Config:
         "train.precision": "bf16" if bf16 else "fp32",
         "train.compile": "true",  # forms that are not compiled still run eagerly, see _running
         "lowrank.targets": f"[{shape.targets}]",
-        "parallel.engine": kind,
+        "parallel.engine": engine,
     }
     return load_config(None, [f"--{key}={value}" for key, value in settings.items()])[0]
 
@@ -318,7 +318,7 @@ def _values(module: LanguageModel) -> Values:
 @contextmanager
 def _running(engine: Engine, form: Form) -> Iterator[None]:
     """Switch an engine to a form."""
-    set_joining(engine.module, form.fused)
+    set_fused(engine.module, form.fused)
     for group in engine.optimizer.param_groups:
         if "fused" in group:
             group["fused"], group["foreach"] = form.fused_adam, False
@@ -348,12 +348,12 @@ def _sent(
 ) -> dict[str, tuple[float, float]]:
     """Engine -> bytes that one process sends in a step: measured in the third step, and by formula."""
     counted: dict[str, tuple[float, float]] = {}
-    for kind in COUNTED_ENGINES:
-        if kind.startswith("zero") and not find_spec("deepspeed"):
+    for name in COUNTED_ENGINES:
+        if name.startswith("zero") and not find_spec("deepspeed"):
             continue
         other = dataclasses.replace(
             config,
-            parallel=dataclasses.replace(config.parallel, engine=kind),
+            parallel=dataclasses.replace(config.parallel, engine=name),
             train=dataclasses.replace(config.train, compile=False),
         )
         engine = build_engine(other, context, skeleton, layout, _values(convert(skeleton, layout)))
@@ -361,7 +361,7 @@ def _sent(
             with Collectives() as collectives:
                 _step(engine, batch, tokens)
         setup = cost_setup(other, context.world_size)
-        counted[kind] = (collectives.sent, sent_bytes(convert(skeleton, layout), setup))
+        counted[name] = (collectives.sent, sent_bytes(convert(skeleton, layout), setup))
         engine.release()
     return counted
 

@@ -20,13 +20,13 @@ def as_table(outcome: Outcome) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     counted = any(row.sent for row in outcome.rows.values())
     table.add_column("")
-    for heading in [*HEADINGS, *([f"{kind} sends\nMiB a step" for kind in COUNTED_ENGINES] if counted else [])]:
+    for heading in [*HEADINGS, *([f"{name} sends\nMiB a step" for name in COUNTED_ENGINES] if counted else [])]:
         table.add_column(heading, justify="right", no_wrap=True)
     processes = outcome.tokens // (outcome.shape.batch * outcome.shape.seq)
     for form, row in outcome.rows.items():
         full = outcome.reference(form)
         share = outcome.tokens / row.median / (outcome.peak.flops * processes)
-        sent = [f"{row.sent[kind][0] / MIB:.1f}" if kind in row.sent else "-" for kind in COUNTED_ENGINES]
+        sent = [f"{row.sent[name][0] / MIB:.1f}" if name in row.sent else "-" for name in COUNTED_ENGINES]
         speedup, flops_ratio = outcome.speedup(form), outcome.flops_ratio(form)
         table.add_row(
             form.name,
@@ -140,6 +140,6 @@ def _row(outcome: Outcome, form: Form, row: Row) -> Mapping[str, Any]:
         "gradients_bytes": row.held.gradients,
         "moments_bytes": row.held.moments,
         "peak_bytes": row.peak,
-        "sent_bytes": {kind: sent for kind, (sent, _) in row.sent.items()},
-        "sent_bytes_by_formula": {kind: formula for kind, (_, formula) in row.sent.items()},
+        "sent_bytes": {name: sent for name, (sent, _) in row.sent.items()},
+        "sent_bytes_by_formula": {name: formula for name, (_, formula) in row.sent.items()},
     }

@@ -8,7 +8,7 @@ from ..bench.decision import SHAPES
 from ..bench.speed import ABLATION, STANDARD, Form, Outcome, Shape, measure_speed
 from ..bench.speed_table import as_record, as_table, conclusion, notes, title, verdict
 from ..data.settings import MIN_VOCABULARY
-from ..engine.settings import Kind, ParallelSettings
+from ..engine.settings import EngineName, ParallelSettings
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     at_least_one(arguments, "layers", "vocab", "seq", "batch", "rank", "buffer", "rounds")
     if arguments.vocab is not None and arguments.vocab < MIN_VOCABULARY:
         raise UserError(f"--vocab is {arguments.vocab}; write at least {MIN_VOCABULARY}")
-    known = typing.get_args(Kind)
+    known = typing.get_args(EngineName)
     if arguments.engine not in ("auto", *known):
         raise UserError(f"--engine is {arguments.engine}; write auto or one of {', '.join(known)}")
     shapes = _shapes(arguments)
@@ -72,16 +72,16 @@ def run(arguments: argparse.Namespace) -> None:
     context = Context()
     if context.device.type == "cuda":
         forms = tuple(form for form in forms if form.fused_adam)  # torch's plain AdamW keeps its steps on the CPU
-    kind: Kind = ParallelSettings(engine=arguments.engine).resolve(context.world_size)
+    engine: EngineName = ParallelSettings(engine=arguments.engine).resolve(context.world_size)
     keep_freed_memory(context.device)
-    context.start(TIMEOUT_SECONDS, always=kind != "local")
+    context.start(TIMEOUT_SECONDS, always=engine != "local")
     outcomes: list[Outcome] = []
     for shape in shapes:
         outcome = measure_speed(
             shape,
             forms,
             context,
-            kind=kind,
+            engine=engine,
             bf16=arguments.precision == "bf16",
             rounds=arguments.rounds,
         )

@@ -21,8 +21,8 @@ from ..models import LanguageModel
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
 from ..runtime.home import path_argument
+from ..train.building import dense_skeleton
 from ..train.checkpoint import Checkpoint, find_checkpoint, load_parameters
-from ..train.start import dense_skeleton
 from .settings_help import settings_help
 
 log = logging.getLogger("inrank_dist")

@@ -13,12 +13,12 @@ from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
 from ..lowrank.convert import LayerLayout, Layout, convert
 from ..lowrank.layer import set_activation
-from ..method.start import factored_layout, layer_shapes
+from ..method.initial import factored_layout, layer_shapes
 from ..models import LanguageModel, flops_per_token
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
+from ..train.building import cost_setup, dense_skeleton
 from ..train.checkpoint import peek_checkpoint
-from ..train.start import cost_setup, dense_skeleton
 from .common import add_config_arguments, at_least_one, console, read_config
 from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
 
@@ -100,7 +100,7 @@ def show_plan(
         f"{train.steps * tokens / 1e6:.1f}M tokens"
     )
     say(
-        f"engine {setup.kind}, {world_size} process(es), {setup.accumulation} micro-batch(es) of "
+        f"engine {setup.engine}, {world_size} process(es), {setup.accumulation} micro-batch(es) of "
         f"{train.micro_batch_size} a step; per process:"
     )
     screen.print(_table(config, skeleton, stages, setup, device))
@@ -118,9 +118,9 @@ def _about(device: Device, setup: Setup) -> str:
     flops = device.bf16 if setup.bf16 else device.float32
     if flops is None or device.bandwidth is None:
         return f"{room}; no figures of its speed, so no time"
-    kind = "bf16" if setup.bf16 else "float32"
+    precision = "bf16" if setup.bf16 else "float32"
     return (
-        f"{room}; a step takes the longest of arithmetic at {flops / 1e12:.0f} TFLOP/s ({kind}), memory at "
+        f"{room}; a step takes the longest of arithmetic at {flops / 1e12:.0f} TFLOP/s ({precision}), memory at "
         f"{device.bandwidth / 1e12:.2f} TB/s and network (450 or 300 GB/s in a node of 8, 50 GB/s between nodes), "
         "perfectly overlapped: a bound, not a forecast. One H200 took 2.3 to 7.5 times as long at full rank and 3.3 to "
         "17 times at low rank (bf16, widths 1024 and 2048, 4 and 24 sequences of 1024)"

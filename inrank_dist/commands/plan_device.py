@@ -101,7 +101,7 @@ def moved_bytes(activations: int, parameters: int, trained: int, moments: int, s
             parameters, and of the optimizer state of the whole model.
     """
     passes = setup.accumulation * (2 * activations + 2 * parameters + 2 * trained)
-    parts = setup.processes if setup.kind not in ("local", "ddp", "zero0") else 1
+    parts = setup.processes if setup.engine not in ("local", "ddp", "zero0") else 1
     return passes + (3 * trained + 2 * moments) / parts
 
 

@@ -15,10 +15,10 @@ from ..runtime.yaml_text import shown
 def settings_help() -> str:
     """All settings by section, with their description, default and type."""
     parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
-    for section, kind in SECTIONS.items():
+    for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section)
-        descriptions = _descriptions(kind)
-        for key in dataclasses.fields(kind):
+        descriptions = _descriptions(cls)
+        for key in dataclasses.fields(cls):
             dotted = f"{section}.{key_of(key)}"
             default = default_of(key)
             standard = "required" if is_required(key, {}) else f"default {shown(default)}"

@@ -16,7 +16,7 @@ from ..data import Prepared, Tokenizer, prepare
 from ..data.corpus import open_source
 from ..data.tokenizer import load_tokenizer
 from ..engine.settings import zero_stage
-from ..method.start import layer_shapes
+from ..method.initial import layer_shapes
 from ..report import write_report
 from ..runtime.context import Context
 from ..runtime.errors import UserError
@@ -24,13 +24,13 @@ from ..runtime.home import path_argument
 from ..runtime.signals import NOTHING_LOST
 from ..runtime.stop import Stopped, StopRequest
 from ..runtime.watch import Watch, request_stop
+from ..train.building import cost_setup, dense_skeleton, zero_config
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable
 from ..train.session import build
-from ..train.start import cost_setup, dense_skeleton, zero_config
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 

@@ -73,9 +73,9 @@ def micro_batch_activations(
 ) -> Activations:
     """Of an unsharded model on ``meta``, run as the engines run it without ``train.compile``.
 
-    All blocks take and give tensors of one shape, so each adds the same bytes wherever it stands: one of each kind is
-    run by itself and twice in a row, and the difference counted as often as there are such blocks. Forward and backward
-    pass have their worst moments apart: only the first holds autocast's copies of all weights.
+    All blocks take and return tensors of one shape, so a block adds the same bytes wherever it stands. One block of
+    each structure is run alone and twice in a row, and the difference is counted for every such block. The peaks of the
+    forward and the backward pass are kept apart: only the forward pass holds autocast's copies of all weights.
 
     Args:
         batch_size, seq_len: of the micro-batch.
@@ -86,12 +86,12 @@ def micro_batch_activations(
     run = partial(_peaks, module, batch_size, seq_len, bf16, checkpointing, on_gpu)
     measured: dict[tuple[object, ...], tuple[tuple[int, int], tuple[int, int]]] = {}
     all_blocks = module.plan.block_modules(module)
-    kinds = [tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters()) for block in all_blocks]
-    for kind, block in zip(kinds, all_blocks, strict=True):
-        if kind not in measured:
-            measured[kind] = run([block]), run([block, block])
+    structures = [tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters()) for block in all_blocks]
+    for structure, block in zip(structures, all_blocks, strict=True):
+        if structure not in measured:
+            measured[structure] = run([block]), run([block, block])
     peaks = [
-        measured[kinds[-1]][0][each] + sum(measured[kind][1][each] - measured[kind][0][each] for kind in kinds[:-1])
+        measured[structures[-1]][0][each] + sum(measured[s][1][each] - measured[s][0][each] for s in structures[:-1])
         for each in (0, 1)
     ]
     return Activations(max(peaks), max(max(alone) for alone, _ in measured.values()))

@@ -47,10 +47,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..models import LanguageModel
-from ..optim import OptimizerSettings, moment_names, parameter_kinds
+from ..optim import OptimizerSettings, moment_names, parameter_roles
 from .activations import Activations
 from .placement import chunk
-from .settings import Kind, zero_stage
+from .settings import EngineName, zero_stage
 
 FLOAT, BF16 = 4, 2
 BUCKET = 50_000_000
@@ -85,7 +85,7 @@ class Setup:
     """Everything beside the shapes that the formulas need.
 
     Attributes:
-        kind: engine.
+        engine: its name.
         processes: ``N``.
         shard_size: ``S``, of fsdp; None: all.
         optimizer: which decides ``m``.
@@ -95,7 +95,7 @@ class Setup:
         reduce_each_micro_batch: FSDP2 reduces gradients after every micro-batch.
     """
 
-    kind: Kind
+    engine: EngineName
     processes: int = 1
     shard_size: int | None = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -112,14 +112,14 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
     trained = [parameter for parameter in every if parameter.requires_grad]
     remembered = remembered_parameters(module, setup.optimizer)
     P, T, M = (FLOAT * _size(each) for each in (every, trained, remembered))
-    if setup.kind in ("local", "ddp", "zero0"):
+    if setup.engine in ("local", "ddp", "zero0"):
         return Held(P, T, M)
-    if setup.kind == "fsdp":
+    if setup.engine == "fsdp":
         S = setup.shard_size or N
         local = FLOAT * _cut(trained, S)
         whole = setup.accumulation > 1 and not setup.reduce_each_micro_batch
         return Held(FLOAT * _cut(every, S), T if whole else local, FLOAT * _cut(remembered, S))
-    stage = zero_stage(setup.kind)
+    stage = zero_stage(setup.engine)
     part = -(-T // N)
     moments = M // T * part if T else 0  # the same for all: ZeRO trains element by element
     parameters = -(-P // N) if stage == 3 else P
@@ -131,8 +131,8 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
 def remembered_parameters(module: LanguageModel, optimizer: OptimizerSettings) -> list[nn.Parameter]:
     """Each trained parameter of an unsharded model as often as the optimizer has moments of it."""
     parameters = dict(module.named_parameters())
-    kinds = parameter_kinds(module, module.plan.block_modules(module), optimizer)
-    return [parameters[name] for name, kind in kinds.items() for _ in moment_names(optimizer, kind)]
+    roles = parameter_roles(module, module.plan.block_modules(module), optimizer)
+    return [parameters[name] for name, role in roles.items() for _ in moment_names(optimizer, role)]
 
 
 def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) -> int:
@@ -144,15 +144,15 @@ def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) ->
     """
     held = held_bytes(module, setup)
     on_device = held.total - held.host
-    if setup.kind == "local" and setup.accumulation == 1:
+    if setup.engine == "local" and setup.accumulation == 1:
         return on_device - held.gradients + max(activations.peak, held.gradients + activations.one_block)
     block = max(_size(each.parameters()) for each in module.plan.block_modules(module))
     every, trained = _size(module.parameters()), _size(p for p in module.parameters() if p.requires_grad)
     beside = 0
-    if setup.kind == "fsdp" and (setup.shard_size or setup.processes) > 1:
+    if setup.engine == "fsdp" and (setup.shard_size or setup.processes) > 1:
         rest = every - sum(_size(each.parameters()) for each in module.plan.block_modules(module))
         beside = (BF16 if setup.bf16 else FLOAT) * (rest + 2 * block) + 2 * FLOAT * max(block, rest)
-    elif setup.kind.startswith("zero"):
+    elif setup.engine.startswith("zero"):
         beside = held.gathered + FLOAT * min(trained, BUCKET)
     return on_device + activations.peak + beside
 
@@ -164,11 +164,11 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
     trained = [parameter for parameter in every if parameter.requires_grad]
     P, T = FLOAT * _size(every), FLOAT * _size(trained)
     ring = (N - 1) / N
-    if N == 1 or setup.kind == "local":
+    if N == 1 or setup.engine == "local":
         return 0.0
-    if setup.kind in ("ddp", "zero0"):
+    if setup.engine in ("ddp", "zero0"):
         return 2 * ring * T
-    if setup.kind == "fsdp":
+    if setup.engine == "fsdp":
         S = setup.shard_size or N
         shards, replicas = (S - 1) / S, (N // S - 1) / (N // S)
         blocks = S * _cut((p for block in module.plan.block_modules(module) for p in block.parameters()), S)
@@ -177,18 +177,18 @@ def sent_bytes(module: LanguageModel, setup: Setup) -> float:
         times = A if setup.reduce_each_micro_batch else 1
         reduce = times * shards * reduced + 2 * replicas * reduced / S
         return A * shards * gathered + reduce + _orthogonalising_bytes(module, setup, S)
-    if setup.kind == "zero3":
+    if setup.engine == "zero3":
         persistent = FLOAT * _size([parameter for parameter in every if parameter.numel() < PERSISTENT])
         times = 1 if P < FLOAT * REUSED else 2
         return ring * (persistent + A * times * (P - persistent) + A * T)
-    return ring * T * (3 if setup.kind == "zero1" else 2 * A + 1)
+    return ring * T * (3 if setup.engine == "zero1" else 2 * A + 1)
 
 
 def _orthogonalising_bytes(module: LanguageModel, setup: Setup, S: int) -> float:
     parameters = dict(module.named_parameters())
-    kinds = parameter_kinds(module, module.plan.block_modules(module), setup.optimizer)
-    pairs = [parameters[name].shape[1] for name, kind in kinds.items() if kind == "factor" and name.endswith(".U")]
-    dense = _size(parameters[name] for name, kind in kinds.items() if kind == "dense")
+    roles = parameter_roles(module, module.plan.block_modules(module), setup.optimizer)
+    pairs = [parameters[name].shape[1] for name, role in roles.items() if role == "factor" and name.endswith(".U")]
+    dense = _size(parameters[name] for name, role in roles.items() if role == "dense")
     grams = sum(16 * R * (R + 1) for R in pairs)
     return 2 * (S - 1) / S * grams + 2 * (BF16 if setup.bf16 else FLOAT) * dense * (S - 1) / S**2
 

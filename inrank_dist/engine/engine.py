@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..lowrank.convert import Layout
 from ..lowrank.division import Processes
-from ..lowrank.layer import set_activation, set_joining
+from ..lowrank.layer import set_activation, set_fused
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from ..optim import (
@@ -20,20 +20,20 @@ from ..optim import (
     OptimizerSettings,
     build_optimizer,
     decayed_parameters,
-    parameter_kinds,
+    parameter_roles,
 )
 from ..runtime.context import Context
+from .checkpointable import CheckpointableModel
 from .options import BuildOptions
 from .parallelize import checkpoint_blocks, compile_blocks, shard_blocks, shard_mesh
 from .placement import RowPlacement, local_rows
-from .saved import SavedModel
-from .sharded import Values
+from .reshapable import Values
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Micro-batches of inputs and targets, each ``(B, T)`` int64."""
 
 
-class Engine(SavedModel):
+class Engine(CheckpointableModel):
     """A language model in one process, in replicas (DDP), or sharded by rows (FSDP2).
 
     Attributes:
@@ -43,7 +43,7 @@ class Engine(SavedModel):
         skeleton: dense model on ``meta``; it is never changed.
         layout: the low-rank layers at initialisation.
         values: initial values; None: zeros, to be read into.
-        kind: of engine.
+        name: of the engine.
         shard_size: with fsdp, processes that share one copy of the model; None: all.
     """
 
@@ -60,12 +60,12 @@ class Engine(SavedModel):
         context: Context,
         optimizer: OptimizerSettings,
         options: BuildOptions,
-        kind: Literal["local", "ddp", "fsdp"] = "local",
+        name: Literal["local", "ddp", "fsdp"] = "local",
         shard_size: int | None = None,
     ) -> None:
-        self.context, self.name, self.plan = context, kind, skeleton.plan
+        self.context, self.name, self.plan = context, name, skeleton.plan
         self.optimizer_settings, self.options = optimizer, options
-        self.mesh = shard_mesh(context.device.type, context.world_size, shard_size) if kind == "fsdp" else None
+        self.mesh = shard_mesh(context.device.type, context.world_size, shard_size) if name == "fsdp" else None
         self.optimizer_steps = 0
         self.bad_gradient = torch.zeros((), dtype=torch.bool, device=context.device)
         self._compiled_for_growth = False
@@ -83,9 +83,9 @@ class Engine(SavedModel):
 
     def _prepare(self, module: nn.Module, layout: Layout) -> None:
         # By shapes, which ZeRO-3 takes from parameters.
-        self._kinds = parameter_kinds(module, self.plan.block_modules(module), self.optimizer_settings)
+        self._roles = parameter_roles(module, self.plan.block_modules(module), self.optimizer_settings)
         self._decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
-        set_joining(module, self.options.fuse)
+        set_fused(module, self.options.fuse)
         set_activation(module, self.options.activation)
         if self.options.activation_checkpointing:
             checkpoint_blocks(module, self.plan)
@@ -122,7 +122,7 @@ class Engine(SavedModel):
         placement = self._uniform_placement
         rows = HeldRows(local_rows, placement.sum_over_shards, placement.split, placement.shard, placement.group)
         parameters = dict(module.named_parameters())
-        return build_optimizer(parameters, self._kinds, self._decayed, self.optimizer_settings, rows=rows, **options)
+        return build_optimizer(parameters, self._roles, self._decayed, self.optimizer_settings, rows=rows, **options)
 
     @property
     def _uniform_placement(self) -> RowPlacement:

@@ -7,7 +7,7 @@ from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
 from . import zero_settings
 
-Kind = Literal["local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
+EngineName = Literal["local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 """What holds the model."""
 
 
@@ -22,7 +22,7 @@ class ParallelSettings:
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
-    engine: Literal["auto", Kind] = "auto"
+    engine: Literal["auto", EngineName] = "auto"
     """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; zero0 to zero3: a stage of DeepSpeed ZeRO
     (the extra deepspeed); auto: local on one process, fsdp on several."""
     shard_size: int | None = None
@@ -56,7 +56,7 @@ class ParallelSettings:
             )
         zero_settings.check(self.deepspeed or {})
 
-    def resolve(self, world_size: int) -> Kind:
+    def resolve(self, world_size: int) -> EngineName:
         """The engine for this many processes.
 
         Raises:

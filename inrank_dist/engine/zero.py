@@ -29,7 +29,7 @@ from ..optim import OptimizerSettings
 from ..runtime.context import Context
 from .options import BuildOptions
 from .placement import RowPlacement
-from .sharded import Values
+from .reshapable import Values
 from .zero_config import MOST_IN_A_BUCKET, explained, load_deepspeed
 from .zero_rows import ZeroRows
 from .zero_settings import merge
@@ -66,7 +66,7 @@ class ZeroEngine(ZeroRows):
         mesh = init_device_mesh(context.device.type, (context.world_size,), mesh_dim_names=("shard",))
         self.row_placement = RowPlacement(context.rank, context.world_size, mesh=mesh, placements=(Shard(0),))
         self.config = config
-        self._optimizer_kind = self._find_optimizer(context, optimizer, self.offload)
+        self._optimizer_class = self._find_optimizer(context, optimizer, self.offload)
         super().__init__(skeleton, layout, values, context=context, optimizer=optimizer, options=options)
         self.name = f"zero{stage}"
 
@@ -78,17 +78,17 @@ class ZeroEngine(ZeroRows):
             self.utils.set_z3_leaf_modules(module, list({type(block) for block in self.plan.block_modules(module)}))
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
-        kind = self._optimizer_kind
-        make = partial(kind, fused=True) if issubclass(kind, torch.optim.AdamW) else kind
-        return self._optimizer_of(module, kind=make)
+        cls = self._optimizer_class
+        make = partial(cls, fused=True) if issubclass(cls, torch.optim.AdamW) else cls
+        return self._optimizer_of(module, elementwise=make)
 
     @staticmethod
     def _find_optimizer(context: Context, settings: OptimizerSettings, offload: bool) -> type["_Gate"]:
         """DeepSpeed's own Adam where its kernel can be had in every process, torch's elsewhere."""
-        elementwise = settings.kind.elementwise
+        elementwise = settings.entry.elementwise
         if elementwise is not torch.optim.AdamW:
             return _gated(elementwise)
-        kind: type[torch.optim.Optimizer] | None = None
+        found: type[torch.optim.Optimizer] | None = None
         if offload or context.device.type == "cuda":
             from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
             from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
@@ -97,11 +97,11 @@ class ZeroEngine(ZeroRows):
             try:
                 if builder.is_compatible(verbose=False):
                     builder.load(verbose=False)
-                    kind = DeepSpeedCPUAdam if offload else FusedAdam
+                    found = DeepSpeedCPUAdam if offload else FusedAdam
             except Exception as error:  # whatever a compiler can say
                 logging.getLogger("inrank_dist").info("DeepSpeed's Adam kernel cannot be built: %s", error)
-        everywhere = all(context.gather(kind is not None))
-        return _gated(kind if kind is not None and everywhere else torch.optim.AdamW)
+        everywhere = all(context.gather(found is not None))
+        return _gated(found if found is not None and everywhere else torch.optim.AdamW)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
         # DeepSpeed would reserve 2 GB for a bucket of gradients, whatever the size of the model.
@@ -208,12 +208,12 @@ class ZeroEngine(ZeroRows):
     def facts(self) -> dict[str, str]:
         from deepspeed.accelerator import get_accelerator
 
-        kind = self._optimizer_kind.__bases__[1]
+        cls = self._optimizer_class.__bases__[1]
         return {
             "deepspeed": self.deepspeed.__version__,
             "accelerator": get_accelerator().device_name(),
             "backend": dist.get_backend(),
-            "optimizer": f"{kind.__module__.partition('.')[0]} {kind.__name__}{' on cpu' if self.offload else ''}",
+            "optimizer": f"{cls.__module__.partition('.')[0]} {cls.__name__}{' on cpu' if self.offload else ''}",
         }
 
 
@@ -256,5 +256,5 @@ class _Gate(torch.optim.Optimizer):
         return super().step(closure)
 
 
-def _gated(kind: type[torch.optim.Optimizer]) -> type[_Gate]:
-    return type(f"Gated{kind.__name__}", (_Gate, kind), {})
+def _gated(cls: type[torch.optim.Optimizer]) -> type[_Gate]:
+    return type(f"Gated{cls.__name__}", (_Gate, cls), {})

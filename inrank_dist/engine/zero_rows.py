@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..optim import moment_names
 from .engine import Engine
 from .placement import RowPlacement
-from .sharded import Rows
+from .reshapable import Rows
 
 
 class ZeroRows(Engine):

@@ -93,10 +93,10 @@ def refuse_accelerator(accelerator: Accelerator) -> None:
     Raises:
         UserError: it names the plugin or setting.
     """
-    kind = accelerator.distributed_type
-    if kind not in WHOLE:
+    found = accelerator.distributed_type
+    if found not in WHOLE:
         raise UserError(
-            f"the accelerator has distributed_type {kind.value}, which shards or moves the model itself; write an "
+            f"the accelerator has distributed_type {found.value}, which shards or moves the model itself; write an "
             "Accelerator without that plugin (one process or DDP), or LowRankRun with fully_shard in parallelize"
         )
     if getattr(accelerator, "parallelism_config", None) is not None:

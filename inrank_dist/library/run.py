@@ -23,12 +23,12 @@ from ..lowrank.layer import set_activation
 from ..lowrank.materialize import materialize
 from ..lowrank.merge import merge
 from ..method.controller import RankController
+from ..method.initial import StartValues, fits, layer_shapes, start_layout
 from ..method.settings import LowRankSettings
-from ..method.start import StartValues, fits, layer_shapes, start_layout
-from ..models.plan import ModelValues, named_buffers
+from ..models.values import ModelValues, named_buffers
 from ..runtime.agreement import agree
 from ..runtime.errors import UserError
-from .holder import Groups, UserModel
+from .user_model import Groups, UserModel
 
 log = logging.getLogger("inrank_dist")
 

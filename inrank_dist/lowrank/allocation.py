@@ -1,6 +1,7 @@
 """Final ranks: how many modes each layer keeps at the freeze."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -165,8 +166,19 @@ class Spectrum(NamedTuple):
         return self.sigma[: self.cap]
 
 
-Allocation = Callable[[Mapping[str, Spectrum], int, float, int], dict[str, int]]
-"""Spectra, the multiple to round to, the budget as a fraction of the dense parameters, and the seed -> ranks."""
+@dataclass(frozen=True)
+class Allocation:
+    """How ranks are divided among layers at the freeze. A new one is an object of this class and a line in
+    ``ALLOCATIONS``.
+
+    Attributes:
+        ranks: layer -> spectrum, the multiple to round to, the budget as a fraction of the dense parameters, and the
+            seed of the run -> layer -> rank.
+        uses_budget: whether the ranks spend a budget of parameters, whatever ranks the rule found.
+    """
+
+    ranks: Callable[[Mapping[str, Spectrum], int, float, int], dict[str, int]]
+    uses_budget: bool = False
 
 
 def _per_layer(layers: Mapping[str, Spectrum], multiple_of: int, budget: float, seed: int) -> dict[str, int]:
@@ -198,9 +210,9 @@ def _shapes(layers: Mapping[str, Spectrum]) -> dict[str, Shape]:
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "per_layer": _per_layer,
-    "uniform": _uniform,
-    "budget": _budget,
-    "random": _random,
+    "per_layer": Allocation(_per_layer),
+    "uniform": Allocation(_uniform),
+    "budget": Allocation(_budget, uses_budget=True),
+    "random": Allocation(_random, uses_budget=True),
 }
-"""``lowrank.final`` -> how ranks are divided among layers at the freeze."""
+"""``lowrank.final`` -> allocation."""

@@ -30,7 +30,7 @@ class LowRankLayer(nn.Module):
         U, V: factors, ``(out, R)`` and ``(in, R)``.
         base_scale: ``a``, a float32 scalar that is not saved; None where there is no base.
         activation: what lies between the factors; none: the identity.
-        joins: whether layers that read the same input may run as one product.
+        fused: whether ``V`` of layers that read the same input are applied as one product.
     """
 
     bias: nn.Parameter | None
@@ -49,7 +49,7 @@ class LowRankLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.shape, self.modes = shape, modes
-        self.joins = True
+        self.fused = True
         self.activation: Activation = "none"
         out, in_ = shape
         self.U = nn.Parameter(torch.empty(out, modes, device=device, dtype=dtype))
@@ -170,15 +170,15 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def set_joining(model: nn.Module, joins: bool) -> None:
-    """Whether layers that read the same input run as one product."""
+def set_fused(model: nn.Module, fused: bool) -> None:
+    """Set ``fused`` of every low-rank layer, in place."""
     for module in model.modules():
         if isinstance(module, LowRankLayer):
-            module.joins = joins
+            module.fused = fused
 
 
 def set_activation(model: nn.Module, activation: Activation) -> None:
-    """What lies between the factors of every layer."""
+    """Set ``activation`` of every low-rank layer, in place."""
     for module in model.modules():
         if isinstance(module, LowRankLayer):
             module.activation = activation

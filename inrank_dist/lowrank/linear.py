@@ -45,7 +45,7 @@ class LowRankLinear(LowRankLayer):
         return F.linear(x, self.base)
 
     @staticmethod
-    def forward_together(layers: "Sequence[LowRankLinear]", x: Tensor) -> list[Tensor]:
+    def forward_fused(layers: "Sequence[LowRankLinear]", x: Tensor) -> list[Tensor]:
         """Outputs of layers that read the same ``x: (..., in)``; their ``x @ V`` are one product.
 
         So ``x`` is read once, and its gradient is one product instead of a sum of several. The factors stay parameters
@@ -53,7 +53,7 @@ class LowRankLinear(LowRankLayer):
         numbers, nothing beside a product with many rows of ``x``. On two CPU cores that buys nothing that could be
         measured (1.00 to 1.01 in five shapes, README); it is made for GPUs and not measured there.
         """
-        if not all(layer.joins for layer in layers):
+        if not all(layer.fused for layer in layers):
             return [layer(x) for layer in layers]
         joined = torch.cat([layer.V.to(_compute_dtype(x)) for layer in layers], dim=1)
         inner = (x @ joined).split([layer.V.shape[1] for layer in layers], dim=-1)
@@ -65,8 +65,8 @@ class LowRankLinear(LowRankLayer):
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """In which a product with ``x`` is computed; put together in it, factors are not copied twice."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class LinearKind(LayerKind[nn.Linear]):

@@ -18,10 +18,10 @@ from ..runtime.errors import UserError
 from .directions import Gradients
 from .growth import GROWTHS, Growth
 from .holder import FactorHolder
+from .initial import StartValues
 from .policy import Action
 from .rank_method import METHODS, RankMethod
 from .settings import LowRankSettings
-from .start import StartValues
 
 Record = dict[str, Any]
 
@@ -50,8 +50,8 @@ class RankController:
     ) -> None:
         self.holder, self.values, self.settings, self.seed = holder, values, settings, seed
         self.shapes, self.processes = values.shapes, holder.processes
-        kind = METHODS.get(settings.mode, RankMethod)  # without layers, in mode full, nothing is ever due
-        self.method = kind(settings, self.shapes, seed, steps, settings.final_multiple(holder.device.type))
+        cls = METHODS.get(settings.mode, RankMethod)  # without layers, in mode full, nothing is ever due
+        self.method = cls(settings, self.shapes, seed, steps, settings.final_multiple(holder.device.type))
         # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
         # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
         self._initial_rows = cache(self._draw_initial_rows)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from ..lowrank.init import generator_for, start_factors
 from .directions import Gradients, aim_at_gradient
 from .holder import FactorHolder
+from .initial import StartValues
 from .settings import LowRankSettings
-from .start import StartValues
 
 
 @dataclass(frozen=True)

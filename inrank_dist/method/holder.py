@@ -53,7 +53,7 @@ class FactorHolder(Protocol):
         ...
 
     def reshape(self, layout: Layout, events: Mapping[str, RankEvent], directions: Callable[[str], Tensor]) -> None:
-        """Change the shapes of layers, as ``ShardedModel.reshape``."""
+        """Change the shapes of layers, as ``ReshapableModel.reshape``."""
         ...
 
     def held_rows(self, layers: Iterable[str]) -> Mapping[str, Factors]:

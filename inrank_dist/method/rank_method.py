@@ -90,8 +90,8 @@ class RankMethod:
             name: Spectrum(sigma, self.shapes[name], self.rule.cap(min(self.shapes[name])), decisions[name].after)
             for name, sigma in product.items()
         }
-        allocate = ALLOCATIONS[self.settings.final]
-        return allocate(spectra, self.multiple, self.settings.final_budget, self.seed)
+        allocation = ALLOCATIONS[self.settings.final]
+        return allocation.ranks(spectra, self.multiple, self.settings.final_budget, self.seed)
 
     def modes(self, layer: str, rank: int, action: Action) -> int:
         """Columns that a layer of this rank has: with a buffer, until the freeze."""

@@ -23,11 +23,11 @@ def _modes() -> list[str]:
     return ["full", *METHODS]
 
 
-def _choices(kind: Any) -> list[str]:
+def _choices(annotation: Any) -> list[str]:
     """The texts that a setting of this type can have; empty: any value of another type."""
-    if get_origin(kind) is Annotated:
-        return list(kind.__metadata__[0].names())
-    return list(get_args(kind)) if get_origin(kind) is Literal else []
+    if get_origin(annotation) is Annotated:
+        return list(annotation.__metadata__[0].names())
+    return list(get_args(annotation)) if get_origin(annotation) is Literal else []
 
 
 def _method(mode: str) -> Any:
@@ -252,8 +252,8 @@ class LowRankSettings:
 
     @property
     def has_budget(self) -> bool:
-        """Whether final ranks are those of a budget of parameters, whatever the rule finds."""
-        return self.final in ("budget", "random")
+        """Whether final ranks spend a budget of parameters, whatever ranks the rule found."""
+        return ALLOCATIONS[self.final].uses_budget
 
     def final_multiple(self, device_type: str) -> int:
         """What final ranks are rounded to a multiple of, on ``cuda`` or ``cpu``."""

@@ -21,8 +21,9 @@ from ..runtime.errors import UserError
 from .huggingface_config import make_config, refused
 from .language_model import LanguageModel
 from .loss import LossHead, summed_loss
-from .plan import InitialValues, ModelPlan, named_buffers
+from .plan import ModelPlan
 from .settings import ModelSettings
+from .values import InitialValues, named_buffers
 
 logging.set_verbosity_error()
 

@@ -10,8 +10,9 @@ from ..lowrank.init import generator_for
 from .init import InitRule, init_rule
 from .layers import Block, Rotary
 from .loss import summed_loss
-from .plan import InitialValues, ModelPlan
+from .plan import ModelPlan
 from .settings import ModelSettings
+from .values import InitialValues
 
 
 class RuleValues:

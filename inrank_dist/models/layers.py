@@ -25,11 +25,11 @@ def read_together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """Outputs of layers that read the same input.
 
     Layers of one class may know how to run together faster than one after the other: a static method
-    ``forward_together(layers, x)`` of theirs is used then.
+    ``forward_fused(layers, x)`` of theirs is used then.
     """
-    kind = type(layers[0])
-    if hasattr(kind, "forward_together") and all(type(layer) is kind for layer in layers):
-        outputs: Sequence[Tensor] = kind.forward_together(layers, x)
+    cls = type(layers[0])
+    if hasattr(cls, "forward_fused") and all(type(layer) is cls for layer in layers):
+        outputs: Sequence[Tensor] = cls.forward_fused(layers, x)
         return outputs
     return [layer(x) for layer in layers]
 

@@ -13,12 +13,12 @@ from ..runtime.errors import UserError
 from .matrices import HeldRows, MatrixOptimizer, Pair
 from .settings import OptimizerSettings
 
-Kind = Literal["plain", "dense", "factor"]
-"""Of a parameter: trained by AdamW or SGD element by element; as a matrix; as one of two factors."""
+Role = Literal["plain", "dense", "factor"]
+"""How a parameter is trained: element by element (plain), as a matrix (dense), or as one of a pair of factors."""
 
 
-def parameter_kinds(model: nn.Module, blocks: Iterable[nn.Module], settings: OptimizerSettings) -> dict[str, Kind]:
-    """Kind of each parameter that takes gradients.
+def parameter_roles(model: nn.Module, blocks: Iterable[nn.Module], settings: OptimizerSettings) -> dict[str, Role]:
+    """Role of each parameter that takes gradients.
 
     Args:
         blocks: modules of the model whose layers' weights are matrices, where the layer has a kind (``lowrank.kinds``);
@@ -27,20 +27,20 @@ def parameter_kinds(model: nn.Module, blocks: Iterable[nn.Module], settings: Opt
     Raises:
         UserError: the optimizer orthogonalises matrices, and a layer stores its matrix transposed.
     """
-    kinds: dict[int, Kind] = {}
+    roles: dict[int, Role] = {}
     if settings.orthogonalises:
         inside = {id(module) for block in blocks for module in block.modules()}
         for name, module in model.named_modules():
             if isinstance(module, LowRankLayer):
-                kinds |= {id(module.U): "factor", id(module.V): "factor"}
+                roles |= {id(module.U): "factor", id(module.V): "factor"}
             elif id(module) in inside and (kind := kind_of(module)):
                 if kind.transposed:
                     raise UserError(
                         f"{name} is a {type(module).__name__}, whose weight is stored as (in, out), and optimizer.name "
                         f"{settings.name} needs (out, in); write optimizer.name: adamw"
                     )
-                kinds[id(module.weight)] = "dense"
-    return {name: kinds.get(id(p), "plain") for name, p in model.named_parameters() if p.requires_grad}
+                roles[id(module.weight)] = "dense"
+    return {name: roles.get(id(p), "plain") for name, p in model.named_parameters() if p.requires_grad}
 
 
 def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
@@ -61,35 +61,35 @@ def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
 
 def build_optimizer(
     parameters: Mapping[str, nn.Parameter],
-    kinds: Mapping[str, Kind],
+    roles: Mapping[str, Role],
     decayed: Set[str],
     settings: OptimizerSettings,
     *,
     rows: HeldRows,
-    kind: Callable[..., torch.optim.Optimizer] | None = None,
+    elementwise: Callable[..., torch.optim.Optimizer] | None = None,
     matrix_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the parameters of ``kinds``, in groups with and without weight decay.
+    """The optimizer over the parameters of ``roles``, in groups with and without weight decay.
 
     Args:
         parameters: all of the model's, by name.
-        kinds: from ``parameter_kinds``.
+        roles: from ``parameter_roles``.
         decayed: names of those that take weight decay.
         rows: how parameters are held, for orthogonalised updates.
-        kind: makes the optimizer of plain parameters where it is not torch's.
+        elementwise: makes the optimizer of plain parameters where it is not torch's.
         matrix_dtype: in which dense matrices are orthogonalised.
     """
 
-    def groups(wanted: Kind) -> list[dict[str, Any]]:
-        names = [name for name in parameters if kinds.get(name) == wanted]
+    def groups(wanted: Role) -> list[dict[str, Any]]:
+        names = [name for name in parameters if roles.get(name) == wanted]
         decays = [parameters[name] for name in names if name in decayed]
         plain = [parameters[name] for name in names if name not in decayed]
         both = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return [group for group in both if group["params"]]
 
-    entry = settings.kind
+    entry = settings.entry
     if settings.orthogonalises:
-        layers = [name.rpartition(".")[0] for name in parameters if kinds.get(name) == "factor" and name.endswith(".U")]
+        layers = [name.rpartition(".")[0] for name in parameters if roles.get(name) == "factor" and name.endswith(".U")]
         pairs: dict[float, list[Pair]] = {}
         for layer in layers:
             decay = settings.weight_decay if f"{layer}.U" in decayed else 0.0
@@ -107,5 +107,5 @@ def build_optimizer(
             eps=settings.eps,
             dtype=matrix_dtype,
         )
-    make = kind or partial(entry.elementwise, **entry.native_arguments)
+    make = elementwise or partial(entry.elementwise, **entry.native_arguments)
     return make(groups("plain"), **entry.arguments(settings))

@@ -87,15 +87,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.rows, self.maps, self.momentum, self.dtype = rows, maps, momentum, dtype
         scale = matrix_lr / lr
-        groups: list[dict[str, Any]] = [{**group, "kind": "adamw", "lr_scale": 1.0} for group in rest]
-        groups += [{**group, "kind": "dense", "lr_scale": scale} for group in dense]
+        groups: list[dict[str, Any]] = [{**group, "role": "adamw", "lr_scale": 1.0} for group in rest]
+        groups += [{**group, "role": "dense", "lr_scale": scale} for group in dense]
         for layers, decay in pairs:
             params = [factor for pair in layers for factor in (pair.U, pair.V)]
-            groups.append({"params": params, "weight_decay": decay, "kind": "pairs", "lr_scale": scale})
+            groups.append({"params": params, "weight_decay": decay, "role": "pairs", "lr_scale": scale})
         super().__init__([group for group in groups if group["params"]], {"lr": lr})
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        adamw = [group for group in self.param_groups if group["kind"] == "adamw"]
+        adamw = [group for group in self.param_groups if group["role"] == "adamw"]
         self._adamw = torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True) if adamw else None
         if self._adamw is not None:
             # One set of groups and of moments for both: whoever sets a rate or a moment here sets it there.
@@ -110,9 +110,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.step()
         for group in self.param_groups:
-            if group["kind"] == "dense":
+            if group["role"] == "dense":
                 self._step_dense(group)
-            elif group["kind"] == "pairs":
+            elif group["role"] == "pairs":
                 self._step_pairs(group)
 
     def _mix(self, parameter: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..lowrank.division import AllReduce, sum_over_processes
 from ..lowrank.event import RankEvent, map_first_moment, map_second_moment
 from ..runtime.errors import UserError
-from .groups import Kind
+from .groups import Role
 from .settings import MomentRule, OptimizerSettings
 
 
@@ -23,7 +23,7 @@ def plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 def check_state(optimizer: torch.optim.Optimizer) -> bool:
     """Refuse an optimizer whose state cannot follow a rank event.
 
-    It takes a step of its own kind with a small matrix, to see what it remembers.
+    An optimizer of the same class takes a step with a small matrix, to see what it remembers.
 
     Args:
         optimizer: one that wraps another as its attribute ``optimizer``, as accelerate's does, stands for that.
@@ -36,27 +36,27 @@ def check_state(optimizer: torch.optim.Optimizer) -> bool:
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
-    kind = type(optimizer)
+    cls = type(optimizer)
     probe = torch.nn.Parameter(torch.ones(2, 3))
-    accepted = inspect.signature(kind.__init__).parameters
+    accepted = inspect.signature(cls.__init__).parameters
     options = {key: value for key, value in optimizer.defaults.items() if key in accepted and key != "params"}
     if "fused" in options:
         options["fused"] = None
     try:
-        twin = kind([probe], **options)
+        twin = cls([probe], **options)
         probe.grad = torch.ones_like(probe)
         twin.step()
     except Exception:  # somebody's own class with other arguments: found out at the first event
         return False
-    _refuse_unknown(kind, [name for name, value in twin.state[probe].items() if _is_moment(value, probe)])
+    _refuse_unknown(cls, [name for name, value in twin.state[probe].items() if _is_moment(value, probe)])
     return True
 
 
-def _refuse_unknown(kind: type, names: Iterable[str]) -> None:
+def _refuse_unknown(cls: type, names: Iterable[str]) -> None:
     for name in names:
         if name not in STATE_MAPS:
             raise UserError(
-                f"{kind.__name__} keeps {name!r} of each parameter, which cannot follow a change of rank; write an "
+                f"{cls.__name__} keeps {name!r} of each parameter, which cannot follow a change of rank; write an "
                 f"optimizer that keeps {', '.join(STATE_MAPS)}, or add a map to inrank_dist.optim.moments.STATE_MAPS"
             )
 
@@ -65,11 +65,11 @@ def _is_moment(value: object, parameter: Tensor) -> bool:
     return torch.is_tensor(value) and value.ndim > 0
 
 
-def moment_names(settings: OptimizerSettings, kind: Kind) -> tuple[str, ...]:
-    """Names, which are torch's, of what is remembered of a parameter of a kind."""
-    if kind != "plain":
+def moment_names(settings: OptimizerSettings, role: Role) -> tuple[str, ...]:
+    """Names, which are torch's, of what is remembered of a parameter of this role."""
+    if role != "plain":
         return ("momentum_buffer",)
-    return settings.kind.moments(settings)
+    return settings.entry.moments(settings)
 
 
 def map_moments(

@@ -18,7 +18,7 @@ Matrices = Literal["none", "dense", "factors"]
 
 
 @dataclass(frozen=True)
-class OptimizerKind:
+class OptimizerEntry:
     """What has to be known of an optimizer. A new one is an object of this class, and a line in ``OPTIMIZERS``.
 
     Attributes:
@@ -46,8 +46,8 @@ def _adam_arguments(settings: "OptimizerSettings") -> dict[str, Any]:
     return {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
 
 
-def _adam(matrices: Matrices = "none", maps: FactorMaps | None = None) -> OptimizerKind:
-    return OptimizerKind(
+def _adam(matrices: Matrices = "none", maps: FactorMaps | None = None) -> OptimizerEntry:
+    return OptimizerEntry(
         torch.optim.AdamW,
         _adam_arguments,
         lambda settings: ("exp_avg", "exp_avg_sq"),
@@ -59,9 +59,9 @@ def _adam(matrices: Matrices = "none", maps: FactorMaps | None = None) -> Optimi
     )
 
 
-OPTIMIZERS: dict[str, OptimizerKind] = {
+OPTIMIZERS: dict[str, OptimizerEntry] = {
     "adamw": _adam(),
-    "sgd": OptimizerKind(
+    "sgd": OptimizerEntry(
         torch.optim.SGD,
         lambda settings: {"lr": settings.lr, "momentum": settings.beta1},
         lambda settings: ("momentum_buffer",) if settings.beta1 > 0 else (),  # without momentum it remembers nothing

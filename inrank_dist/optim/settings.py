@@ -6,14 +6,14 @@ from typing import Annotated, ClassVar, Literal
 from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
-from .registry import OPTIMIZERS, Matrices, OptimizerKind
+from .registry import OPTIMIZERS, Matrices, OptimizerEntry
 
 MomentRule = Literal["transport", "slice", "reset"]
 
 
 def optimizers_of(matrices: Matrices) -> list[str]:
     """The optimizers that train these parameters as matrices."""
-    return [name for name, kind in OPTIMIZERS.items() if kind.matrices == matrices]
+    return [name for name, entry in OPTIMIZERS.items() if entry.matrices == matrices]
 
 
 @dataclass(kw_only=True)
@@ -63,11 +63,11 @@ class OptimizerSettings:
     @property
     def orthogonalises(self) -> bool:
         """Whether matrices get orthogonalised updates."""
-        return self.kind.matrices != "none"
+        return self.entry.matrices != "none"
 
     @property
-    def kind(self) -> OptimizerKind:
-        """The optimizer."""
+    def entry(self) -> OptimizerEntry:
+        """What is known of the optimizer."""
         return OPTIMIZERS[self.name]
 
     @property

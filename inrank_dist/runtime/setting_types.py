@@ -10,13 +10,13 @@ from . import yaml_text
 
 def parse(text: str, expected: Any) -> Any:
     """The value that a command-line word stands for; the word itself where it stands for none."""
-    kinds = alternatives(expected)
-    if text == "null" and type(None) in kinds:
+    accepted = alternatives(expected)
+    if text == "null" and type(None) in accepted:
         return None
-    if all(kind in (str, type(None)) or typing.get_origin(kind) in (Literal, Annotated) for kind in kinds):
+    if all(each in (str, type(None)) or typing.get_origin(each) in (Literal, Annotated) for each in accepted):
         return text
     # In a list of texts, 1 and true are texts.
-    is_list = any(kind == list[str] for kind in kinds)
+    is_list = list[str] in accepted
     try:
         return yaml_text.load(text, as_text=is_list) if text.strip() else text
     except ValueError:
@@ -34,7 +34,7 @@ def fits(value: Any, expected: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if len(alternatives(expected)) > 1:
-        return any(fits(value, kind) for kind in arguments)
+        return any(fits(value, argument) for argument in arguments)
     if expected in (int, float) and isinstance(value, bool):
         return False
     if expected is float:
@@ -58,5 +58,5 @@ def in_words(expected: Any) -> str:
     if typing.get_origin(expected) is dict:
         return "keys and values such as {a: 1}"
     if len(alternatives(expected)) > 1:
-        return " or ".join(in_words(kind) for kind in alternatives(expected))
+        return " or ".join(in_words(each) for each in alternatives(expected))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}[expected]

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import SECTIONS, SETTINGS, Config, load_config
-from ..method.start import fits, layer_shapes
+from ..method.initial import fits, layer_shapes
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
 from ..runtime.yaml_text import shown
+from .building import dense_skeleton
 from .checkpoint import Checkpoint, mismatch, named_folders, step_of
 from .schedule import decay_begins, learning_rate
-from .start import dense_skeleton
 
 
 @dataclass(frozen=True)

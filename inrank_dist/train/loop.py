@@ -21,6 +21,7 @@ from ..runtime.errors import UserError
 from ..runtime.stop import Stopped, StopRequest
 from ..runtime.watch import STEP_TIMEOUT, TIMEOUT
 from .arithmetic import FlopCounter
+from .building import cost_setup
 from .callbacks import Callback
 from .checkpoint import CheckpointWriter, TrainState
 from .clock import Clock
@@ -31,7 +32,6 @@ from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
 from .records import notice, perplexity
 from .schedule import learning_rate
-from .start import cost_setup
 
 
 class Trainer:
@@ -178,7 +178,7 @@ class Trainer:
         """The next optimizer step alone: its batches, the verdict on it, the learning rate."""
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         self.flops.count(self._tokens_per_step)
-        verdict, rate = self._train_step(batches)
+        verdict, rate = self._update(batches)
         self.step += 1
         return batches, verdict, rate
 
@@ -201,7 +201,7 @@ class Trainer:
     def _saves(self, interval: int) -> bool:
         return interval > 0 and self.step > 0 and self.step % interval == 0
 
-    def _train_step(self, batches: Batches) -> tuple[Verdict, float]:
+    def _update(self, batches: Batches) -> tuple[Verdict, float]:
         """Forward, backward and update; no update where the verdict is against it."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)

@@ -6,11 +6,12 @@ from ..config import Config
 from ..data import Loader, LoaderState, Prefetcher, Prepared
 from ..lowrank.convert import convert
 from ..method.controller import RankController
-from ..method.start import StartValues, fits, layer_shapes, start_layout
+from ..method.initial import StartValues, fits, layer_shapes, start_layout
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.stop import StopRequest
 from .arithmetic import FlopCounter
+from .building import build_engine, dense_skeleton
 from .callbacks import Callback, Sample
 from .checkpoint import Checkpoint, CheckpointWriter, load_tensors
 from .health import Health
@@ -18,7 +19,6 @@ from .loop import Trainer
 from .profiling import StepProfiler
 from .records import Records
 from .speed import known_peak
-from .start import build_engine, dense_skeleton
 
 
 def build(

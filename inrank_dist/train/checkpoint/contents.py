@@ -10,10 +10,10 @@ from ...data import Tokenizer
 from ...lowrank.convert import convert
 from ...lowrank.kinds import kind_of, matrix_shape
 from ...models import LanguageModel
-from ...optim import moment_names, parameter_kinds
+from ...optim import moment_names, parameter_roles
 from ...runtime.errors import UserError
 from ...runtime.paths import is_plain_file, status
-from ..start import dense_skeleton
+from ..building import dense_skeleton
 from .folder import MANIFEST, MARKER, read_manifest, verify
 from .listing import Damaged, Unreadable, leftovers, named_folders
 from .state import STATE, TrainState, read_state
@@ -84,9 +84,9 @@ def mismatch(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, ma
     parameters = dict(model.named_parameters())
     moments = {
         f"optimizer.{moment}.{name}": parameters[name]
-        for name, kind in parameter_kinds(model, model.plan.block_modules(model), config.optimizer).items()
+        for name, role in parameter_roles(model, model.plan.block_modules(model), config.optimizer).items()
         if state.optimizer_steps > 0
-        for moment in moment_names(config.optimizer, kind)
+        for moment in moment_names(config.optimizer, role)
     }
     return difference(stored_tensors(checkpoint.folder), parameters | moments, make)
 

@@ -8,8 +8,8 @@ from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
+from ...engine.checkpointable import SavedRows
 from ...engine.engine import Engine
-from ...engine.saved import SavedRows
 from ...runtime.context import Context
 from ...runtime.errors import UserError
 from ..settings import CheckpointSettings

@@ -10,7 +10,7 @@ from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.init import generator_for, start_base, start_factors
 from ..lowrank.kinds import matrix_shape
 from ..lowrank.spectrum import Factors
-from ..models.plan import InitialValues
+from ..models.values import InitialValues
 from ..runtime.errors import UserError
 from .settings import LowRankSettings
 

@@ -11,8 +11,8 @@ from ..data import check_batch_sizes
 from ..engine.cost import Setup
 from ..engine.engine import Engine
 from ..engine.options import BuildOptions
+from ..engine.reshapable import Values
 from ..engine.settings import zero_stage
-from ..engine.sharded import Values
 from ..lowrank.convert import Layout
 from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.context import Context
@@ -39,11 +39,11 @@ def build_engine(
         frobenius_decay=config.lowrank.frobenius_decay,
         reduce_each_micro_batch=config.parallel.reduce_each_micro_batch,
     )
-    kind = config.parallel.resolve(context.world_size)
-    if kind == "local" or kind == "ddp" or kind == "fsdp":
-        make: Callable[..., Engine] = functools.partial(Engine, kind=kind, shard_size=config.parallel.shard_size)
+    name = config.parallel.resolve(context.world_size)
+    if name == "local" or name == "ddp" or name == "fsdp":
+        make: Callable[..., Engine] = functools.partial(Engine, name=name, shard_size=config.parallel.shard_size)
     else:
-        make = _zero(zero_stage(kind), config, context)
+        make = _zero(zero_stage(name), config, context)
     return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
 
 

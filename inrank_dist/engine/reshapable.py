@@ -14,10 +14,10 @@ from ..lowrank.event import RankEvent, map_factors
 from ..lowrank.layer import set_base_scale
 from ..lowrank.materialize import assign_buffers, assign_parameters, clean
 from ..lowrank.spectrum import identity_rows
-from ..models.plan import named_buffers
+from ..models.values import named_buffers
 from ..optim.moments import MomentRule, map_moments, moments_of_right_factor, plain_state
 from ..runtime.errors import UserError
-from .held import HeldModel
+from .model_rows import ModelRows
 from .placement import RowPlacement, placement_of
 
 Values = Callable[[str], Tensor]
@@ -27,7 +27,7 @@ Rows = Callable[[str, nn.Parameter], Tensor]
 """Name and parameter on ``meta`` -> this process's rows of its value, on the device."""
 
 
-class ShardedModel(HeldModel):
+class ReshapableModel(ModelRows):
     """Holds a model and its optimizer and changes the shapes of its low-rank layers.
 
     Reshaping is rebuilding: FSDP2, optimizers and DeepSpeed silently ignore a parameter that is replaced. So the model

@@ -15,7 +15,7 @@ from ..lowrank.spectrum import DenseRows, Factors
 from .placement import RowPlacement, local_rows
 
 
-class HeldModel:
+class ModelRows:
     """Reads and writes this process's rows of a model; what a rank method needs of it (``method.holder``).
 
     Attributes:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
-from ..engine.sharded import ShardedModel, Values
+from ..engine.reshapable import ReshapableModel, Values
 from ..lowrank.convert import Layout, convert
 from ..lowrank.division import Processes
 from ..lowrank.layer import set_activation, set_base_scale
 from ..lowrank.materialize import clean
 from ..lowrank.spectrum import Factors
 from ..method.settings import LowRankSettings
-from ..models.plan import named_buffers
+from ..models.values import named_buffers
 from ..optim.groups import decayed_parameters
 from ..optim.moments import check_state
 from ..runtime.errors import UserError
@@ -23,7 +23,7 @@ from ..runtime.errors import UserError
 Groups = list[dict[str, Any]]
 
 
-class UserModel(ShardedModel):
+class UserModel(ReshapableModel):
     """Holds the model of a ``LowRankRun``."""
 
     def __init__(

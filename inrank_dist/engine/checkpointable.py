@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optim import Kind, OptimizerSettings, moment_names
+from ..optim import OptimizerSettings, Role, moment_names
 from .placement import RowPlacement
-from .sharded import ShardedModel
+from .reshapable import ReshapableModel
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _counted(placement: RowPlacement, held: Callable[[], Tensor], size: int) -> 
     return placement.counted(held(), size)
 
 
-class SavedModel(ShardedModel):
+class CheckpointableModel(ReshapableModel):
     """A model whose parameters and moments are saved by rows.
 
     Attributes:
@@ -53,12 +53,12 @@ class SavedModel(ShardedModel):
 
     optimizer_settings: OptimizerSettings
     optimizer_steps: int
-    _kinds: dict[str, Kind]
+    _roles: dict[str, Role]
 
     def _set_state(
         self, name: str, parameter: nn.Parameter, moments: Mapping[str, Tensor], extras: Mapping[str, Any]
     ) -> None:
-        if moments.keys() & {"exp_avg"} and self.optimizer_settings.kind.counts_steps:
+        if moments.keys() & {"exp_avg"} and self.optimizer_settings.entry.counts_steps:
             extras = {"step": torch.tensor(float(self.optimizer_steps), device=self.device)}
         super()._set_state(name, parameter, moments, extras)
 
@@ -119,9 +119,9 @@ class SavedModel(ShardedModel):
         self.optimizer_steps = steps
         if steps:
             parameters = self.parameters()
-            for name, kind in self._kinds.items():
+            for name, role in self._roles.items():
                 local = self._local(parameters[name])
-                moments = moment_names(self.optimizer_settings, kind)
+                moments = moment_names(self.optimizer_settings, role)
                 self._set_state(name, parameters[name], {moment: torch.zeros_like(local) for moment in moments}, {})
         read(self.tensors())
 
