@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Full rank against low rank on one GPU, in about two minutes: GPT-2 medium and a 1.3B shape, 16 sequences of 1024, bf16, eager
-# and compiled; step time, MFU and peak memory with their ratios. Options are passed to `inrank bench speed` and override the
-# ones here: launch/bench-gpu.sh --batch 4 --json gpu.json
+# and compiled; step time, MFU and peak memory with their ratios.
+# Usage: launch/bench-gpu.sh [OPTIONS OF inrank bench speed], which override the ones here: launch/bench-gpu.sh --batch 4
 # Uses the python3 on PATH if it has the required libraries (such as a cluster's own), else creates the environment.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source=environment.sh
 . "$root/launch/environment.sh"
+case ${1:-} in -h | --help) help ;; esac
 find_environment ""
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 echo "== Measuring; each table is shown when all its forms are compiled and timed"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # The first command to run: creates the environment, trains configs/quickstart.yaml on two processes with FSDP2, and shows
-# the results. Arguments are passed to train: launch/quickstart.sh --train.steps 200
+# the results.
+# Usage: launch/quickstart.sh [ARGUMENTS FOR train], for example launch/quickstart.sh --train.steps 200
 set -euo pipefail
+# shellcheck source=environment.sh
+. "$(dirname "$0")/environment.sh"
+case ${1:-} in -h | --help) help ;; esac
 cd "$(dirname "$0")/.."
-. launch/environment.sh
 make_environment ""
 
 run=runs/quickstart

@@ -350,6 +350,15 @@ def test_words(script: str, words: list[str], status: int, says: str) -> None:
     assert ("usage: launch/" in done.stdout) == (status == 0)
 
 
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench-gpu.sh", "gpu.sh"])
+def test_help_starts_nothing(script: str, tmp_path: Path) -> None:
+    command = [LAUNCH / script, "--help"]
+    environment = launch_environment() | {"INRANK_VENV": str(tmp_path / "venv")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"Usage: launch/{script}" in done.stdout and not done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_measurement_for_a_gpu_runs_on_cpu_with_small_shapes() -> None:
