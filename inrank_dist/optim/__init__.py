@@ -1,4 +1,4 @@
-"""Optimizers: parameter groups, and how what each remembers follows a rank event."""
+"""Optimizers, their parameter groups, and how their state is mapped at a rank event."""
 
 from .groups import Role, build_optimizer, decayed_parameters, parameter_roles
 from .matrices import HeldRows

@@ -1,4 +1,4 @@
-"""Which parameter is trained by what, and the optimizer that results."""
+"""Assignment of parameters to update rules, and construction of the optimizer."""
 
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
@@ -14,18 +14,21 @@ from .matrices import HeldRows, MatrixOptimizer, Pair
 from .settings import OptimizerSettings
 
 Role = Literal["plain", "dense", "factor"]
-"""How a parameter is trained: element by element (plain), as a matrix (dense), or as one of a pair of factors."""
+"""How a parameter is updated: elementwise (``plain``), as a matrix (``dense``), or as one of a pair of factors
+(``factor``)."""
 
 
 def parameter_roles(model: nn.Module, blocks: Iterable[nn.Module], settings: OptimizerSettings) -> dict[str, Role]:
-    """Role of each parameter that takes gradients.
+    """Return the role of each parameter that requires a gradient.
 
     Args:
-        blocks: modules of the model whose layers' weights are matrices, where the layer has a kind (``lowrank.kinds``);
-            what lies outside (embeddings, the head) is not.
+        model: the model, with low-rank layers or without.
+        blocks: modules whose dense layers are trained as matrices if the layer has a kind (``lowrank.kinds``). Weights
+            outside of them (embeddings, the head) are ``plain``.
+        settings: the optimizer. Every role is ``plain`` unless it orthogonalises updates.
 
     Raises:
-        UserError: the optimizer orthogonalises matrices, and a layer stores its matrix transposed.
+        UserError: if the optimizer orthogonalises updates and a layer in ``blocks`` stores its weight transposed.
     """
     roles: dict[int, Role] = {}
     if settings.orthogonalises:
@@ -44,10 +47,11 @@ def parameter_roles(model: nn.Module, blocks: Iterable[nn.Module], settings: Opt
 
 
 def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
-    """Names of the parameters that take weight decay.
+    """Return the names of the parameters with weight decay: those with two or more dimensions, except embeddings.
 
     Args:
-        factors: False where the factors have a decay of their own (``lowrank.frobenius_decay``).
+        model: the model.
+        factors: whether factors are included. False if they have their own decay (``lowrank.frobenius_decay``).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     return {
@@ -69,15 +73,16 @@ def build_optimizer(
     elementwise: Callable[..., torch.optim.Optimizer] | None = None,
     matrix_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the parameters of ``roles``, in groups with and without weight decay.
+    """Build the optimizer for the parameters in ``roles``, in groups with and without weight decay.
 
     Args:
-        parameters: all of the model's, by name.
-        roles: from ``parameter_roles``.
-        decayed: names of those that take weight decay.
-        rows: how parameters are held, for orthogonalised updates.
-        elementwise: makes the optimizer of plain parameters where it is not torch's.
-        matrix_dtype: in which dense matrices are orthogonalised.
+        parameters: all parameters of the model, by name.
+        roles: result of ``parameter_roles``.
+        decayed: names of the parameters with weight decay.
+        settings: the optimizer and its hyperparameters.
+        rows: how parameters are sharded, for orthogonalised updates.
+        elementwise: constructor of the elementwise optimizer, if it is not the one of ``settings.entry``.
+        matrix_dtype: dtype in which dense matrices are orthogonalised.
     """
 
     def groups(wanted: Role) -> list[dict[str, Any]]:

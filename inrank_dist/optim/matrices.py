@@ -1,4 +1,8 @@
-"""Muon, Spectron and LoRA-Muon on rows: factors from Grams, dense matrices divided among processes."""
+"""Muon, Spectron and LoRA-Muon for parameters sharded by rows.
+
+Factors are orthogonalised through their Gram matrices. Dense matrices are distributed over the processes, each of which
+orthogonalises whole ones.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,20 +17,20 @@ from ..lowrank.spectrum import Factors, gram_matrices
 from .orthogonal import orthogonalise_matrix
 
 FactorMaps = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Grams of ``U``, ``V`` and their momenta -> ``A, B``: the updates are ``m_U @ A`` and ``m_V @ B``; float64, in
-batches."""
+"""Function of the Gram matrices of ``U``, ``V`` and their momenta ``m_U``, ``m_V``. It returns ``A, B``, such that the
+updates are ``m_U @ A`` and ``m_V @ B``. All matrices are float64 of shape ``(layers, R, R)``."""
 
 
 @dataclass(frozen=True)
 class HeldRows:
-    """How the processes that share one copy of the model hold it.
+    """How one replica of the model is sharded by rows.
 
     Attributes:
-        local: this process's rows of a parameter, gradient or moment; they share memory with it.
-        sum: sums in place over the processes that hold different rows.
-        split: how many of so many rows each of those processes holds.
-        index: which of those processes this one is.
-        group: those processes; None where each process holds every row.
+        local: returns this process's rows of a parameter, gradient or moment, sharing its memory.
+        sum: all-reduces a tensor in place over the processes that hold the shards of one replica.
+        split: returns the number of rows in each shard, given the number of rows in total.
+        index: index of this process's shard.
+        group: process group of the shards of one replica. None if each process holds all rows.
     """
 
     local: Callable[[Tensor], Tensor]
@@ -45,29 +49,31 @@ class Pair:
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Orthogonalised updates for matrices and factors, AdamW for the rest.
+    """Orthogonalised updates for dense matrices and factors, AdamW for all other parameters.
 
-    The momentum of a matrix is an exponential mean of its gradients, mixed with the present one (Nesterov). The update
-    of a matrix ``(out, in)`` is multiplied by ``sqrt(max(1, out / in))``. Weight decay is decoupled. Each factor of a
-    pair shrinks by ``sqrt(1 - lr * decay)``, so that their product shrinks by ``1 - lr * decay`` as a dense matrix
-    does.
+    The momentum is an exponential moving average of the gradients, and the update uses its Nesterov form. The update of
+    a matrix ``(out, in)`` is scaled by ``sqrt(max(1, out / in))``. Weight decay is decoupled. Each factor of a pair is
+    multiplied by ``sqrt(1 - lr * weight_decay)``, so that their product decays at the rate of a dense matrix.
 
-    Two things travel in a step beside gradients. For factors it is one all-reduce of the upper triangles of four
-    float64 Grams a layer, ``16 R (R + 1)`` bytes. A dense matrix of ``n`` elements that ``S`` processes hold goes to
-    one of them, is orthogonalised there, and comes back: ``2 n (S - 1) / S^2`` elements of ``dtype`` a process. (To
-    gather it in every process would send ``n (S - 1) / S`` and compute it ``S`` times.)
+    A step communicates the following beside gradients:
+
+    - Factors: one all-reduce of the upper triangles of four float64 Gram matrices per layer, ``16 R (R + 1)`` bytes.
+    - Dense matrices: a matrix of ``n`` elements in ``S`` shards is sent to one process, orthogonalised there, and sent
+      back, ``2 n (S - 1) / S^2`` elements of ``dtype`` per process. All-gathering it instead would send
+      ``n (S - 1) / S`` elements per process and repeat the computation ``S`` times.
 
     Args:
-        rest: parameters that AdamW trains, in groups with their ``weight_decay``.
-        dense: matrices, in groups likewise; weights of convolutions count as matrices with a row a channel.
-        pairs: factors, in groups likewise.
-        rows: how they are held.
-        maps: the rule of the pairs; None where there are none.
-        lr: peak learning rate of the rest.
+        rest: parameter groups for AdamW, each with its ``weight_decay``.
+        dense: parameter groups of matrices, each with its ``weight_decay``. The weight of a convolution is treated as a
+            matrix ``(out_channels, in_channels * kh * kw)``.
+        pairs: pairs of factors with their weight decay.
+        rows: how the parameters are sharded.
+        maps: update rule of the pairs. None if there are no pairs.
+        lr: peak learning rate of AdamW.
         matrix_lr: peak learning rate of matrices and factors.
-        momentum: decay rate of their momentum.
-        betas, eps: of AdamW.
-        dtype: in which whole matrices are orthogonalised; ``torch.optim.Muon`` does it in bfloat16.
+        momentum: decay rate of the momentum of matrices and factors.
+        betas, eps: arguments of AdamW.
+        dtype: dtype in which dense matrices are orthogonalised. ``torch.optim.Muon`` uses bfloat16.
     """
 
     def __init__(
@@ -98,7 +104,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         adamw = [group for group in self.param_groups if group["role"] == "adamw"]
         self._adamw = torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps, fused=True) if adamw else None
         if self._adamw is not None:
-            # One set of groups and of moments for both: whoever sets a rate or a moment here sets it there.
+            # Share groups and state with AdamW, so that a learning rate or moment set on this optimizer applies to it.
             self._adamw.state = self.state
             for group, theirs in zip(adamw, self._adamw.param_groups, strict=True):
                 group.update(theirs)
@@ -106,7 +112,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step with the gradients that the parameters hold."""
+        """Perform one optimizer step."""
         if self._adamw is not None:
             self._adamw.step()
         for group in self.param_groups:
@@ -116,7 +122,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 self._step_pairs(group)
 
     def _mix(self, parameter: Tensor) -> Tensor:
-        """Move the momentum on; this process's rows of the Nesterov mix of it and the gradient."""
+        """Update the momentum and return this process's rows of its Nesterov form."""
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -137,7 +143,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 rows.sub_(update.reshape(rows.shape).to(rows.dtype), alpha=lr * _stretch(*_matrix_shape(parameter)))
 
     def _orthogonalise(self, mixes: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-        """This process's rows of the orthogonalised matrices; each is computed by one process."""
+        """Return this process's rows of the orthogonalised matrices.
+
+        Process ``i`` of the group orthogonalises matrix ``i``, so there are at most as many matrices as processes.
+        """
         group, mixes = self.rows.group, [mix.flatten(1) for mix in mixes]
         if group is None:
             return [orthogonalise_matrix(mix, self.dtype) for mix in mixes]
@@ -163,7 +172,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         by_modes: dict[int, list[int]] = {}
         for index, (U, _) in enumerate(pairs):
             by_modes.setdefault(U.shape[1], []).append(index)
-        for indices in by_modes.values():  # layers of one rank run as a batch
+        for indices in by_modes.values():  # batch the layers with the same number of modes
             of_factors = [grams[f"{index}"] for index in indices]
             of_momenta = [grams[f"{index} momentum"] for index in indices]
             maps = self.maps(
@@ -173,13 +182,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 torch.stack([gram.V for gram in of_momenta]),
             )
             for index, *both in zip(indices, *maps, strict=True):
+                # With the division by shrink, decay does not change the update of the product to first order.
                 step = lr * _stretch(pairs[index][0].shape[0], pairs[index][1].shape[0]) / shrink
                 for factor, mix, each in zip(pairs[index], mixes[index], both, strict=True):
                     self.rows.local(factor).mul_(shrink).sub_(mix @ each.to(mix.dtype), alpha=step)
 
 
 def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
-    """``(out, in)``; of a convolution ``(out_channels, in_channels * kh * kw)``."""
+    """Return ``(out, in)``, for a convolution ``(out_channels, in_channels * kh * kw)``."""
     return parameter.shape[0], math.prod(parameter.shape[1:])
 
 
@@ -188,9 +198,10 @@ def _stretch(out_features: int, in_features: int) -> float:
 
 
 def _exchange(parts: Sequence[Tensor], sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Send part ``i`` to process ``i`` and receive ``sizes[i]`` elements from it, in one flat tensor.
+    """Send ``parts[i]`` to process ``i`` and return what is received, ``sizes[i]`` elements from process ``i``.
 
-    Processes beyond the end of a list take no part. Elements travel as bytes, because gloo knows no bfloat16.
+    Nothing is exchanged with processes beyond the end of a list. The result is flat, in the order of the processes.
+    Elements are sent as bytes, because gloo does not support bfloat16.
     """
     count, dtype = dist.get_world_size(group), parts[0].dtype
     sent = [part.numel() * dtype.itemsize for part in parts] + [0] * (count - len(parts))

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of each parameter, and how that follows a rank event."""
+"""Optimizer state per parameter, and how it is mapped at a rank event."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -15,24 +15,24 @@ from .settings import MomentRule, OptimizerSettings
 
 
 def plain_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """What an optimizer remembers of a parameter that has not its shape, such as the number of steps."""
+    """Return the optimizer state of a parameter that does not have the parameter's shape, such as the step count."""
     state = optimizer.state.get(parameter, {})
     return {name: v for name, v in state.items() if not (torch.is_tensor(v) and v.shape == parameter.shape)}
 
 
 def check_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Refuse an optimizer whose state cannot follow a rank event.
+    """Check that the state of an optimizer can be mapped at a rank event.
 
-    An optimizer of the same class takes a step with a small matrix, to see what it remembers.
+    An optimizer of the same class takes one step on a small matrix, which shows the names of its state.
 
     Args:
-        optimizer: one that wraps another as its attribute ``optimizer``, as accelerate's does, stands for that.
+        optimizer: the optimizer. A wrapper with the attribute ``optimizer``, such as accelerate's, is unwrapped.
 
     Returns:
-        Whether such a step could be taken.
+        Whether the step succeeded. If it failed, nothing was checked.
 
     Raises:
-        UserError: it remembers something for which there is no map.
+        UserError: if the optimizer keeps state that is not in ``STATE_MAPS``.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
@@ -46,7 +46,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> bool:
         twin = cls([probe], **options)
         probe.grad = torch.ones_like(probe)
         twin.step()
-    except Exception:  # somebody's own class with other arguments: found out at the first event
+    except Exception:  # a custom class with other arguments, which is checked at the first event
         return False
     _refuse_unknown(cls, [name for name, value in twin.state[probe].items() if _is_moment(value, probe)])
     return True
@@ -66,7 +66,7 @@ def _is_moment(value: object, parameter: Tensor) -> bool:
 
 
 def moment_names(settings: OptimizerSettings, role: Role) -> tuple[str, ...]:
-    """Names, which are torch's, of what is remembered of a parameter of this role."""
+    """Return the names of the moments of a parameter with this role, as in the state dict of ``torch.optim``."""
     if role != "plain":
         return ("momentum_buffer",)
     return settings.entry.moments(settings)
@@ -81,14 +81,19 @@ def map_moments(
     betas: tuple[float, float],
     rule: MomentRule = "transport",
 ) -> dict[str, Tensor]:
-    """Moments of one factor after a rank event, from the rows that this process holds.
+    """Map this process's rows of the moments of one factor at a rank event.
 
     Args:
-        factor: ``U`` or ``V``; the moments of one move with the map of the other.
-        moments: those of ``moment_names``, each ``(rows, R)``.
-        step: optimizer steps so far.
-        rule: ``slice`` and ``reset`` are there to measure what ``transport`` is worth; fresh columns start from zero in
-            both.
+        event: the rank event of the layer.
+        factor: ``U`` or ``V``. The gradient of one factor is mapped with the other factor's matrix, ``M`` or ``N``.
+        moments: moments by name, each ``(rows, R)``.
+        step: number of optimizer steps taken.
+        betas: decay rates of Adam, for bias correction.
+        rule: ``transport`` maps the moments with the event. ``slice`` keeps the first columns and ``reset`` keeps none,
+            and both fill the other columns with zeros. They are baselines for ``transport``.
+
+    Returns:
+        Moments by name, each ``(rows, event.modes)``.
     """
     if rule != "transport":
         kept = min(next(iter(moments.values())).shape[1], event.modes) if rule == "slice" else 0
@@ -112,11 +117,11 @@ def _second(
 
 
 StateMap = Callable[[RankEvent, str, str, Mapping[str, Tensor], float, tuple[float, float]], Tensor]
-"""Event, factor (``U`` or ``V``), name, all moments of the factor, steps so far and Adam's betas -> the moment after
-the event, ``(rows, modes)``."""
+"""Function of the event, the factor (``U`` or ``V``), the name of the moment, all moments of the factor, the number of
+steps taken and Adam's betas. It returns the moment after the event, ``(rows, modes)``."""
 
 STATE_MAPS: dict[str, StateMap] = {"exp_avg": _first, "momentum_buffer": _first, "exp_avg_sq": _second}
-"""Optimizer state, by torch's name -> how it follows a rank event. An optimizer with other state adds its own here."""
+"""Map of each kind of optimizer state, by its name in ``torch.optim``. Optimizers with other state add an entry."""
 
 
 def moments_of_right_factor(
@@ -127,18 +132,20 @@ def moments_of_right_factor(
     step: float,
     betas: tuple[float, float],
 ) -> dict[str, Tensor]:
-    """Moments of ``V`` after a weight ``W`` has become ``U V^T``: its gradient is ``G^T U`` where that of ``W`` is
-    ``G``.
+    """Compute the moments of ``V`` after a weight ``W`` has been factorised as ``U V^T``.
 
-    One all-reduce of ``8 in R`` bytes for each moment. The second moment follows as in ``map_second_moment``.
+    The gradient of ``V`` is ``G^T U``, where ``G`` is the gradient of ``W``. The second moment is mapped as in
+    ``map_second_moment``. All moments are summed in one all-reduce of ``8 in R`` bytes each.
 
     Args:
-        moments: of ``W``, each the rows ``(rows, in)`` that this process alone counts.
+        moments: moments of ``W`` by name, each ``(rows, in)``. Each row is passed by exactly one process.
         U: the same rows of the new factor, ``(rows, R)``.
-        step: optimizer steps so far.
+        all_reduce: sums a float64 tensor in place over all processes.
+        step: number of optimizer steps taken.
+        betas: decay rates of Adam, for bias correction.
 
     Returns:
-        Whole moments, each ``(in, R)``, equal in every process.
+        Unsharded moments by name, each ``(in, R)``, equal on all processes.
     """
     U, sums = U.double(), []
     correction = {"exp_avg": 1 - betas[0] ** step, "exp_avg_sq": 1 - betas[1] ** step}

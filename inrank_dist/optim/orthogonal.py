@@ -1,33 +1,35 @@
-"""Orthogonalised updates: of a whole matrix, and of factors from their Gram matrices alone.
+"""Orthogonalised updates of whole matrices, and of factors from their Gram matrices.
 
-Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982) replaces the momentum ``X`` of a matrix by a matrix with the
-same singular vectors and singular values near one. A Newton-Schulz step ``X <- a X + b (X X^T) X + c (X X^T)^2 X``
-multiplies ``X`` from the right by a polynomial of ``X^T X``. So the whole iteration is ``X @ P`` with ``P: (R, R)``
-from the Gram ``X^T X``, which is a sum over rows: a factor that is sharded by rows is orthogonalised without being
-gathered.
+Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982) replaces the momentum ``X`` of a matrix with a matrix that has
+the same singular vectors and singular values near one. A Newton-Schulz step
+``X <- a X + b (X X^T) X + c (X X^T)^2 X`` multiplies ``X`` from the right by a polynomial in ``X^T X``. The whole
+iteration is therefore ``X @ P``, where ``P: (R, R)`` depends only on the Gram matrix ``X^T X``. The Gram matrix is a
+sum over rows, so a factor sharded by rows is orthogonalised without an all-gather.
 
-The updates of a pair of factors ``W = U V^T`` are of that form too. With ``m_U, m_V`` the momenta:
+The updates of a pair of factors ``W = U V^T`` with momenta ``m_U`` and ``m_V`` have the same form:
 
-- Spectron (arXiv 2602.12429): ``orth(m_U) / (|U|_2 + |V|_2 + 1)``, and the same for ``V``. The product moves by at most
-  about the learning rate in spectral norm.
+- Spectron (arXiv 2602.12429): ``orth(m_U) / (|U|_2 + |V|_2 + 1)``, and the same for ``V``. The spectral norm of the
+  change of the product is at most about the learning rate.
 - LoRA-Muon (arXiv 2606.12921): ``orth(m_U S_V^{-1/2}) S_V^{-1/2} / 2`` with ``S_V = V^T V``, and the same for ``V``
-  with ``S_U``. Each factor takes half a step, orthogonal in the metric of the other, so that the step of the product
-  does not depend on how scale is divided between the factors.
+  with ``S_U``. Each factor takes half a step, orthogonal in the metric of the other factor. The change of the product
+  does not depend on how its scale is divided between the factors.
 
-All functions of Grams work on batches ``(..., R, R)`` of symmetric float64 matrices.
+All functions of Gram matrices accept batches ``(..., R, R)`` of symmetric float64 matrices.
 """
 
 import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz step of Muon: steep at zero; singular values end between about 0.7 and 1.2."""
+"""Coefficients ``a, b, c`` of Muon's quintic Newton-Schulz step. The large slope at zero makes small singular values
+grow fast. All of them end between about 0.7 and 1.2."""
 
 STEPS = 5
 EPS = 1e-7
 
 ROOT_STEPS = 32
-"""Each step multiplies a small eigenvalue by 2.25 until it is near one: enough for 1e-9 of the trace."""
+"""Steps of the inverse square root. A step multiplies small eigenvalues by 2.25 until they are near one, so that
+eigenvalues down to 1e-9 of the trace converge."""
 
 SQUARINGS = 24
 
@@ -35,10 +37,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def orthogonalise_matrix(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Near-orthogonal factor of a whole matrix ``(out, in)``, as ``torch.optim.Muon`` computes it.
+    """Set the singular values of a matrix to about one, as ``torch.optim.Muon`` does.
 
     Args:
-        dtype: in which it is computed and returned.
+        matrix: ``(out, in)``. It is not modified.
+        dtype: dtype of the computation and the result.
     """
     a, b, c = COEFFICIENTS
     X = matrix.to(dtype, copy=True)
@@ -52,7 +55,11 @@ def orthogonalise_matrix(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def orthogonalising_map(gram: Tensor) -> Tensor:
-    """``P`` such that ``X @ P`` is the near-orthogonal factor of ``X``, from ``gram = X^T X``; zero for a zero Gram."""
+    """Return ``P`` such that ``X @ P`` is the result of ``orthogonalise_matrix`` for ``X``.
+
+    Args:
+        gram: ``X^T X``. If it is zero, ``X @ P`` is zero.
+    """
     a, b, c = COEFFICIENTS
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     norm = _trace(gram).clamp(min=EPS**2).sqrt()
@@ -64,15 +71,17 @@ def orthogonalising_map(gram: Tensor) -> Tensor:
 
 
 def spectral_norm(gram: Tensor) -> Tensor:
-    """``|X|_2``, shape ``(..., 1, 1)``, from ``gram = X^T X``; from eigenvalues on CPUs, by products on GPUs, where
-    eigenvalues of a batch are slow."""
+    """Return the spectral norm ``|X|_2``, shape ``(..., 1, 1)``, from ``gram = X^T X``.
+
+    On GPUs it uses matrix products only, because batched eigenvalue solvers are slow there.
+    """
     if gram.is_cuda:
         return norm_by_squaring(gram)
     return torch.linalg.eigvalsh(gram)[..., -1:, None].clamp(min=0).sqrt()
 
 
 def inverse_root(gram: Tensor) -> Tensor:
-    """``gram^{-1/2}`` of positive definite matrices; from eigenvectors on CPUs, by products on GPUs."""
+    """Return ``gram^{-1/2}`` of positive definite matrices. On GPUs it uses matrix products only."""
     if gram.is_cuda:
         return root_by_iteration(gram)
     values, vectors = torch.linalg.eigh(gram)
@@ -80,10 +89,10 @@ def inverse_root(gram: Tensor) -> Tensor:
 
 
 def norm_by_squaring(gram: Tensor) -> Tensor:
-    """``spectral_norm`` from products alone.
+    """Compute ``spectral_norm`` with matrix products only.
 
-    The trace of ``gram^n`` to the power ``1 / n`` tends to the largest eigenvalue, and ``n`` doubles with each product.
-    It is exact to a share of ``log(R) / n`` whatever the gap to the second eigenvalue, where power iterations are not.
+    ``trace(gram^n)^(1/n)`` converges to the largest eigenvalue, and ``n`` doubles with each product. The relative error
+    is at most ``log(R) / n``. Unlike that of power iteration, it does not depend on the gap to the second eigenvalue.
     """
     log_norm = torch.zeros_like(_trace(gram))
     power = gram
@@ -96,8 +105,11 @@ def norm_by_squaring(gram: Tensor) -> Tensor:
 
 
 def root_by_iteration(gram: Tensor) -> Tensor:
-    """``inverse_root`` from products alone: the coupled Newton-Schulz iteration (Higham 2008, "Functions of Matrices",
-    equation 6.35). It never looks at its result, so the host does not wait for the device."""
+    """Compute ``inverse_root`` with matrix products only.
+
+    It is the coupled Newton-Schulz iteration (Higham 2008, "Functions of Matrices", equation 6.35) with a fixed number
+    of steps, so that the host does not synchronise with the device.
+    """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     scale = _trace(gram).clamp(min=_TINY)
     Y, Z = gram / scale, eye.expand_as(gram)
@@ -108,16 +120,26 @@ def root_by_iteration(gram: Tensor) -> Tensor:
 
 
 def spectron_maps(U: Tensor, V: Tensor, m_U: Tensor, m_V: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps ``A, B`` of Spectron: the updates are ``m_U @ A`` and ``m_V @ B``. Arguments are Grams of what they name."""
+    """Return ``A, B`` of Spectron, such that the updates are ``m_U @ A`` and ``m_V @ B``.
+
+    Args:
+        U, V: Gram matrices of the factors.
+        m_U, m_V: Gram matrices of their momenta.
+    """
     scale = spectral_norm(U) + spectral_norm(V) + 1
     return orthogonalising_map(m_U) / scale, orthogonalising_map(m_V) / scale
 
 
 def lora_muon_maps(U: Tensor, V: Tensor, m_U: Tensor, m_V: Tensor, damping: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Maps ``A, B`` of LoRA-Muon: the updates are ``m_U @ A`` and ``m_V @ B``. Arguments are Grams of what they name.
+    """Return ``A, B`` of LoRA-Muon, such that the updates are ``m_U @ A`` and ``m_V @ B``.
 
-    New modes have ``U = 0``, where ``S_U^{-1/2}`` is infinite. So ``damping`` times the mean eigenvalue of the other
-    factor's Gram is added to the diagonal of each.
+    New modes have ``U = 0``, for which ``S_U^{-1/2}`` is infinite. Therefore ``damping`` times the mean eigenvalue of
+    the other factor's Gram matrix is added to the diagonal of each.
+
+    Args:
+        U, V: Gram matrices of the factors.
+        m_U, m_V: Gram matrices of their momenta.
+        damping: multiple of the mean eigenvalue.
     """
     eye = torch.eye(U.shape[-1], dtype=U.dtype, device=U.device)
     floor = damping / U.shape[-1]

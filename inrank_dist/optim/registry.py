@@ -1,4 +1,4 @@
-"""The optimizers by name."""
+"""Registry of the optimizers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 Matrices = Literal["none", "dense", "factors"]
-"""Which parameters of the blocks are trained as matrices."""
+"""Which parameters of the blocks get orthogonalised updates."""
 
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """What has to be known of an optimizer. A new one is an object of this class, and a line in ``OPTIMIZERS``.
+    """Description of an optimizer. A new optimizer is an instance of this class and a line in ``OPTIMIZERS``.
 
     Attributes:
-        elementwise: class that trains all parameters where ``matrices`` is ``none``. With orthogonalised updates AdamW
-            trains what is no matrix (``matrices.MatrixOptimizer``).
-        arguments: its keyword arguments beside the parameter groups, from the settings.
-        moments: what it remembers of each parameter, from the settings; each name needs a map in ``STATE_MAPS``.
-        counts_steps: whether it keeps ``step`` of each parameter, as Adam does.
-        native_arguments: extra keyword arguments that are not passed under DeepSpeed.
-        matrices: which parameters of the blocks are trained as matrices, with orthogonalised updates: of dense layers,
-            of dense layers and as pairs of factors, or none.
-        maps: the rule of the factors, see ``matrices.FactorMaps``.
+        elementwise: class that trains all parameters if ``matrices`` is ``none``. Otherwise
+            ``matrices.MatrixOptimizer`` trains the model, and uses AdamW for parameters that are not matrices.
+        arguments: returns the keyword arguments of ``elementwise``, except the parameter groups.
+        moments: returns the names of the moments of each parameter. Each name needs an entry in ``STATE_MAPS``.
+        counts_steps: whether the state of each parameter has a ``step``, as in Adam.
+        native_arguments: further keyword arguments, not used with DeepSpeed.
+        matrices: which parameters of the blocks get orthogonalised updates. ``none``; ``dense``: the weights of dense
+            layers; ``factors``: the weights of dense layers, and pairs of factors.
+        maps: update rule of the factors, see ``matrices.FactorMaps``.
     """
 
     elementwise: type[torch.optim.Optimizer]
@@ -52,7 +52,7 @@ def _adam(matrices: Matrices = "none", maps: FactorMaps | None = None) -> Optimi
         _adam_arguments,
         lambda settings: ("exp_avg", "exp_avg_sq"),
         True,
-        # The fused one takes 4 % off a step of GPT-2 small on CPU. Of SGD DTensor knows no fused one.
+        # The fused implementation is faster. DTensor does not support the one of SGD.
         {"fused": True},
         matrices,
         maps,
@@ -64,10 +64,10 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(
         torch.optim.SGD,
         lambda settings: {"lr": settings.lr, "momentum": settings.beta1},
-        lambda settings: ("momentum_buffer",) if settings.beta1 > 0 else (),  # without momentum it remembers nothing
+        lambda settings: ("momentum_buffer",) if settings.beta1 > 0 else (),  # SGD without momentum has no state
     ),
     "muon": _adam("dense"),
     "spectron": _adam("factors", spectron_maps),
     "lora_muon": _adam("factors", lora_muon_maps),
 }
-"""``optimizer.name`` -> optimizer."""
+"""Optimizers by ``optimizer.name``."""

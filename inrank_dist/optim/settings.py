@@ -1,4 +1,4 @@
-"""Section ``optimizer``: which optimizer, and its rates."""
+"""Settings of the optimizer (YAML section ``optimizer``)."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -12,38 +12,40 @@ MomentRule = Literal["transport", "slice", "reset"]
 
 
 def optimizers_of(matrices: Matrices) -> list[str]:
-    """The optimizers that train these parameters as matrices."""
+    """Return the names of the optimizers that orthogonalise the updates of these parameters."""
     return [name for name, entry in OPTIMIZERS.items() if entry.matrices == matrices]
 
 
 @dataclass(kw_only=True)
 class OptimizerSettings:
-    """The optimizer. Norms, biases and embeddings take no weight decay."""
+    """The optimizer. Weight decay does not apply to norms, biases and embeddings."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(fixed=("name",))
 
     name: Annotated[str, OneOf(lambda: OPTIMIZERS)] = "adamw"
-    """adamw; sgd with momentum beta1 (weight decay is then L2); muon orthogonalises the updates of the dense matrices
-    of a full-rank model; spectron and lora_muon do that to factors, and to the dense matrices beside them. With the
-    last three AdamW trains embeddings, norms, biases and the head. Not with ZeRO."""
+    """adamw; sgd: momentum beta1, and weight decay is an L2 penalty; muon: orthogonalised updates of the dense matrices
+    of a full-rank model; spectron and lora_muon: orthogonalised updates of the factors and of the remaining dense
+    matrices. With muon, spectron and lora_muon, AdamW trains embeddings, norms, biases and the head. These three do not
+    support ZeRO."""
     lr: float = 6e-4
-    """Peak learning rate; with muon, spectron and lora_muon of what AdamW trains."""
+    """Peak learning rate. With muon, spectron and lora_muon, it applies to the parameters that AdamW trains."""
     matrix_lr: float = 0.02
-    """Peak learning rate of matrices and factors with muon, spectron and lora_muon."""
+    """Peak learning rate of matrices and factors (muon, spectron, lora_muon)."""
     momentum: float = 0.95
-    """Decay rate of the momentum of matrices and factors with muon, spectron and lora_muon."""
+    """Decay rate of the momentum of matrices and factors (muon, spectron, lora_muon)."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices. With spectron and lora_muon the product of two factors decays at this rate,
-    with the others each factor."""
+    """Weight decay of matrices, decoupled except with sgd. With spectron and lora_muon, the product of two factors
+    decays at this rate. With the other optimizers, each factor does."""
     beta1: float = 0.9
-    """Decay rate of the first moment; for sgd the momentum."""
+    """Decay rate of AdamW's first moment. With sgd, the momentum."""
     beta2: float = 0.95
-    """Decay rate of the second moment (adamw)."""
+    """Decay rate of AdamW's second moment."""
     eps: float = 1e-8
-    """Added to the square root of the second moment (adamw)."""
+    """Added to the square root of AdamW's second moment."""
     moments_on_event: MomentRule = "transport"
-    """What becomes of the moments of factors at a rank event: transport moves them with the maps; slice keeps the first
-    columns, as the published code does, but none where a dense weight becomes factors; reset starts from zero."""
+    """How the moments of factors change at a rank event. transport: map them as the factors are mapped; slice: keep the
+    first columns, as the published code does, or start from zero if a dense weight becomes factors; reset: start from
+    zero."""
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
@@ -62,15 +64,15 @@ class OptimizerSettings:
 
     @property
     def orthogonalises(self) -> bool:
-        """Whether matrices get orthogonalised updates."""
+        """Whether the optimizer orthogonalises the updates of matrices."""
         return self.entry.matrices != "none"
 
     @property
     def entry(self) -> OptimizerEntry:
-        """What is known of the optimizer."""
+        """Description of the optimizer."""
         return OPTIMIZERS[self.name]
 
     @property
     def matrix_scale(self) -> float:
-        """The learning rate of matrices and factors as a multiple of ``lr``."""
+        """Learning rate of matrices and factors as a multiple of ``lr``."""
         return self.matrix_lr / self.lr if self.orthogonalises else 1.0
