@@ -1,12 +1,12 @@
-"""Pre-train language models whose weights grow in rank as they learn, sharded over any number of processes.
+"""Distributed training with incremental low-rank learning (InRank, arXiv 2306.11250).
 
-The library, for models and training loops of your own::
+The library adds low-rank layers to your own model and training loop::
 
     import inrank_dist as inrank
 
     run = inrank.LowRankRun(make_model, inrank.InRank(["mlp"], freeze_step=1000), make_optimizer)
 
-Names are imported when they are first used, so that ``import inrank_dist`` itself imports nothing slow.
+Public names are imported on first use, so ``import inrank_dist`` is fast.
 """
 
 import importlib

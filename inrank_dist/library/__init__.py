@@ -1,4 +1,4 @@
-"""InRank for any model: convert it, grow it in your own training loop, merge it back."""
+"""Low-rank training for any model in your own training loop."""
 
 from .methods import FixedRank, InRank, PretrainThenFactorise, Published
 from .run import LowRankRun

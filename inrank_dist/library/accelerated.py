@@ -1,4 +1,4 @@
-"""InRank in a training loop that uses ``accelerate``."""
+"""Low-rank training in a loop that uses ``accelerate``."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,24 +14,26 @@ from ..runtime.errors import UserError
 from .run import Groups, LowRankRun
 
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""The kinds of distribution in which each process holds the whole model."""
+"""Distributed types in which each process holds the whole model."""
 
 
 class AcceleratedRun(LowRankRun):
-    """A ``LowRankRun`` whose model and optimizer are prepared by an ``Accelerator``, one process or DDP.
+    """A ``LowRankRun`` whose model and optimizer are prepared by an ``Accelerator``.
 
-    ``run.model`` and ``run.optimizer`` may be new objects after ``after_step``, and they are prepared as the first ones
-    were. Prepare data loaders yourself. Under ``accelerator.accumulate(run.model)``, ``after_step`` does nothing until
-    the gradients are synchronised, and neither does ``run.optimizer.step()``. The scheduler is not prepared: it counts
-    optimizer steps, so step it where ``accelerator.sync_gradients`` holds.
+    It supports one process and DDP. ``after_step`` may replace ``run.model`` and ``run.optimizer``; the new objects are
+    prepared, too. Prepare the data loaders yourself.
+
+    Inside ``accelerator.accumulate(run.model)``, both ``run.optimizer.step()`` and ``after_step`` do nothing until the
+    gradients are synchronised. The scheduler is not prepared, because it counts optimizer steps. Call its ``step`` only
+    if ``accelerator.sync_gradients`` is true.
 
     Args:
-        accelerator: without an FSDP, DeepSpeed or other plugin that shards the model, without ``torch.compile`` and
-            without a gradient scaler (``fp16``).
-        model, method, optimizer, scheduler, initial, seed, total_steps: as of ``LowRankRun``.
+        accelerator: must not use FSDP, DeepSpeed or another plugin that shards the model, ``torch.compile``, or a
+            gradient scaler (``fp16``).
+        model, method, optimizer, scheduler, initial, seed, total_steps: as in ``LowRankRun``.
 
     Raises:
-        UserError: also for an accelerator that cannot be used.
+        UserError: if the accelerator is not supported, or for the reasons given in ``LowRankRun``.
     """
 
     def __init__(
@@ -76,11 +78,11 @@ class AcceleratedRun(LowRankRun):
         accelerator.register_load_state_pre_hook(_refuse_state)
 
     def after_step(self, backward: Callable[[], object] | None = None) -> list[dict[str, Any]]:
-        """As of ``LowRankRun``; nothing while gradients are being accumulated."""
+        """Like ``LowRankRun.after_step``, but does nothing while gradients are accumulated."""
         return super().after_step(backward) if self._accelerator.sync_gradients else []
 
     def _forget(self) -> None:
-        """Take the last model and optimizer off the accelerator's lists, which would keep their memory alive."""
+        """Remove the old model and optimizer from the accelerator's lists, which would keep their memory alive."""
         old = {id(each) for each in self._prepared}
         for kept in (self._accelerator._models, self._accelerator._optimizers):
             kept[:] = [each for each in kept if id(each) not in old]
@@ -88,10 +90,10 @@ class AcceleratedRun(LowRankRun):
 
 
 def refuse_accelerator(accelerator: Accelerator) -> None:
-    """Refuse what cannot follow a model whose parameters are replaced.
+    """Reject an accelerator that cannot handle a model whose parameters are replaced.
 
     Raises:
-        UserError: it names the plugin or setting.
+        UserError: if it has such a plugin or setting, which the message names.
     """
     found = accelerator.distributed_type
     if found not in WHOLE:

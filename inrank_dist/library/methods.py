@@ -1,4 +1,4 @@
-"""The methods by name, as settings with the arguments that each of them takes."""
+"""Functions that create the settings of each low-rank method."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -19,19 +19,23 @@ def InRank(
     warmup_steps: int | None = None,
     **options: object,
 ) -> LowRankSettings:
-    """Incremental low-rank learning (arXiv 2306.11250): the rank grows by the explained ratio.
+    """Return settings for incremental low-rank learning (InRank, arXiv 2306.11250).
+
+    The rank of each layer grows until the active modes reach a given explained ratio.
 
     Args:
-        targets: layers to factor: ``mlp``, ``attention``, ``all``, ``inner`` (all but the first block), or regular
-            expressions that are searched in module names.
+        targets: the layers to factor: ``mlp``, ``attention``, ``all``, ``inner`` (all except those of the first block),
+            or regular expressions searched in module names.
         initial_rank: active rank of each layer at initialisation.
-        buffer: modes trained beyond the active rank; the most that one check can add.
-        threshold: explained ratio below which the rank is raised.
-        interval: optimizer steps between two checks.
-        freeze_step: optimizer step after which the ranks are frozen; ``auto``: when no layer has grown for a while;
-            None: they may grow to the end.
-        base: dense base under the factors: ``decay``, ``frozen`` or ``none``.
-        warmup_steps: optimizer steps over which a decaying base fades; None: ``freeze_step``, or 200.
+        buffer: number of modes trained beyond the active rank. A check adds at most this many modes.
+        threshold: the rank grows if the explained ratio is below this value.
+        interval: number of optimizer steps between checks.
+        freeze_step: optimizer step after which the ranks are frozen. ``"auto"`` freezes them once no layer has grown
+            for ``freeze_patience`` checks, or after ``freeze_fraction`` of the run. With None they can grow until the
+            end of training.
+        base: dense base weight added to the product of the factors: ``decay`` (fades to zero), ``frozen`` or ``none``.
+        warmup_steps: number of optimizer steps over which a decaying base fades. Defaults to ``freeze_step`` if that is
+            a number, otherwise 200.
         options: any other field of ``LowRankSettings``.
     """
     warmup = warmup_steps or (freeze_step if isinstance(freeze_step, int) else 200)
@@ -52,12 +56,13 @@ def InRank(
 def FixedRank(
     rank: int, targets: Sequence[str] = ("mlp",), *, init: Init = "spectral", **options: object
 ) -> LowRankSettings:
-    """Factors of constant rank in place of the weights (arXiv 2209.13569).
+    """Return settings for training with factors of a fixed rank (arXiv 2209.13569).
 
     Args:
-        rank: of every layer.
-        targets: as for ``InRank``.
-        init: ``spectral`` (best approximation of a dense start), ``spectral_ones``, ``orthogonal`` or ``kaiming``.
+        rank: rank of every factored layer.
+        targets: as in ``InRank``.
+        init: initialisation of the factors: ``spectral`` (best approximation of a dense initial weight),
+            ``spectral_ones`` (its singular vectors, with equal singular values), ``orthogonal`` or ``kaiming``.
         options: any other field of ``LowRankSettings``.
     """
     return _settings(mode="fixed", targets=list(targets), initial_rank=rank, base="none", init=init, **options)
@@ -66,13 +71,13 @@ def FixedRank(
 def PretrainThenFactorise(
     steps: int, total_steps: int, targets: Sequence[str] = ("mlp",), *, rank: int | None = None, **options: object
 ) -> LowRankSettings:
-    """Dense training, then factors of its weights (Cuttlefish, arXiv 2305.02538).
+    """Return settings for dense training followed by factorisation of the weights (Cuttlefish, arXiv 2305.02538).
 
     Args:
-        steps: optimizer steps of dense training.
-        total_steps: optimizer steps of the whole run.
-        targets: as for ``InRank``.
-        rank: of every layer; None: what the explained ratio finds in each.
+        steps: number of optimizer steps of dense training.
+        total_steps: number of optimizer steps of the whole run.
+        targets: as in ``InRank``.
+        rank: rank of every factored layer. With None, each layer gets the rank that reaches the explained ratio.
         options: any other field of ``LowRankSettings``.
     """
     chosen: dict[str, object] = {"mode": "efficient"} if rank is None else {"mode": "fixed", "initial_rank": rank}
@@ -82,12 +87,14 @@ def PretrainThenFactorise(
 
 
 def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **options: object) -> LowRankSettings:
-    """The recipe of the code that was published with arXiv 2306.11250; only to reproduce it.
+    """Return settings that reproduce the published code of arXiv 2306.11250.
+
+    Use ``InRank`` for anything else.
 
     Args:
-        targets: as for ``InRank``.
+        targets: as in ``InRank``.
         freeze_step: optimizer step after which the ranks are frozen.
-        options: any other field of ``LowRankSettings``.
+        options: any other field of ``LowRankSettings``; overrides the values of the published code.
     """
     fixed: dict[str, object] = {
         "mode": "efficient",
@@ -105,10 +112,10 @@ def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **op
 
 
 def _settings(**values: object) -> LowRankSettings:
-    """Settings from keywords.
+    """Create settings from keyword arguments.
 
     Raises:
-        TypeError: a keyword that is no setting.
-        ValueError: a value that does not fit.
+        TypeError: if a keyword is not a setting.
+        ValueError: if a value is invalid.
     """
     return LowRankSettings(**values)  # type: ignore[arg-type]

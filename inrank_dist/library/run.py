@@ -1,4 +1,4 @@
-"""A model whose ranks grow in somebody's own training loop."""
+"""Low-rank training of a model in a user's training loop."""
 
 import copy
 import json
@@ -33,43 +33,48 @@ from .user_model import Groups, UserModel
 log = logging.getLogger("inrank_dist")
 
 STATE = "inrank.state"
-"""Name of the JSON text, as uint8, that a checkpoint holds beside tensors."""
+"""Key of the run's JSON state, stored as uint8, in a state dict."""
 
 
 class LowRankRun:
-    """A model with low-rank layers, its optimizer, and the rank events between optimizer steps.
+    """A model with low-rank layers, its optimizer, and the rank events that change them.
 
-    The model may be anybody's ``nn.Module``. It is built on ``meta``, its target layers are replaced by low-rank ones,
-    it is sharded, and it gets its values. At a rank event it is built again with other shapes, because neither FSDP2
-    nor an optimizer notices a parameter that is replaced. So ``run.model``, ``run.optimizer`` and ``run.scheduler`` may
-    be new objects after ``after_step``.
+    The model can be any ``nn.Module``. It is built on ``meta``, its target layers are replaced by low-rank layers, it
+    is parallelized, and its parameters are then initialised. At a rank event the model and its optimizer are rebuilt
+    with the new shapes, because neither FSDP2 nor an optimizer notices a replaced parameter. ``run.model``,
+    ``run.optimizer`` and ``run.scheduler`` may therefore be new objects after ``after_step``.
 
-    All processes of the default process group make the same calls. Ranks, initial values and new modes depend on
-    ``seed`` and on names alone, not on the number of processes.
+    All processes of the default process group must make the same calls. Initial values and new modes depend only on
+    ``seed`` and the module names, not on the number of processes.
 
     Args:
-        model: makes the dense model. It is called twice: under ``torch.device("meta")`` for the shapes, and on the CPU,
-            seeded, for the initial values (not where ``initial`` is given).
+        model: function that returns the dense model. It is called twice: under ``torch.device("meta")`` for the shapes,
+            and on the CPU with ``seed`` set for the initial values. The second call is omitted if ``initial`` is given.
         method: ``InRank(...)``, ``FixedRank(...)``, ``PretrainThenFactorise(...)``, ``Published(...)``, or any
             ``LowRankSettings``.
-        optimizer: makes the optimizer from parameter groups: matrices, and the rest with ``weight_decay`` 0.
-        parallelize: activation checkpointing, compilation and ``fully_shard``, applied to the model on ``meta``, in
-            place; called again after each event. None: the model stays whole.
-        wrap: wraps the model after its parameters have values, such as ``DistributedDataParallel``; the result is
-            ``run.model``. Called again after each event.
-        scheduler: makes a learning rate scheduler for an optimizer.
-        initial: dense model on the CPU whose values all layers but the factored ones start from.
-        seed: of initial values and of new modes.
-        device: None: the present GPU, or the CPU where there is none.
-        total_steps: optimizer steps of the whole run; needed by ``dense_fraction`` and ``freeze_step: auto``.
+        optimizer: function that returns the optimizer for a list of parameter groups. The first group holds the
+            matrices, the second holds all other parameters and sets ``weight_decay`` to 0.
+        parallelize: function that applies activation checkpointing, compilation and ``fully_shard`` to the model in
+            place, while the model is on ``meta``. It is called again after each rank event. By default the model is not
+            sharded.
+        wrap: function that wraps the initialised model, for example in ``DistributedDataParallel``. Its result becomes
+            ``run.model``. It is called again after each rank event.
+        scheduler: function that returns the learning rate scheduler of an optimizer.
+        initial: dense model on the CPU that provides the initial values of all layers except the factored ones. With
+            ``PretrainThenFactorise`` it provides those, too.
+        seed: seed of the initial values and of new modes.
+        device: device of the model. Defaults to the current GPU, or to the CPU without a GPU.
+        total_steps: number of optimizer steps of the whole run. Required by ``dense_fraction`` and by ``freeze_step:
+            auto``.
 
     Attributes:
         model: the model to call.
-        optimizer, scheduler: of ``model``; ``scheduler`` is None without the argument of that name.
-        step: optimizer steps so far, as counted by ``after_step``.
+        optimizer: the optimizer of ``model``.
+        scheduler: the scheduler of ``optimizer``, or None without the argument ``scheduler``.
+        step: number of optimizer steps, counted by ``after_step``.
 
     Raises:
-        UserError: a layer, an optimizer or a sharding that cannot be used; in one line.
+        UserError: if a layer, the optimizer, the method or the kind of sharding is not supported.
     """
 
     def __init__(
@@ -137,7 +142,7 @@ class LowRankRun:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Low-rank layer -> its active rank; empty while layers are dense."""
+        """Active rank of each low-rank layer, by layer name. Empty while the layers are still dense."""
         return {name: layer.rank for name, layer in self._holder.layout.items()}
 
     @property
@@ -146,22 +151,25 @@ class LowRankRun:
         return self._controller.frozen
 
     def table(self) -> dict[str, dict[str, Any]]:
-        """Layer -> its rank, what the rule found, the null rank, the explained ratio and the shape."""
+        """Return the rank statistics of each layer, by layer name.
+
+        They are the active rank, the rank found by the rule, the null rank, the explained ratio and the shape.
+        """
         return self._controller.table()
 
     def after_step(self, backward: Callable[[], object] | None = None) -> list[dict[str, Any]]:
-        """Count an optimizer step and do what is due after it.
+        """Count an optimizer step and perform the rank event that is due after it, if any.
 
         Args:
-            backward: runs forward and backward passes of the batch of this step once more, for ``growth_init:
-                gradient``; called at growth only, twice.
+            backward: function that repeats the forward and backward passes on the batch of this step. Required by
+                ``growth_init: gradient``. It is called twice if a layer grows, otherwise never.
 
         Returns:
-            A record for each event: its step, action and the change of each layer; none where nothing was due.
+            A record of each event with its step, its action and the changes of each layer. Empty if no event was due.
 
         Raises:
-            UserError: the training diverged.
-            Disagreement: processes decided differently; nothing was touched.
+            UserError: if training has diverged, or if ``backward`` is required but missing.
+            Disagreement: if the processes decided on different ranks. Nothing has been modified in that case.
         """
         if backward is None and self._method.growth_init == "gradient":
             raise UserError("growth_init is gradient, which needs gradients; write after_step(backward)")
@@ -173,13 +181,13 @@ class LowRankRun:
         return records
 
     def _remember(self) -> None:
-        """Keep what the next optimizer and scheduler need, and nothing that holds the old parameters."""
+        """Keep the state that the next optimizer and scheduler need, without references to the old parameters."""
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         if self.scheduler is not None:
             self._schedule, self.scheduler = self.scheduler.state_dict(), None
 
     def _carry_over(self) -> None:
-        """Give a new optimizer the learning rates of the old one, and a new scheduler the state of the old one."""
+        """Restore the parameter group options of a new optimizer and the state of a new scheduler."""
         if not self._groups:
             return
         if self._make_scheduler is not None:
@@ -190,7 +198,10 @@ class LowRankRun:
         self._groups = []
 
     def merge(self) -> nn.Module:
-        """The dense model with the products of the factors as weights, whole, on the CPU; a collective if sharded."""
+        """Return the dense model on the CPU, unsharded, with each product of factors merged into one weight.
+
+        All processes must call it if the model is sharded, because it gathers the parameters.
+        """
         whole = {name: _whole(p).cpu() for name, p in self._holder.parameters().items()}
         model = self._holder.low_rank_copy()
         buffers = dict(named_buffers(self._holder.module))
@@ -205,9 +216,10 @@ class LowRankRun:
     # State.
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything to save, by name: parameters, saved buffers, optimizer state and the ranks (as JSON text).
+        """Return the parameters, persistent buffers, optimizer state and ranks, by name.
 
-        Sharded ones are DTensors. They share memory with the run, so save or copy them before the next step.
+        Sharded tensors are DTensors. The tensors share memory with the run, so save or copy them before the next step.
+        The ranks and all other state that is not a tensor are one uint8 tensor of JSON text.
         """
         text = json.dumps(
             {
@@ -225,7 +237,13 @@ class LowRankRun:
         return {**self._holder.state(), STATE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` returned; the number of processes must be the same (``load`` allows another)."""
+        """Restore a state returned by ``state_dict`` on the same number of processes.
+
+        Use ``save`` and ``load`` to change the number of processes.
+
+        Raises:
+            UserError: if the state belongs to another model. Nothing has been modified in that case.
+        """
         shapes = {name: tensor.shape for name, tensor in state.items() if name != STATE}
         self._restore(json.loads(bytes(state[STATE].tolist())), shapes)
         with torch.no_grad():
@@ -233,14 +251,17 @@ class LowRankRun:
                 tensor.copy_(state[name])
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint with ``torch.distributed.checkpoint``."""
+        """Write a checkpoint with ``torch.distributed.checkpoint``. All processes must call it."""
         dcp.save(self.state_dict(), checkpoint_id=str(folder))
 
     def load(self, folder: str | Path) -> None:
-        """Continue from a checkpoint of ``save``, on any number of processes and with any sharding by rows.
+        """Load a checkpoint written by ``save``. All processes must call it.
+
+        The number of processes and the sharding may differ from those of ``save``, as long as parameters are sharded by
+        rows.
 
         Raises:
-            UserError: the folder holds no such checkpoint, or one of another model.
+            UserError: if the folder does not contain a checkpoint of a ``LowRankRun``, or it belongs to another model.
         """
         try:
             entries = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
@@ -269,7 +290,7 @@ class LowRankRun:
 
 
 def _check_method(method: LowRankSettings, total_steps: int | None) -> int:
-    """Refuse a method that does not suit the library; the length of the run, 1 where nothing depends on it."""
+    """Reject unsupported methods. Return the number of steps of the run, or 1 if it is unknown and not needed."""
     if method.mode == "full":
         raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
     if method.frobenius_decay:
@@ -290,7 +311,7 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def _processes(device: torch.device) -> Processes:
-    """All processes of the default group."""
+    """Return the processes of the default process group."""
     if not dist.is_initialized():
         return Processes(0, 1, lambda tensor: None)
 

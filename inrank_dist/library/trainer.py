@@ -1,4 +1,4 @@
-"""InRank in the ``Trainer`` of ``transformers``."""
+"""Low-rank training with the ``Trainer`` of ``transformers``."""
 
 import copy
 import gc
@@ -24,41 +24,41 @@ from .accelerated import refuse_accelerator
 from .run import Groups, LowRankRun
 
 STATE_FILE = "inrank.safetensors"
-"""What a checkpoint of the Trainer holds beside the Trainer's own files."""
+"""Name of the file that the callback adds to a Trainer's checkpoint."""
 
 
 class InRankCallback(TrainerCallback):
-    """Grows the ranks of a ``Trainer``'s model while it trains.
+    """A callback that trains the model of a ``Trainer`` with low-rank layers.
 
-    The callback takes a finished ``Trainer``, any subclass of it, and adds itself to it::
+    Pass it a ``Trainer`` (or an instance of a subclass). The callback adds itself to the Trainer's callbacks::
 
         trainer = Trainer(model=model, args=args, train_dataset=data)
         grown = InRankCallback(trainer, InRank(["mlp"], freeze_step=1000))
         trainer.train()
         grown.merge().save_pretrained("dense")
 
-    The target layers are replaced at construction, before the Trainer makes its optimizer. The optimizer is the one
-    that the Trainer's arguments or its ``create_optimizer`` ask for. The Trainer's loop, its accelerator, its scheduler
-    and other callbacks keep the objects that they hold: at a rank event the model, its DDP wrapper and the prepared
-    optimizer stay, and get new contents.
+    The constructor replaces the target layers and creates the optimizer with the Trainer's ``create_optimizer``. The
+    model, its DDP wrapper and the prepared optimizer keep their identity. A rank event replaces their contents, so the
+    Trainer's loop, accelerator, scheduler and other callbacks need no change.
 
-    The factored layers start anew, as the method says. All other values are those of the model (of process 0's).
+    The method initialises the factored layers. All other layers keep the values of the model in process 0.
 
-    A checkpoint of the Trainer holds the merged dense model, which ``from_pretrained`` reads, and factors and ranks in
-    ``inrank.safetensors``. To continue from it, name it both here and in ``trainer.train``.
+    A checkpoint of the Trainer contains the merged dense model, which ``from_pretrained`` can load, and the factors and
+    ranks in ``inrank.safetensors``. To resume, pass ``resume_from_checkpoint`` both here and to ``trainer.train``.
 
     Args:
-        trainer: on one process or with DDP.
-        method: as of ``LowRankRun``; without ``growth_init: gradient``.
-        seed: of initial values and of new modes; None: that of the Trainer's arguments.
-        total_steps: as of ``LowRankRun``; None: ``max_steps`` of the Trainer's arguments, if set.
-        resume_from_checkpoint: a checkpoint folder, or True for the last one in ``output_dir``.
+        trainer: a Trainer that runs on one process or with DDP.
+        method: as in ``LowRankRun``. ``growth_init: gradient`` is not supported.
+        seed: seed of the initial values and of new modes. Defaults to the seed in the Trainer's arguments.
+        total_steps: as in ``LowRankRun``. Defaults to ``max_steps`` of the Trainer's arguments if that is set.
+        resume_from_checkpoint: a checkpoint folder, or True for the latest one in ``output_dir``.
 
     Attributes:
-        run: the ``LowRankRun``, for ``run.ranks`` and ``run.table()``.
+        run: the ``LowRankRun``, which provides ``run.ranks`` and ``run.table()``.
 
     Raises:
-        UserError: the Trainer has a setting that cannot follow a change of rank; it is named.
+        UserError: if a setting of the Trainer is not supported, the model was loaded from pretrained weights that the
+            method would discard, or the checkpoint cannot be resumed.
     """
 
     run: LowRankRun
@@ -111,9 +111,9 @@ class InRankCallback(TrainerCallback):
         trainer.add_callback(self)
 
     def merge(self) -> PreTrainedModel:
-        """The dense model with the products of the factors as weights, on the CPU."""
+        """Return the dense model on the CPU, with each product of factors merged into one weight."""
         dense: Any = self.run.merge()
-        for name in ("config", "generation_config"):  # what was changed since construction
+        for name in ("config", "generation_config"):  # may have changed since construction
             if hasattr(dense, name):
                 setattr(dense, name, copy.deepcopy(getattr(self._model, name)))
         return dense
@@ -121,7 +121,7 @@ class InRankCallback(TrainerCallback):
     def _mean_rank(self) -> float:
         return sum(self.run.ranks.values()) / len(self.run.ranks)
 
-    # What the Trainer calls.
+    # Called by the Trainer.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,7 +150,7 @@ class InRankCallback(TrainerCallback):
                 self._trainer.log(
                     {f"inrank/{record['action']}": len(record["layers"]), "inrank/rank": self._mean_rank()}
                 )
-                control.should_log = due  # log() takes it that the loss of this step was logged
+                control.should_log = due  # log() clears it, which would drop the record of this step's loss
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save and not args.save_only_model:
@@ -158,22 +158,22 @@ class InRankCallback(TrainerCallback):
             tensors = {name: tensor.contiguous() for name, tensor in self.run.state_dict().items()}
             save_file(tensors, folder / STATE_FILE)
 
-    # What the run calls at construction and at each rank event.
+    # Called by the run at construction and at each rank event.
 
     def _adopt(self, module: nn.Module) -> None:
-        """Let go of the old contents of all objects that stay, and give the model that stays its new ones."""
+        """Release the old contents of the persistent objects, and give the Trainer's model those of ``module``."""
         if self._prepared is not None:
             self._prepared.optimizer = None
         if self._wrapper is not None:
             del self._wrapper.reducer, self._wrapper.logger
             self._wrapper._module_parameters = []
         for contents in ("_modules", "_parameters", "_buffers"):
-            # The same dictionaries, which get their values later.
+            # Share the dictionaries, because the run replaces the parameters in them later.
             vars(self._model)[contents] = vars(module)[contents]
         gc.collect()
 
     def _make_optimizer(self, groups: Groups) -> Optimizer:
-        """The optimizer of the Trainer's arguments, for the new contents of the model."""
+        """Create the Trainer's optimizer for the new parameters of the model."""
         trainer, prepared = self._trainer, self._prepared
         trainer.optimizer = None
         optimizer = trainer.create_optimizer()
@@ -183,7 +183,10 @@ class InRankCallback(TrainerCallback):
         return optimizer
 
     def _rewrap(self, module: nn.Module) -> nn.Module:
-        """Give the DDP wrapper that stays what a new one has: its reducer knows parameters by identity."""
+        """Give the persistent DDP wrapper the attributes of a new one.
+
+        The reducer of DDP refers to the parameters by identity, so it cannot be kept.
+        """
         old = self._wrapper
         if old is None:
             return self._model
@@ -195,22 +198,22 @@ class InRankCallback(TrainerCallback):
         if handler is not None:
             handler.register_comm_hook(new)
         vars(new)["_is_accelerate_prepared"] = (
-            True  # as Accelerator.prepare_model says; else it would be wrapped once more
+            True  # set by Accelerator.prepare_model, which would otherwise wrap it again
         )
         old.__dict__ = new.__dict__
         return old
 
-    # What the model that stays does for the Trainer.
+    # Called by the Trainer through the model.
 
     def _save_pretrained(self, save_directory: str | Path, state_dict: object = None, **options: Any) -> None:
-        """In place of the model's ``save_pretrained``: ``from_pretrained`` could not read factors."""
+        """Save the merged model, because ``from_pretrained`` cannot load factors."""
         self.merge().save_pretrained(save_directory, **options)
 
     def _before_loading(self, module: nn.Module, state_dict: dict[str, Any], *_: object) -> None:
-        """The Trainer loads the dense weights of a checkpoint without asking for every name."""
+        """Protect the factors from the dense weights of a checkpoint, which the Trainer loads with ``strict=False``."""
         if self._restored:
             state_dict.clear()
-            state_dict.update(module.state_dict())  # from STATE_FILE, at construction
+            state_dict.update(module.state_dict())  # already restored from STATE_FILE at construction
         missing = [
             f"{name}.U"
             for name, layer in module.named_modules()
@@ -224,7 +227,7 @@ class InRankCallback(TrainerCallback):
 
 
 def _refuse(trainer: Trainer, method: LowRankSettings) -> None:
-    """Refuse settings of a Trainer that cannot follow a model whose layers are replaced."""
+    """Reject settings of a Trainer that do not work with a model whose layers are replaced."""
     refuse_accelerator(trainer.accelerator)
     args = trainer.args
     for name in (
@@ -269,7 +272,7 @@ def _refuse(trainer: Trainer, method: LowRankSettings) -> None:
 
 
 def _checkpoint(trainer: Trainer, asked: str | Path | bool | None) -> Path | None:
-    """The checkpoint folder to continue from."""
+    """Return the checkpoint folder to resume from, or None."""
     if asked is None or asked is False:
         return None
     output = trainer.args.output_dir
@@ -285,7 +288,7 @@ def _checkpoint(trainer: Trainer, asked: str | Path | bool | None) -> Path | Non
 
 
 def _broadcast(model: nn.Module) -> None:
-    """Give all processes the values of process 0, as DDP does later: the start of the factors depends on them."""
+    """Broadcast the model from process 0, as DDP does later, because the initial factors may depend on its values."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):

@@ -1,4 +1,4 @@
-"""The model of a ``LowRankRun``."""
+"""Model and optimizer of a ``LowRankRun``."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ Groups = list[dict[str, Any]]
 
 
 class UserModel(ReshapableModel):
-    """Holds the model of a ``LowRankRun``."""
+    """The reshapable model of a ``LowRankRun`` with its optimizer."""
 
     def __init__(
         self,
@@ -75,11 +75,15 @@ class UserModel(ReshapableModel):
         return self._optimizer([group for group in groups if group["params"]])
 
     def low_rank_copy(self) -> nn.Module:
-        """The model as it is now, on ``meta``."""
+        """Return a copy of the current model on ``meta``."""
         return convert(self.skeleton, self.layout)
 
     def gradients(self, backward: Callable[[], object]) -> dict[str, Factors]:
-        """Gradients of every layer's factors; nothing is moved."""
+        """Return the gradients of the factors of every layer, without an optimizer step.
+
+        Args:
+            backward: function that runs the forward and backward passes.
+        """
         self.optimizer.zero_grad()
         backward()
         found = self._factor_gradients()
@@ -87,13 +91,13 @@ class UserModel(ReshapableModel):
         return found
 
     def scale_bases(self, model: nn.Module) -> None:
-        """Set the factor of every base of another model to that of this one."""
+        """Set the scale of every dense base in ``model`` to that of this model."""
         set_base_scale(model, self._base_scale)
 
     # State.
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters, saved buffers and optimizer state, by name; they share memory with the model."""
+        """Return the parameters, persistent buffers and optimizer state by name. They share memory with the model."""
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
             saved[name] = parameter.detach()
@@ -107,13 +111,14 @@ class UserModel(ReshapableModel):
         return saved
 
     def rebuild(self, layout: Layout, shapes: Mapping[str, torch.Size]) -> None:
-        """Build the model with a layout, zeros for parameters and for optimizer state, to be read into.
+        """Rebuild the model for loading, with parameters and optimizer state set to zero.
 
         Args:
-            shapes: of everything that will be read, by the names of ``state``.
+            layout: layout of the low-rank layers in the checkpoint.
+            shapes: global shape of each tensor in the checkpoint, by the names of ``state``.
 
         Raises:
-            UserError: these are not the tensors of this model; nothing was touched.
+            UserError: if the tensors belong to another model. Nothing has been modified in that case.
         """
         self._refuse_other(layout, shapes)
         buffers = dict(named_buffers(self.module))
@@ -124,7 +129,7 @@ class UserModel(ReshapableModel):
         for name, parameter in parameters.items():
             for key in [key for key in shapes if key.startswith("optimizer.") and key.endswith(f".{name}")]:
                 state = key.removeprefix("optimizer.").removesuffix(f".{name}")
-                if "." in state:  # of a parameter whose name ends alike
+                if "." in state:  # belongs to another parameter whose name ends the same way
                     continue
                 if shapes[key] == parameter.shape:
                     value = torch.zeros_like(parameter)
@@ -135,7 +140,7 @@ class UserModel(ReshapableModel):
                 self.optimizer.state[parameter][state] = value
 
     def _refuse_other(self, layout: Layout, shapes: Mapping[str, torch.Size]) -> None:
-        """Refuse tensors that are not those of this model with a layout."""
+        """Raise UserError unless the shapes are those of this model with ``layout``."""
         expected = {name: p.shape for name, p in convert(self.skeleton, layout).named_parameters()}
         saved = {name: shape for name, shape in shapes.items() if not name.startswith("optimizer.")}
         buffers = {name for name, _ in named_buffers(self.module)}
@@ -148,7 +153,7 @@ class UserModel(ReshapableModel):
 
 
 def _refuse_flat(model: nn.Module) -> None:
-    """Refuse FSDP1, which flattens parameters."""
+    """Raise UserError if a module is wrapped in FSDP1, which flattens parameters."""
     for name, part in model.named_modules():
         if isinstance(part, FullyShardedDataParallel):
             raise UserError(
