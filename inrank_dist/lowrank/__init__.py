@@ -1,6 +1,7 @@
-"""The mathematics of incremental low-rank learning; imports torch and nothing of this project.
+"""The mathematics of incremental low-rank learning. This package imports only torch.
 
-Notation (shared by every file here). A linear layer has ``W = a * W0 + U @ V.T`` with ``U: (out, R)`` and
-``V: (in, R)``. ``r`` is the active rank, ``R >= r`` the number of modes that exist and are trained (``r`` plus the
-buffer), ``sigma`` the singular values of ``U @ V.T`` in descending order. The rank dimension is last and never sharded.
+Notation in this package: a linear layer has the weight ``W = a * W0 + U @ V.T`` with ``U: (out, R)`` and
+``V: (in, R)``. A mode is a column of ``U`` together with the same column of ``V``. ``r`` is the active rank. ``R >= r``
+is the number of modes that are trained: the active rank plus the buffer. ``sigma`` denotes the singular values of
+``U @ V.T`` in descending order. The rank dimension is the last dimension of both factors and is never sharded.
 """

@@ -1,4 +1,4 @@
-"""Final ranks: how many modes each layer keeps at the freeze."""
+"""Allocation of the final ranks: the number of modes that each layer keeps at the freeze."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ Shape = tuple[int, int]
 
 
 def fitting_multiple(multiple_of: int, rank: int, limit: int | None = None) -> int:
-    """``multiple_of``, or the half, quarter ... of it that is not above ``rank`` and to which ``rank`` can be rounded
-    up without going beyond ``limit``; at least 1."""
+    """Halve ``multiple_of`` until it is at most ``rank`` and ``rank`` can be rounded up to a multiple of it.
+
+    The rounded rank must not exceed ``limit``, unless ``rank`` itself does. The result is at least 1.
+    """
     while multiple_of > max(rank, 1) or (limit is not None and -(-rank // multiple_of) * multiple_of > limit >= rank):
         multiple_of //= 2
     return multiple_of
@@ -23,14 +25,17 @@ def fitting_multiple(multiple_of: int, rank: int, limit: int | None = None) -> i
 def rounded_ranks(
     ranks: Mapping[str, int], sigmas: Mapping[str, Tensor], shapes: Mapping[str, Shape], multiple_of: int
 ) -> dict[str, int]:
-    """Each rank rounded up or down to a multiple, with about as many parameters in all and the least energy discarded.
+    """Round each rank up or down to a multiple at about the same total number of parameters.
 
-    All are rounded down, then those are raised that save the most energy ``sum sigma^2`` for each parameter, as long as
-    the parameters are no more than those of ``ranks``. A rank below ``multiple_of`` is rounded to a half, quarter ...
-    of it, so that none is more than doubled and none falls to nothing; so is one that could not be rounded up.
+    All ranks are first rounded down. Layers are then rounded up in descending order of the energy ``sum sigma^2`` saved
+    per parameter, as long as the total does not exceed the number of parameters of ``ranks``. A rank that is below
+    ``multiple_of``, or that cannot be rounded up within its ``R``, is rounded to a multiple of a half, a quarter, ...
+    of ``multiple_of``. Thus no rank is more than doubled and no positive rank becomes 0.
 
     Args:
-        sigmas: layer -> ``(R,)`` singular values, descending; no layer gets more than its ``R``.
+        ranks: layer -> rank.
+        sigmas: layer -> ``(R,)`` singular values, descending. No layer gets a rank above its ``R``.
+        shapes: layer -> ``(out, in)``.
     """
     groups = {name: fitting_multiple(multiple_of, rank, len(sigmas[name])) for name, rank in ranks.items()}
     least = {name: ranks[name] - ranks[name] % group for name, group in groups.items()}
@@ -42,8 +47,12 @@ def rounded_ranks(
 def uniform_ranks(
     ranks: Mapping[str, int], shapes: Mapping[str, Shape], caps: Mapping[str, int], multiple_of: int
 ) -> dict[str, int]:
-    """One rank for all layers with about as many parameters as ``ranks``: their mean weighted by ``in + out``, rounded
-    to ``multiple_of`` (to a half, quarter ... of it where it is less than that), at most the smallest of ``caps``."""
+    """Return the same rank for all layers, with about as many parameters in total as ``ranks``.
+
+    The rank is the mean of ``ranks`` weighted by ``in + out``, rounded to a multiple of ``multiple_of`` and limited to
+    the smallest of ``caps``. If the mean is below ``multiple_of``, it is rounded to a multiple of a half, a quarter,
+    ... of ``multiple_of``.
+    """
     weights = {name: sum(shapes[name]) for name in ranks}
     mean = sum(ranks[name] * weights[name] for name in ranks) / sum(weights.values())
     group = fitting_multiple(multiple_of, round(mean))
@@ -54,19 +63,20 @@ def uniform_ranks(
 def budget_ranks(
     sigmas: Mapping[str, Tensor], shapes: Mapping[str, Shape], fraction: float, multiple_of: int
 ) -> dict[str, int]:
-    """Ranks that discard the least energy, over all layers together, within a budget of parameters.
+    """Return ranks that discard the least total energy within a budget of parameters.
 
-    Modes are taken in groups of ``multiple_of``, each time the group that saves the most energy ``sum sigma^2`` for
-    each of its ``in + out`` parameters; every layer keeps at least one group. Where one group in every layer is already
-    more than the budget, groups are halved until it is not: the budget is kept, at the cost of ranks that suit the
-    machine less.
+    The allocation is greedy. It adds modes in groups of ``multiple_of``, first the group that saves the most energy
+    ``sum sigma^2`` per parameter; a mode has ``in + out`` parameters. Every layer keeps at least one group. If one
+    group in every layer exceeds the budget, the group size is halved until it does not.
 
     Args:
-        sigmas: layer -> ``(R,)`` singular values, descending; no layer gets more than its ``R``.
-        fraction: the budget, as a fraction of the dense parameters ``in * out`` of these layers.
+        sigmas: layer -> ``(R,)`` singular values, descending. No layer gets a rank above its ``R``.
+        shapes: layer -> ``(out, in)``.
+        fraction: the budget as a fraction of the dense parameters ``in * out`` of these layers.
+        multiple_of: group size.
 
     Raises:
-        ValueError: rank 1 in every layer is already more, see ``least_fraction``.
+        ValueError: rank 1 in every layer exceeds the budget, see ``least_fraction``.
     """
     shapes = {name: shapes[name] for name in sigmas}
     least = least_fraction(shapes)
@@ -84,17 +94,20 @@ def budget_ranks(
 def random_ranks(
     shapes: Mapping[str, Shape], caps: Mapping[str, int], fraction: float, multiple_of: int, seed: int
 ) -> dict[str, int]:
-    """Ranks drawn at random within a budget of parameters: the control of ranks that a rule found.
+    """Return random ranks within a budget of parameters, as a control for ranks derived from spectra.
 
-    They are the ``budget_ranks`` of random spectra: what the ``k``-th mode of a layer saves for each parameter is
-    ``h / k``, where ``h`` is drawn for each layer, uniformly between 0 and 1. So ranks are about proportional to ``h``.
+    The ranks are the ``budget_ranks`` of random spectra. The ``k``-th mode of a layer saves the energy ``h / k`` per
+    parameter, with one ``h`` per layer drawn uniformly from [0, 1). The ranks are therefore roughly proportional to
+    ``h``.
 
     Args:
-        caps: layer -> the highest rank that it can have.
-        fraction: the budget, as a fraction of the dense parameters ``in * out`` of these layers.
+        shapes: layer -> ``(out, in)``.
+        caps: layer -> largest rank allowed.
+        fraction: the budget as a fraction of the dense parameters ``in * out`` of these layers.
+        multiple_of: group size, as in ``budget_ranks``.
 
     Raises:
-        ValueError: rank 1 in every layer is already more, see ``least_fraction``.
+        ValueError: rank 1 in every layer exceeds the budget, see ``least_fraction``.
     """
     sigmas = {}
     for name, shape in shapes.items():
@@ -104,7 +117,7 @@ def random_ranks(
 
 
 def least_fraction(shapes: Mapping[str, Shape]) -> float:
-    """Parameters of rank 1 in every layer, as a fraction of the dense ones: no smaller budget can be kept."""
+    """Return the smallest feasible budget: rank 1 in every layer, as a fraction of the dense parameters."""
     return sum(map(sum, shapes.values())) / _dense_parameters(shapes)
 
 
@@ -120,9 +133,9 @@ def _spend(
     least: Mapping[str, int],
     most: Mapping[str, int],
 ) -> dict[str, int]:
-    """Raise ranks from ``least`` to at most ``most`` by groups, the most energy for each parameter first.
+    """Raise ranks from ``least`` to at most ``most`` in groups, in descending order of energy saved per parameter.
 
-    A layer whose next group does not fit the rest of the budget stops there.
+    A layer is not raised further once its next group exceeds the remaining budget.
     """
     ranks = dict(least)
     budget -= sum(rank * sum(shapes[name]) for name, rank in ranks.items())
@@ -132,8 +145,7 @@ def _spend(
         for start in range(least[name], most[name] - groups[name] + 1, groups[name]):
             energy = float(sigma[start : start + groups[name]].square().sum())
             candidates.append((-energy / (cost * groups[name]), start, position, name))
-    # Within a layer the groups come in descending order; equal ones in theirs, so that no group is taken before its
-    # predecessor.
+    # The start index breaks ties, so that within a layer no group is taken before its predecessor.
     stopped: set[str] = set()
     for _, _, _, name in sorted(candidates):
         cost = groups[name] * sum(shapes[name])
@@ -146,13 +158,13 @@ def _spend(
 
 
 class Spectrum(NamedTuple):
-    """What an allocation sees of a layer.
+    """The inputs of an allocation for one layer.
 
     Attributes:
-        sigma: ``(R,)`` singular values of the product, descending.
+        sigma: ``(R,)`` singular values of the product of the factors, descending.
         shape: ``(out, in)``.
-        cap: the highest rank that it may have.
-        rank: that the rule found.
+        cap: largest rank allowed.
+        rank: rank chosen by the rule.
     """
 
     sigma: Tensor
@@ -168,13 +180,12 @@ class Spectrum(NamedTuple):
 
 @dataclass(frozen=True)
 class Allocation:
-    """How ranks are divided among layers at the freeze. A new one is an object of this class and a line in
-    ``ALLOCATIONS``.
+    """A way to assign the final ranks. To add one, create an object of this class and register it in ``ALLOCATIONS``.
 
     Attributes:
-        ranks: layer -> spectrum, the multiple to round to, the budget as a fraction of the dense parameters, and the
-            seed of the run -> layer -> rank.
-        uses_budget: whether the ranks spend a budget of parameters, whatever ranks the rule found.
+        ranks: function ``(spectra, multiple_of, budget, seed) -> {layer: rank}``. ``spectra`` maps layers to
+            ``Spectrum``; ``budget`` is a fraction of the dense parameters; ``seed`` is the seed of the run.
+        uses_budget: whether the ranks depend on the budget and not on the ranks chosen by the rule.
     """
 
     ranks: Callable[[Mapping[str, Spectrum], int, float, int], dict[str, int]]
@@ -215,4 +226,4 @@ ALLOCATIONS: dict[str, Allocation] = {
     "budget": Allocation(_budget, uses_budget=True),
     "random": Allocation(_random, uses_budget=True),
 }
-"""``lowrank.final`` -> allocation."""
+"""Value of the setting ``lowrank.final`` -> allocation."""

@@ -1,4 +1,4 @@
-"""The low-rank convolution: k x k to R channels, then 1 x 1."""
+"""The low-rank 2D convolution."""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,16 @@ Pair = tuple[int, int]
 
 
 class LowRankConv2d(LowRankLayer):
-    """A convolution to ``R`` channels with the geometry of the dense one, then a 1 x 1 convolution with the bias.
+    """A convolution to ``R`` channels followed by a 1 x 1 convolution (Zhang et al., arXiv 1505.06798).
 
-    Together they are one convolution whose weight ``(out_channels, in_channels, kh, kw)``, flattened to ``(out, in)``
-    with ``in = in_channels * kh * kw``, is ``a * W0 + U @ V.T``. The same pair as in
-    Zhang et al. (arXiv 1505.06798).
+    The first convolution has the kernel size, stride, padding and dilation of the dense layer; the second adds the
+    bias. They are equivalent to one convolution whose weight ``(out_channels, in_channels, kh, kw)``, flattened to
+    ``(out, in)`` with ``in = in_channels * kh * kw``, is ``a * W0 + U @ V.T``.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as of ``nn.Conv2d``, pairs
-            written out. There are no groups.
-        modes, bias, base: as of ``LowRankLayer``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in ``nn.Conv2d``, but sizes
+            must be pairs. Groups are not supported.
+        modes, bias, base: see ``LowRankLayer``.
     """
 
     def __init__(
@@ -44,27 +44,27 @@ class LowRankConv2d(LowRankLayer):
         self.stride, self.padding, self.dilation, self.padding_mode = stride, padding, dilation, padding_mode
 
     def read(self, x: Tensor) -> Tensor:
-        """``x: (N, in_channels, H, W)`` or without ``N`` to ``(N, R, H', W')``."""
+        """Map ``x: (N, in_channels, H, W)`` to ``(N, R, H', W')``; the batch dimension ``N`` is optional."""
         return self._convolve(x, self.V.T)
 
     def write(self, inner: Tensor) -> Tensor:
-        """``(N, R, H', W')`` to ``(N, out_channels, H', W')``."""
+        """Map ``(N, R, H', W')`` to ``(N, out_channels, H', W')``."""
         return F.conv2d(inner, self.U[:, :, None, None], self.bias)
 
     def through_base(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
+        """Map ``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
         assert self.base is not None
         return self._convolve(x, self.base)
 
     def _convolve(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """The dense layer's convolution with another weight, ``matrix: (channels, in)``."""
+        """Convolve with the weight ``matrix: (channels, in)`` and the geometry of the dense layer."""
         kernel = matrix.unflatten(1, (self.in_channels, *self.kernel_size))
         if self.padding_mode == "zeros":
             return F.conv2d(x, kernel, None, self.stride, self.padding, self.dilation)
         return F.conv2d(F.pad(x, self._margins(), mode=self.padding_mode), kernel, None, self.stride, 0, self.dilation)
 
     def _margins(self) -> list[int]:
-        """Left, right, top, bottom: what ``F.pad`` adds where the padding is not of zeros."""
+        """Return the padding for ``F.pad`` (left, right, top, bottom), used if ``padding_mode`` is not ``zeros``."""
         margins = []
         for axis in (1, 0):
             if isinstance(self.padding, str):
@@ -81,7 +81,7 @@ class LowRankConv2d(LowRankLayer):
 
 
 class Conv2dKind(LayerKind[nn.Conv2d]):
-    """``nn.Conv2d`` without groups; its matrix is ``weight.flatten(1): (out_channels, in_channels * kh * kw)``."""
+    """``nn.Conv2d`` with one group; its matrix is ``weight.flatten(1): (out_channels, in_channels * kh * kw)``."""
 
     dense = nn.Conv2d
 

@@ -1,4 +1,4 @@
-"""``Conv1D`` of ``transformers``: a linear layer that stores its weight as ``(in, out)``."""
+"""Layer kind of ``transformers``' ``Conv1D``, a linear layer that stores its weight as ``(in, out)``."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 class Conv1dKind(LayerKind[Any]):
-    """``Conv1D`` of ``transformers``, which is not imported. ``linearise`` makes an ``nn.Linear`` of it."""
+    """``Conv1D`` of ``transformers``, which is not imported. ``linearise`` replaces it by an ``nn.Linear``."""
 
     dense = CONV1D
     transposed = True

@@ -1,4 +1,4 @@
-"""Dense layers to low-rank layers, inside any module."""
+"""Conversion of the dense layers of a model to low-rank layers."""
 
 import copy
 import re
@@ -20,19 +20,19 @@ NAMED_TARGETS = {
     "mlp": r"(^|\.)mlp\.",
     "attention": rf"(^|\.)({_ATTENTION})\.",
     "all": rf"(^|\.){_PART}",
-    # An index of a list before the part of the block: that of the block, or of a stage and the block in it.
+    # The index before the part of the block is that of the block, perhaps preceded by that of a stage.
     "inner": rf"^{_BEFORE}(?!0\.)\d+\.{_BEFORE}{_PART}",
 }
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """What a low-rank layer looks like now.
+    """The shape of a low-rank layer.
 
     Attributes:
         rank: active rank ``r``.
-        modes: ``R``, the columns that exist; ``rank`` plus what is left of the buffer.
-        base: whether the dense base is there.
+        modes: number of modes ``R >= rank``, the columns of both factors.
+        base: whether the layer has a dense base ``W0``.
     """
 
     rank: int
@@ -41,21 +41,23 @@ class LayerLayout:
 
 
 Layout = Mapping[str, LayerLayout]
-"""Layer name -> layout; layers that are not named are dense."""
+"""Layer name -> layout. Layers that are absent are dense."""
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
-    """The dense layers that are to be factored, of any registered kind, in the model's order.
+    """Return the dense layers that ``targets`` selects, by name, in the order of the model.
+
+    Layers of every registered kind can be selected.
 
     Args:
-        targets: ``mlp``, ``attention``, ``all`` (both), ``inner`` (both, but not in the first block), or regular
-            expressions searched in the module's name.
+        targets: ``mlp``, ``attention``, ``all`` (both), ``inner`` (both, except in the first block), or regular
+            expressions that are searched in the name of the module.
 
     Raises:
-        ValueError: a target that is no valid expression or that matches no such layer; or one that matches a layer
-            that cannot be factored, is used under several names, or shares a parameter.
+        ValueError: a target is not a valid regular expression or matches no layer, or a selected layer cannot be
+            factored, is used under several names, or shares a parameter.
     """
-    # Under all of their names: a shared layer must be found by whichever a target matches.
+    # A target may match any of the names of a shared layer.
     layers = {name: module for name, module in model.named_modules(remove_duplicate=False) if kind_of(module)}
     if not layers:
         raise ValueError("the model has no linear layer")
@@ -78,7 +80,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Modul
 def _refusals(
     model: nn.Module, layers: Mapping[str, nn.Module], found: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, str]]:
-    """Layers that cannot be factored, and why."""
+    """Yield the name of each layer that cannot be factored, with the reason."""
     owners: dict[int, list[str]] = {}
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(owner)
@@ -98,14 +100,17 @@ def _refusals(
 
 
 def convert(skeleton: Model, layout: Layout) -> Model:
-    """A copy of a dense ``meta`` model with the named layers low-rank.
+    """Return a copy of a dense model on ``meta`` in which the named layers are low-rank.
 
-    Shapes come from the skeleton; nothing is allocated. Reshaping is rebuilding: engines convert the same dense
-    skeleton again with other ranks.
+    No memory is allocated. Engines change ranks by converting the same skeleton again with another layout.
+
+    Args:
+        skeleton: dense model on ``meta``; it is not changed.
+        layout: layer name -> layout.
 
     Raises:
-        TypeError: a named layer is of no registered kind.
-        ValueError: it is of one but cannot be factored, or has to be replaced by ``linearise`` first.
+        TypeError: a named layer has no registered kind.
+        ValueError: a named layer cannot be factored, or must be replaced by ``linearise`` first.
     """
     model = copy.deepcopy(skeleton)
     for name, layer in layout.items():

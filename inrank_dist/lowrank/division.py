@@ -1,7 +1,8 @@
-"""Small problems divided among processes: each is solved once, and the answers are shared by one collective.
+"""Division of small linear-algebra problems among processes.
 
-That saves time, and it is what makes every process hold the same answer: an eigensolver may choose other signs on other
-hardware, and maps that differ in a sign would mix the rows of different processes.
+Each problem is solved by one process, and one all-reduce shares all solutions. This saves time and guarantees that all
+processes hold the same solution. Eigenvectors are unique only up to sign, so the same solver can return different signs
+on different hardware. Shards that are mapped with different signs would no longer form one factor.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 AllReduce = Callable[[Tensor], None]
-"""Sums a float64 tensor in place over all processes that hold rows."""
+"""Sums a float64 tensor in place over all processes that hold rows of the factors."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Those who solve together.
+    """A group of processes, as one of its members sees it.
 
     Attributes:
-        rank, count: of this process, and how many there are.
-        sum: their all-reduce.
-        agree: checks that all processes hold the same answers, ``agree(what, {name: answer})``; raises otherwise.
+        rank: process rank of this process in the group.
+        count: number of processes.
+        sum: all-reduce over the group.
+        agree: ``agree(what, {name: answer})`` raises an error unless all processes pass equal answers. ``what`` names
+            the answers in the error.
     """
 
     rank: int
@@ -31,11 +34,15 @@ class Processes:
 
 
 ALONE = Processes(0, 1, lambda tensor: None)
-"""A process without others."""
+"""A group of one process."""
 
 
 def sum_over_processes(tensors: list[Tensor], all_reduce: AllReduce) -> list[Tensor]:
-    """Sum float64 tensors over processes with one collective, whatever their number."""
+    """Sum float64 tensors over the processes with a single all-reduce.
+
+    Returns:
+        Tensors of the same shapes, views of one flat tensor.
+    """
     if not tensors:
         return []
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -45,10 +52,18 @@ def sum_over_processes(tensors: list[Tensor], all_reduce: AllReduce) -> list[Ten
 
 
 def assign_owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Who solves which problem: largest first, each to the least loaded process; cost is the cube of the size."""
+    """Assign each problem to the process rank that solves it.
+
+    Problems are assigned in descending order of size to the process with the least load. The cost of a problem is the
+    cube of its size.
+
+    Args:
+        sizes: problem -> size.
+        count: number of processes.
+    """
     load = [0] * count
     owner = {}
-    for name in sorted(sizes, key=lambda name: -sizes[name]):  # stable: equal sizes keep their order
+    for name in sorted(sizes, key=lambda name: -sizes[name]):  # stable, thus the same everywhere
         owner[name] = load.index(min(load))
         load[owner[name]] += sizes[name] ** 3
     return owner
@@ -60,13 +75,14 @@ def solve_once(
     owner: Mapping[str, int],
     processes: Processes,
 ) -> dict[str, list[Tensor]]:
-    """Solve every problem in its owner's process; return all answers in all processes, equal bit for bit.
+    """Solve every problem on its owner and return all solutions on all processes, bitwise equal.
 
-    One collective of 8 bytes for each number in ``shapes`` (none where a process is alone).
+    Communication: one all-reduce of 8 bytes per element of the solutions; none if there is only one process.
 
     Args:
-        shapes: problem -> shapes of its answer, known to all.
-        solve: called for this process's own problems; float64 answers of these shapes.
+        shapes: problem -> shapes of the tensors of its solution; equal on all processes.
+        solve: returns the float64 solution of a problem; called only for the problems that this process owns.
+        owner: problem -> process rank that solves it.
     """
     answers = {
         name: list(solve(name))

@@ -1,7 +1,8 @@
-"""A rank event: a pair of small maps, applied to whatever rows a process holds.
+"""Rank events: changes of the number of modes, given by small matrices that apply to any rows of the factors.
 
-``U' = [U @ N, 0]`` and ``V' = [V @ M, fresh]``, where the fresh columns of ``V'`` are orthonormal and orthogonal to ``V
-@ M``. No factor is ever gathered: beyond the Grams, only overlaps with the fresh directions travel.
+The new factors are ``U' = [U @ N, 0]`` and ``V' = [V @ M, fresh]``. The fresh columns of ``V'`` are orthonormal and
+orthogonal to the column space of ``V @ M``. Factors are never gathered. Processes exchange only Gram matrices, inner
+products with random directions, and solutions of small problems.
 """
 
 import functools
@@ -18,14 +19,14 @@ from .spectrum import FactorRows, Factors, Grams, Spectra, gram_root
 
 @dataclass(frozen=True)
 class RankEvent:
-    """One layer's change of shape. All matrices float64.
+    """The rank event of one layer. All matrices are float64.
 
     Attributes:
-        N, M: ``(R, K)``, what becomes of the existing modes.
-        fresh: number of new modes ``F``; the new number of modes is ``K + F``.
-        from_old, from_new: ``(R, F)`` and ``(F, F)``: the fresh columns of ``V`` are ``V @ from_old + Z @ from_new``
-            with ``Z`` the ``(in, F)`` random directions. None until ``orthogonalise``, and where ``fresh`` is 0.
-        lengths: ``(K,)`` squared lengths of the columns of ``V @ M``; None likewise.
+        N, M: ``(R, K)``, the maps of the existing modes of ``U`` and ``V``.
+        fresh: number of fresh modes ``F``. The new number of modes is ``K + F``.
+        from_old, from_new: ``(R, F)`` and ``(F, F)``. The fresh columns of ``V`` are ``V @ from_old + Z @ from_new``,
+            where ``Z: (in, F)`` holds the random directions. None before ``orthogonalise`` and if ``fresh`` is 0.
+        lengths: ``(K,)`` squared norms of the columns of ``V @ M``. None in the same cases.
     """
 
     N: Tensor
@@ -41,17 +42,20 @@ class RankEvent:
 
 
 def grow(modes: int, new_modes: int) -> RankEvent:
-    """Append modes; the existing ones and the function stay exactly as they are."""
+    """Return the event that appends fresh modes. Existing modes and the product ``U @ V.T`` do not change."""
     identity = torch.eye(modes, dtype=torch.float64)
     return RankEvent(identity, identity, fresh=new_modes - modes)
 
 
 def freeze(grams: Grams, rank: int) -> RankEvent:
-    """Best rank-``rank`` approximation of the product as balanced factors ``U sqrt(S)``, ``V sqrt(S)``.
+    """Return the event that truncates the product ``U @ V.T`` to ``rank``, with balanced factors.
 
-    With roots ``G_U = A^T A``, ``G_V = B^T B`` and ``A B^T = X S Y^T``: ``N = A^+ X_r S_r^{1/2}``, ``M = B^+ Y_r
-    S_r^{1/2}``. Where the product has fewer than ``rank`` singular values above rounding, the missing modes are fresh
-    ones: balanced modes of value zero would have both columns zero and never receive a gradient.
+    The new factors are ``X sqrt(S)`` and ``Y sqrt(S)``, where ``X S Y^T`` is the truncated SVD of the product. They are
+    computed from roots of the Grams: with ``G_U = A^T A``, ``G_V = B^T B`` and the SVD ``A B^T = P S Q^T``, the maps
+    are ``N = A^+ P_r S_r^{1/2}`` and ``M = B^+ Q_r S_r^{1/2}``, where ``A^+`` denotes a right inverse.
+
+    If fewer than ``rank`` singular values exceed the rounding error, the missing modes are fresh. Balanced modes with
+    singular value zero would be zero in both factors and would never receive a gradient.
     """
     A, B = gram_root(grams.U), gram_root(grams.V)
     core = A.root @ B.root.T
@@ -59,8 +63,8 @@ def freeze(grams: Grams, rank: int) -> RankEvent:
         empty = grams.U.new_zeros(grams.U.shape[0], 0)
         return RankEvent(empty, empty, fresh=rank)
     X, S, Yh = torch.linalg.svd(core, full_matrices=False)
-    # What rounds in ``core`` is the sum of its terms, not its norm: where the columns of U and V cancel, a zero product
-    # would otherwise pass for one of tiny modes.
+    # The rounding error of core is relative to the magnitude of its terms, not to its norm. If modes cancel each other,
+    # the product can be zero although the terms are large.
     terms = (grams.U.diagonal() * grams.V.diagonal()).sqrt().sum()
     alive = int((torch.finfo(S.dtype).eps * grams.U.shape[0] * terms < S).sum())
     kept = min(rank, alive)
@@ -70,11 +74,19 @@ def freeze(grams: Grams, rank: int) -> RankEvent:
 
 
 def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes) -> dict[str, RankEvent]:
-    """``freeze`` of every layer, each solved by its owner; one collective of ``8 * sum (1 + 2 * R * rank)`` bytes."""
+    """Compute ``freeze`` for every layer on its owner and share the results.
+
+    Communication: one all-reduce of ``8 * sum (1 + 2 * R * rank)`` bytes.
+
+    Args:
+        spectra: spectra of the products.
+        ranks: layer -> rank after the freeze.
+        processes: the processes that hold rows.
+    """
 
     def solve(name: str) -> list[Tensor]:
         event = freeze(spectra.grams[name], ranks[name])
-        pad = (0, event.fresh)  # the number of surviving modes is the owner's finding; shapes must be known to all
+        pad = (0, event.fresh)  # only the owner knows how many modes survive, but all need the shapes
         kept = torch.tensor([event.N.shape[1]], dtype=torch.float64)
         return [kept, torch.nn.functional.pad(event.N, pad), torch.nn.functional.pad(event.M, pad)]
 
@@ -95,19 +107,21 @@ def orthogonalise(
     directions: Mapping[str, Tensor],
     processes: Processes,
 ) -> dict[str, RankEvent]:
-    """Complete events that have fresh modes: columns that span what ``directions`` add to ``V @ M``.
+    """Compute the fresh columns of ``V``: an orthonormal basis of the component of ``Z`` orthogonal to ``V @ M``.
 
-    One all-reduce of the overlaps, ``8 * sum (R * F + F * F)`` bytes over the layers that have fresh modes, and one of
-    the owners' answers, ``8 * sum (R * F + F * F + K)``.
+    Communication: two all-reduces, of ``8 * sum (R * F + F * F)`` bytes for the inner products and of
+    ``8 * sum (R * F + F * F + K)`` bytes for the solutions, summed over the layers with fresh modes.
 
     Args:
-        factors: rows that this process alone counts.
-        spectra: of ``factors``.
+        events: layer -> event.
+        factors: layer -> rows of the factors. Each row is passed by exactly one process.
+        spectra: spectra of ``factors``.
         directions: layer -> rows of its ``Z: (in, F)``, the same rows as those of ``factors[layer].V``.
+        processes: the processes that hold rows.
 
     Returns:
-        All events; those without fresh modes unchanged. The fresh columns are ordered by how much of ``Z`` lies along
-        them.
+        All events; those without fresh modes are unchanged. The fresh columns are the left singular vectors of the
+        orthogonal component of ``Z``, in descending order of its singular values.
     """
     layers = [name for name, event in events.items() if event.fresh]
     products = []
@@ -120,11 +134,11 @@ def orthogonalise(
     def solve(name: str) -> list[Tensor]:
         overlap, gram = overlaps[name]
         M = events[name].M
-        # Project Z on the orthogonal complement of V @ M, then make what is left orthonormal.
-        basis = M @ gram_root(M.T @ spectra.grams[name].V @ M).inverse  # V @ basis: orthonormal columns that span V @ M
+        # Project Z onto the orthogonal complement of V @ M, then orthonormalise the projection.
+        basis = M @ gram_root(M.T @ spectra.grams[name].V @ M).inverse  # V @ basis: orthonormal basis of V @ M
         shadow = basis.T @ overlap
         values, vectors = torch.linalg.eigh(gram - shadow.T @ shadow)
-        floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding may leave less than nothing
+        floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding can make eigenvalues negative
         from_new = (vectors / values.clamp_min(floor).sqrt()).flip(1)
         return [-basis @ shadow @ from_new, from_new, (M * (spectra.grams[name].V @ M)).sum(0)]
 
@@ -140,11 +154,13 @@ def orthogonalise(
 
 
 def map_factors(event: RankEvent, U: Tensor, V: Tensor, Z: Tensor | None) -> Factors:
-    """Apply an event to rows of the factors; keeps their dtype and device.
+    """Apply an event to rows of the factors. Dtype and device do not change.
 
     Args:
-        U: ``(rows of out, R)``; V: ``(rows of in, R)``; Z: ``(rows of in, F)``, the same rows as V, or None if ``F`` is
-            0.
+        event: the event, completed by ``orthogonalise`` if it has fresh modes.
+        U: ``(rows of out, R)``.
+        V: ``(rows of in, R)``.
+        Z: ``(rows of in, F)``, the same rows as ``V``. None if ``F`` is 0.
     """
     new_U = U.new_zeros(U.shape[0], event.modes)
     new_V = V.new_empty(V.shape[0], event.modes)
@@ -160,11 +176,15 @@ def map_factors(event: RankEvent, U: Tensor, V: Tensor, Z: Tensor | None) -> Fac
 
 
 def map_first_moment(event: RankEvent, moment: Tensor, other: Tensor) -> Tensor:
-    """``m' = [m @ other, 0]``: gradients transform as ``g_{U'} = g_U @ M``, so U's moments move with ``M`` and V's with
-    ``N``.
+    """Map a first moment: ``m' = [m @ other, 0]``.
+
+    The gradients of the factors transform as ``g_{U'} = g_U @ M`` and ``g_{V'} = g_V @ N``. The moment of ``U``
+    therefore transforms with ``M``, and that of ``V`` with ``N``.
 
     Args:
-        moment: ``(rows, R)``; other: the *other* factor's map, ``(R, K)``.
+        event: the event.
+        moment: ``(rows, R)``.
+        other: map of the *other* factor, ``(R, K)``.
     """
     mapped = moment.new_zeros(moment.shape[0], event.modes)
     mapped[:, : other.shape[1]] = _times(moment, other)
@@ -180,17 +200,22 @@ def map_second_moment(
     step: float,
     betas: tuple[float, float],
 ) -> Tensor:
-    """Second moment of Adam under ``m -> m Q``: ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` on bias-corrected moments
-    (LDAdam, arXiv 2410.16103).
+    """Map the second moment of Adam.
 
-    Fresh columns start from ``fresh_share`` of each row's mean over the mapped ones, in ``U`` for each unit of the
-    partner's squared length: the gradient of a column of ``U`` is ``G`` times its column of ``V``, of length one where
-    it is fresh. The README has the losses that this leads to.
+    If gradients transform by ``Q``, the bias-corrected moments transform as ``m' = m Q`` and
+    ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` (LDAdam, arXiv 2410.16103).
+
+    In each row, fresh columns start at ``fresh_share`` times the mean of the mapped columns. For ``U``, each mapped
+    column is first divided by the squared norm of its column of ``V``: the gradient of a column of ``U`` is the
+    gradient of the weight times the column of ``V``, and fresh columns of ``V`` have norm 1. If no column is kept, the
+    mean of the old columns is taken.
 
     Args:
-        first, second: ``(rows, R)``, as the optimizer keeps them (not bias-corrected).
-        factor: whose moments these are, ``U`` or ``V``; they move with the map of the other.
-        step: optimizer steps so far, at least 1.
+        event: the event.
+        first, second: ``(rows, R)``, the moments as the optimizer stores them (not bias-corrected).
+        factor: ``U`` or ``V``, the factor of these moments. ``Q`` is the map of the other factor.
+        step: number of completed optimizer steps, at least 1.
+        betas: the decay rates of Adam's moments.
     """
     other = event.M if factor == "U" else event.N
     kept = other.shape[1]
@@ -205,7 +230,7 @@ def map_second_moment(
         exact = ((v - m.square()) @ Q.square() + (m @ Q).square()).abs()
         mapped[:, :kept] = (exact * correction).to(second.dtype)
     if event.fresh:
-        like = (mapped[:, :kept] if kept else second).double()  # else the old columns are all there is to go by
+        like = (mapped[:, :kept] if kept else second).double()
         if kept and factor == "U":
             assert event.lengths is not None
             like = like / event.lengths.to(mapped.device).clamp_min(torch.finfo(torch.float32).tiny)
@@ -214,17 +239,17 @@ def map_second_moment(
 
 
 LONGEST_STEP = 1.1
-"""Learning rates that a step of a fresh column may be long while its gradient stands still."""
+"""Largest update of a fresh column under a constant gradient, in units of the learning rate."""
 
 
 @functools.cache
 def fresh_share(betas: tuple[float, float]) -> float:
-    """Share ``c`` of the others' mean with which the second moment of a fresh column starts.
+    """Return the ratio ``c`` of the initial second moment of a fresh column to the mean of the other columns.
 
-    The optimizer's ``step`` is kept, so Adam does not correct the bias of a column that starts from zero: after ``k``
-    steps with a gradient of the others' size it moves ``(1 - b1^k) / sqrt(c b2^k + 1 - b2^k)`` learning rates. ``c`` is
-    the least for which that never exceeds ``LONGEST_STEP``: 0 for (0.9, 0.95), whose longest step is 1.1 anyway; 0.81
-    for (0.9, 0.999), where it would be 6.5.
+    The event does not reset the step count of Adam, so there is no bias correction for a fresh column. After ``k``
+    steps with a constant gradient of the same magnitude as the others, its update is
+    ``(1 - b1^k) / sqrt(c b2^k + 1 - b2^k)`` times the learning rate. ``c`` is the smallest value for which this never
+    exceeds ``LONGEST_STEP``: 0 for betas (0.9, 0.95) and 0.81 for (0.9, 0.999).
     """
     b1, b2 = betas
     share = 0.0
@@ -240,8 +265,10 @@ def _is_identity(matrix: Tensor) -> bool:
 
 
 def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix`` in float64, returned in the dtype of ``rows``; growth's identity costs nothing and changes no
-    bit."""
+    """Compute ``rows @ matrix`` in float64 and return it in the dtype of ``rows``.
+
+    If the matrix is the identity, as for growth, ``rows`` is returned unchanged.
+    """
     if _is_identity(matrix):
         return rows
     return (rows.double() @ matrix.to(rows.device)).to(rows.dtype)

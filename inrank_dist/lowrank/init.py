@@ -1,4 +1,7 @@
-"""How factors and bases start. Every value depends only on the seed and on names, never on processes or order."""
+"""Initialisation of factors and bases.
+
+Random values depend only on the seed and on names, not on the number of processes or the order of calls.
+"""
 
 import hashlib
 import math
@@ -13,29 +16,40 @@ Init = Literal["orthogonal", "kaiming", "spectral", "spectral_ones"]
 
 
 def seed_for(seed: int, *names: object) -> int:
-    """A seed for one purpose, 56 bits. The same seed and names give the same one in every process, in any order."""
+    """Derive a 56-bit seed from a seed and names."""
     digest = hashlib.sha256("\0".join([str(seed), *map(str, names)]).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
 def generator_for(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator of its own for one purpose, seeded by ``seed_for``."""
+    """Return a new CPU generator seeded with ``seed_for``."""
     return torch.Generator().manual_seed(seed_for(seed, *names))
 
 
 def orthonormal_columns(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """``(rows, columns)`` float32 with orthonormal columns, uniformly distributed; needs ``columns <= rows``."""
+    """Return a uniformly distributed ``(rows, columns)`` float32 matrix with orthonormal columns.
+
+    ``columns`` must not exceed ``rows``.
+    """
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
-    # The sign that makes the distribution uniform also makes the answer independent of the QR routine's own choice.
+    # A positive diagonal of R makes the distribution uniform and the result independent of the signs that QR chooses.
     return (q * r.diagonal().sign()).float()
 
 
 def start_base(out_features: int, in_features: int, init: Init, std: float, generator: torch.Generator) -> Tensor:
-    """A dense base ``W0: (out, in)`` float32.
+    """Return an initialised dense base ``W0: (out, in)``, float32.
 
-    ``orthogonal``: orthonormal rows or columns times ``std * sqrt(max(out, in))``, the root mean square of the singular
-    values of a normal matrix of that standard deviation, so that the scale stays the model's own.
-    ``kaiming``: uniform in ``+-1/sqrt(in)`` (PyTorch's default, ``a = sqrt 5``).
+    - ``orthogonal``: orthonormal rows or columns times ``std * sqrt(max(out, in))``. This is the root mean square of
+      the singular values of a Gaussian matrix with standard deviation ``std``, so the base has the scale of the dense
+      weight.
+    - ``kaiming``: uniform in ``[-1/sqrt(in), 1/sqrt(in)]``, the default of PyTorch (``a = sqrt(5)``).
+
+    Args:
+        init: ``orthogonal`` or ``kaiming``.
+        std: standard deviation of the dense weight at initialisation; unused by ``kaiming``.
+
+    Raises:
+        ValueError: another ``init``.
     """
     if init == "kaiming":
         return _uniform(out_features, in_features, in_features, generator)
@@ -54,20 +68,23 @@ def start_factors(
     std: float,
     generator: torch.Generator,
 ) -> Factors:
-    """Factors ``U: (out, R)`` and ``V: (in, R)``, float32.
+    """Return initialised factors ``U: (out, R)`` and ``V: (in, R)``, float32.
 
-    ``None`` (there is a base): ``U = 0`` and ``V`` orthonormal, so that the product is the update and starts at zero.
-    Otherwise the product is the layer's whole weight:
+    If ``init`` is None, the layer has a base. ``U`` is zero and ``V`` has orthonormal columns, so the product starts at
+    zero. Otherwise the product is the whole weight of the layer:
 
-    - ``kaiming`` (as in the published code of arXiv 2306.11250): both uniform with ``a = sqrt 5``; the fan-in of ``V``
-      is ``in``, that of ``U`` the preallocated ``min(in, out) / 2``.
-    - ``spectral`` (arXiv 2209.13569): best rank-``R`` approximation of a normal dense start, ``U_R sqrt(S_R)``, ``V_R
-    sqrt(S_R)``.
-    - ``spectral_ones``: its singular vectors with equal singular values, here the root mean square of the dense ones.
+    - ``kaiming`` (the published code of arXiv 2306.11250): both factors are uniform with ``a = sqrt(5)``. The fan-in is
+      ``in`` for ``V`` and ``min(in, out) / 2``, the rank preallocated by that code, for ``U``.
+    - ``spectral`` (arXiv 2209.13569): ``X_R sqrt(S_R)`` and ``Y_R sqrt(S_R)``, where ``X_R S_R Y_R^T`` is the truncated
+      SVD of a Gaussian dense weight.
+    - ``spectral_ones``: the same singular vectors with equal singular values. Each is the expected root mean square of
+      the singular values of the dense weight.
     - ``orthogonal``: random orthonormal columns with the same equal singular values.
 
     Args:
-        std: standard deviation of the dense start that is imitated; unused by ``kaiming``.
+        modes: number of columns ``R``.
+        init: the initialisation, see above.
+        std: standard deviation of the dense weight at initialisation; unused by ``kaiming`` and None.
     """
     if init is None:
         return Factors(torch.zeros(out_features, modes), orthonormal_columns(in_features, modes, generator))

@@ -1,4 +1,4 @@
-"""Which dense layers a low-rank layer can stand for: the registry of layer kinds."""
+"""The registry of layer kinds: the types of dense layers that can be replaced by low-rank layers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,14 +11,14 @@ from .layer import LayerKind, qualified_name
 from .linear import LinearKind
 
 KINDS: dict[type[nn.Module] | str, LayerKind[Any]] = {}
-"""Type of a dense layer, or its qualified name -> kind."""
+"""Type of a dense layer, or its qualified name -> layer kind."""
 
 
 def register_layer_kind(kind: LayerKind[Any]) -> None:
-    """Make one more type of dense layer known.
+    """Register a layer kind.
 
     Raises:
-        ValueError: there is a kind for this type.
+        ValueError: its type of dense layer already has a kind.
     """
     if kind.dense in KINDS:
         raise ValueError(f"{kind.dense} has a layer kind already, {type(KINDS[kind.dense]).__name__}")
@@ -30,7 +30,7 @@ for _kind in (LinearKind(), Conv2dKind(), Conv1dKind()):
 
 
 def kind_of(module: nn.Module) -> LayerKind[Any] | None:
-    """The kind of the module's type, or else of its nearest base class that has one; None: it has none."""
+    """Return the layer kind of the module's type or of its nearest base class, or None if none is registered."""
     for cls in type(module).__mro__:
         if kind := KINDS.get(cls) or KINDS.get(qualified_name(cls)):
             return kind
@@ -38,10 +38,10 @@ def kind_of(module: nn.Module) -> LayerKind[Any] | None:
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a dense layer's matrix.
+    """Return ``(out, in)`` of the matrix of a dense layer.
 
     Raises:
-        TypeError: its type has no layer kind.
+        TypeError: the type of the layer has no layer kind.
     """
     kind = kind_of(module)
     if kind is None:
@@ -50,14 +50,14 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linearise(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace each named layer whose weight is ``(in, out)``, such as ``Conv1D`` of ``transformers``, by the
-    ``nn.Linear`` that does the same, in place.
+    """Replace each named layer that stores its weight as ``(in, out)`` by an equivalent ``nn.Linear``, in place.
 
-    Needed before ``convert``: the rows of such a weight that a process holds are rows of ``in``. ``merge`` with the
-    model as it was before gives the layer back.
+    An example is ``Conv1D`` of ``transformers``. ``convert`` does not accept such layers because sharding the first
+    dimension of their weight divides ``in``. To restore them, call ``merge`` with the model as it was before.
 
     Args:
-        names: from ``find_targets``; other layers stay as they are.
+        model: dense model.
+        names: layer names, as returned by ``find_targets``. Layers of other kinds are skipped.
     """
     for name in names:
         module: Any = model.get_submodule(name)

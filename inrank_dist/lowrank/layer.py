@@ -1,4 +1,4 @@
-"""What a low-rank layer is, and what has to be known of the dense layers that it can stand for."""
+"""Base classes of low-rank layers and of layer kinds."""
 
 from typing import Any, Generic, Literal, TypeVar
 
@@ -11,26 +11,25 @@ Dense = TypeVar("Dense", bound=nn.Module)
 
 
 class LowRankLayer(nn.Module):
-    """A layer that applies ``W = a * W0 + U @ V.T`` instead of a dense ``W: (out, in)``.
+    """A layer with the weight ``W = a * W0 + U @ V.T`` in place of a dense ``W: (out, in)``.
 
-    Both factors have their long dimension first, so that sharding the first dimension never cuts the rank dimension and
-    a change of rank acts on the rows that a process holds.
+    The rank dimension is the last dimension of both factors. Sharding the first dimension therefore never splits it,
+    and a rank event acts on the local rows of each process.
 
-    A subclass says how the factors act on its input: ``read``, ``write`` and ``through_base``.
+    Subclasses define how the factors act on the input: ``read``, ``write`` and ``through_base``. The parameters are
+    uninitialised, see ``lowrank.init``.
 
     Args:
         shape: ``(out, in)`` of the matrix.
         modes: ``R``, the number of columns of both factors.
-        bias: whether there is a bias ``(out,)``.
-        base: whether there is a dense base ``W0: (out, in)``. It takes no gradient; ``a`` is ``base_scale``.
-
-    The parameters are left uninitialised (``lowrank.init`` says how factors start).
+        bias: whether to add a bias ``(out,)``.
+        base: whether to add a dense base ``W0: (out, in)``, which is not trained.
 
     Attributes:
         U, V: factors, ``(out, R)`` and ``(in, R)``.
-        base_scale: ``a``, a float32 scalar that is not saved; None where there is no base.
-        activation: what lies between the factors; none: the identity.
-        fused: whether ``V`` of layers that read the same input are applied as one product.
+        base_scale: ``a``, a float32 scalar buffer that is not saved. None without a base.
+        activation: activation between the factors. ``none`` is the identity.
+        fused: whether the products with ``V`` of layers that read the same input are computed as one.
     """
 
     bias: nn.Parameter | None
@@ -59,27 +58,27 @@ class LowRankLayer(nn.Module):
         scale = None
         if base:
             self.base = nn.Parameter(torch.empty(out, in_, device=device, dtype=dtype), requires_grad=False)
-            # A tensor, not a number: torch.compile would compile again for every new value of a Python float.
+            # A tensor, because torch.compile would recompile for each new value of a Python float.
             scale = torch.ones((), device=device)
         self.register_buffer("base_scale", scale, persistent=False)
 
     def read(self, x: Tensor) -> Tensor:
-        """What ``V.T`` makes of the input."""
+        """Apply ``V.T`` to the input."""
         raise NotImplementedError
 
     def write(self, inner: Tensor) -> Tensor:
-        """What ``U`` makes of that, with the bias."""
+        """Apply ``U`` to the output of ``read`` or of the activation and add the bias."""
         raise NotImplementedError
 
     def through_base(self, x: Tensor) -> Tensor:
-        """What ``W0`` makes of the input, without bias."""
+        """Apply ``W0`` to the input, without the bias."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self._finish(x, self.read(x))
 
     def _finish(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The output from the input and what ``read`` made of it."""
+        """Compute the output from the input and the output of ``read``."""
         if self.activation == "silu":
             inner = F.silu(inner)
         y = self.write(inner)
@@ -88,13 +87,13 @@ class LowRankLayer(nn.Module):
         return y
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix ``(out, in)`` that the layer applies, ``a * W0 + U @ V.T``.
+        """Return the weight ``a * W0 + U @ V.T`` of the layer, ``(out, in)``.
 
         Args:
-            dtype: in which it is computed and returned; None: that of the factors.
+            dtype: dtype of the computation and of the result. Default: the dtype of the factors.
 
         Raises:
-            ValueError: there is an activation between the factors, so that no matrix does what the layer does.
+            ValueError: there is an activation between the factors, so the layer is not linear.
         """
         if self.activation != "none":
             raise ValueError(f"a layer with {self.activation} between its factors is no matrix")
@@ -112,38 +111,41 @@ class LowRankLayer(nn.Module):
 
 
 class LayerKind(Generic[Dense]):
-    """What has to be known of one type of dense layer, for a low-rank layer to stand for it.
+    """The conversion of one type of dense layer to a low-rank layer and back.
 
-    A subclass sets ``dense`` and defines ``shape`` and ``make``; ``register_layer_kind`` makes it known. The dense
-    layer has a parameter ``weight``, may have ``bias: (out,)``, and has no others.
+    Subclasses set ``dense`` and define ``shape`` and ``make``; ``register_layer_kind`` registers them. The dense layer
+    must have a parameter ``weight``, may have a parameter ``bias: (out,)``, and must have no other parameters.
 
     Attributes:
-        dense: the type of the dense layer, or its qualified name where its package is not to be imported.
-        transposed: whether the dense weight has ``in`` as its first dimension. The rows of such a weight that a process
-            holds are not rows of the matrix, so ``linearise`` replaces the layer before it is converted.
+        dense: the type of the dense layer, or its qualified name if its package should not be imported.
+        transposed: whether the first dimension of the dense weight is ``in``. A shard of such a weight holds columns of
+            the matrix, so ``linearise`` must replace the layer before it is converted.
     """
 
     dense: type[nn.Module] | str
     transposed = False
 
     def shape(self, module: Dense) -> tuple[int, int]:
-        """``(out, in)`` of the layer's matrix."""
+        """Return ``(out, in)`` of the matrix of the layer."""
         raise NotImplementedError
 
     def make(self, module: Dense, modes: int, base: bool) -> LowRankLayer:
-        """A low-rank layer for this dense one, on ``meta`` and in the dtype of its weight."""
+        """Return a low-rank layer to replace the dense one, on ``meta`` and in the dtype of its weight."""
         raise NotImplementedError
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A weight of the dense layer, or some of its rows, as ``(out, in)``; a view."""
+        """Return the weight of the dense layer, or some of its rows, as a view of shape ``(out, in)``."""
         return weight
 
     def restore(self, module: Dense, matrix: Tensor) -> Tensor:
-        """Inverse of ``matrix``: a matrix ``(out, in)``, or some of its rows, in the shape of the weight; a view."""
+        """Return a matrix ``(out, in)``, or some of its rows, as a view in the shape of the weight.
+
+        This is the inverse of ``matrix``.
+        """
         return matrix
 
     def refusal(self, module: Dense) -> str | None:
-        """Why this layer cannot be factored, in words that follow its name; None: it can be."""
+        """Return the reason why the layer cannot be factored, worded to follow its name, or None if it can be."""
         own: Any = next(cls for cls in type(module).__mro__ if self.dense in (cls, qualified_name(cls)))
         if type(module).forward is not own.forward or "forward" in vars(module):
             return f"is a {type(module).__name__} with a forward of its own"
@@ -166,7 +168,7 @@ class LayerKind(Generic[Dense]):
 
 
 def qualified_name(cls: type) -> str:
-    """``package.module.Class``."""
+    """Return ``package.module.Class``."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -185,7 +187,7 @@ def set_activation(model: nn.Module, activation: Activation) -> None:
 
 
 def set_base_scale(model: nn.Module, scale: float) -> None:
-    """Set ``a`` of every layer that has a base, in place."""
+    """Set the scale ``a`` of every layer that has a base, in place."""
     for module in model.modules():
         if isinstance(module, LowRankLayer) and module.base_scale is not None:
             module.base_scale.fill_(scale)

@@ -10,11 +10,11 @@ from .layer import LayerKind, LowRankLayer
 
 
 class LowRankLinear(LowRankLayer):
-    """``y = a * x @ W0.T + f(x @ V) @ U.T + bias``, see ``LowRankLayer``.
+    """A linear layer ``y = a * x @ W0.T + f(x @ V) @ U.T + bias`` with the activation ``f`` (the identity by default).
 
     Args:
         in_features, out_features: sizes of ``x`` and ``y``.
-        modes, bias, base: as of ``LowRankLayer``.
+        modes, bias, base: see ``LowRankLayer``.
     """
 
     def __init__(
@@ -32,26 +32,26 @@ class LowRankLinear(LowRankLayer):
         self.in_features, self.out_features = in_features, out_features
 
     def read(self, x: Tensor) -> Tensor:
-        """``x: (..., in)`` to ``(..., R)``."""
+        """Map ``x: (..., in)`` to ``(..., R)``."""
         return x @ self.V
 
     def write(self, inner: Tensor) -> Tensor:
-        """``(..., R)`` to ``(..., out)``."""
+        """Map ``(..., R)`` to ``(..., out)``."""
         return F.linear(inner, self.U, self.bias)
 
     def through_base(self, x: Tensor) -> Tensor:
-        """``x: (..., in)`` to ``(..., out)``."""
+        """Map ``x: (..., in)`` to ``(..., out)``."""
         assert self.base is not None
         return F.linear(x, self.base)
 
     @staticmethod
     def forward_fused(layers: "Sequence[LowRankLinear]", x: Tensor) -> list[Tensor]:
-        """Outputs of layers that read the same ``x: (..., in)``; their ``x @ V`` are one product.
+        """Compute the outputs of layers that read the same input ``x: (..., in)``, with one product for all ``x @ V``.
 
-        So ``x`` is read once, and its gradient is one product instead of a sum of several. The factors stay parameters
-        of their own, which engines, rank events and checkpoints know; putting them side by side copies ``in * sum R``
-        numbers, nothing beside a product with many rows of ``x``. On two CPU cores that buys nothing that could be
-        measured (1.00 to 1.01 in five shapes, README); it is made for GPUs and not measured there.
+        ``x`` is read once, and its gradient is one product instead of a sum of several. The factors remain separate
+        parameters. Concatenating them copies ``in * sum R`` elements, which is negligible if ``x`` has many rows.
+
+        If any layer has ``fused`` False, each layer is called by itself.
         """
         if not all(layer.fused for layer in layers):
             return [layer(x) for layer in layers]
@@ -64,13 +64,16 @@ class LowRankLinear(LowRankLayer):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """In which a product with ``x`` is computed; put together in it, factors are not copied twice."""
+    """Return the dtype in which autocast computes a product with ``x``.
+
+    Factors are cast to it before they are concatenated, so autocast does not copy them a second time.
+    """
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
 
 
 class LinearKind(LayerKind[nn.Linear]):
-    """``nn.Linear``; its weight is the matrix."""
+    """``nn.Linear``, whose weight is the matrix."""
 
     dense = nn.Linear
 

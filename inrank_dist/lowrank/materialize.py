@@ -1,4 +1,4 @@
-"""Values for a converted model on ``meta``."""
+"""Replacement of the parameters and buffers of a model, for example of one on ``meta``."""
 
 import copy
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from .layer import LowRankLayer
 Model = TypeVar("Model", bound=nn.Module)
 
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-"""What torch's activation checkpointing and compiler put into the names of parameters."""
+"""Prefixes that activation checkpointing and ``torch.compile`` insert into names of parameters."""
 
 
 def clean(name: str) -> str:
-    """The name of a parameter or buffer without what wrappers put into it."""
+    """Return the name of a parameter or buffer without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def assign_parameters(model: nn.Module, value: Callable[[str, nn.Parameter], Tensor]) -> None:
-    """Replace the parameters of a model, in place; tied ones stay one object.
+    """Replace the parameters of a model in place. Tied parameters remain tied.
 
     Args:
-        value: asked once for each parameter, by its first name.
+        value: ``value(name, parameter)`` returns the new tensor. It is called once per parameter, with its first name.
     """
     made: dict[int, nn.Parameter] = {}
     for prefix, owner in model.named_modules():
@@ -36,15 +36,16 @@ def assign_parameters(model: nn.Module, value: Callable[[str, nn.Parameter], Ten
                 new = value(clean(f"{prefix}.{leaf}" if prefix else leaf), parameter)
                 made[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
             state[leaf] = made[id(parameter)]
-        if state:  # by this call FSDP2 learns of new parameters
+        if state:  # FSDP2 notices new parameters only in load_state_dict
             owner.load_state_dict(state, assign=True, strict=False)
 
 
 def assign_buffers(model: nn.Module, value: Callable[[str], Tensor], device: torch.device) -> None:
-    """Replace the buffers of a model, in place: those of low-rank layers by their start, the others by ``value``.
+    """Replace the buffers of a model in place: ``base_scale`` of low-rank layers by 1, all others by ``value``.
 
     Args:
-        value: name -> buffer on any device; copied.
+        value: name -> buffer on any device, which is copied.
+        device: device of the new buffers.
     """
     for prefix, owner in model.named_modules():
         for leaf, buffer in list(owner.named_buffers(recurse=False)):
@@ -56,13 +57,18 @@ def assign_buffers(model: nn.Module, value: Callable[[str], Tensor], device: tor
 
 
 def materialize(model: nn.Module, buffers: Callable[[str], Tensor], device: torch.device) -> None:
-    """Give a model on ``meta`` uninitialised parameters and initialised buffers on a device, in place."""
+    """Allocate the parameters of a model on ``meta``, uninitialised, and set its buffers, in place.
+
+    Args:
+        buffers: name -> buffer on any device, which is copied.
+        device: device of the new tensors.
+    """
     assign_parameters(model, lambda _, parameter: torch.empty_like(parameter, device=device))
     assign_buffers(model, buffers, device)
 
 
 def copied_to(model: Model, device: torch.device | str) -> Model:
-    """A copy of a model with its parameters and buffers on a device, ``meta`` included; tied ones stay tied."""
+    """Return a copy of a model on a device, which may be ``meta``. Tied tensors remain tied."""
     copies: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         new = tensor.detach().to(device, copy=True)

@@ -1,4 +1,4 @@
-"""Low-rank layers back to the dense ones that they stand for."""
+"""Conversion of low-rank layers back to dense layers."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,32 +12,34 @@ from .layer import LowRankLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 Key = tuple[int, bool]
-"""Which tensor of the low-rank model a value comes from: ``id`` of the tensor or of the low-rank layer that it is
-computed from, and whether it was reshaped. Names with the same key are tied."""
+"""The source of a value in the low-rank model: ``id`` of the tensor or of the low-rank layer, and whether the tensor is
+converted to the layout of another layer kind. Names with the same key are tied."""
 
 
 def merge(model: nn.Module, skeleton: Model) -> Model:
-    """The dense model that computes what a model with low-rank layers does.
+    """Return the dense model that is equivalent to a model with low-rank layers.
 
-    Each low-rank layer becomes the dense layer that the skeleton has in its place, with the weight ``a * W0 + U V^T``,
-    computed in float64 and rounded once to the dtype of the factors. All other parameters and buffers, non-persistent
-    ones included, are copied, and tensors that are attributes of a module likewise. What is tied in the model or in the
-    skeleton is tied in the result. A skeleton as it was before ``linearise`` gives each ``Conv1D`` back.
+    Each low-rank layer is replaced by the dense layer of the skeleton, with the weight ``a * W0 + U V^T``. The weight
+    is computed in float64 and rounded once to the dtype of the factors. All other parameters, buffers (including
+    non-persistent ones) and tensor attributes of modules are copied. Tensors that are tied in the model or in the
+    skeleton are tied in the result. If ``linearise`` was called, a skeleton from before that call restores each
+    ``Conv1D``.
 
     Args:
-        model: holds whole plain tensors (no DTensor, nothing on ``meta``), under the names of the skeleton.
-        skeleton: the dense model, on any device; its values are not read and it is not changed. Which parameters take
-            gradients is as it says.
+        model: model with low-rank layers and the names of the skeleton. Its tensors must be plain and whole (no
+            DTensor, none on ``meta``).
+        skeleton: dense model on any device. Its values are not read, and it is not changed. ``requires_grad`` of the
+            result follows it.
 
     Returns:
-        A copy of the skeleton that shares no memory with the model. Peak extra memory: the dense model, and up to four
-        copies of the largest weight in float64.
+        A copy of the skeleton that shares no memory with the model. Peak extra memory is the dense model plus up to
+        four float64 copies of the largest weight.
 
     Raises:
-        ValueError: a layer has an activation between its factors, or a tensor is missing, too many, not whole, or not
-            of the skeleton's shape; or the skeleton ties tensors that differ in the model. The name is given.
+        ValueError: a layer has an activation between its factors; a tensor is missing, unknown to the skeleton, not
+            whole, or of another shape; or tensors that the skeleton ties differ in the model.
     """
-    # The skeleton's tensors are replaced below, so they are not copied: it may be a real model.
+    # The tensors of the skeleton are replaced below, so copying them would waste memory.
     dense = copy.deepcopy(skeleton, {id(tensor): tensor for tensor in _tensors(skeleton)})
     source = _Source(model, skeleton)
     source.refuse_surplus()
@@ -61,7 +63,7 @@ def merge(model: nn.Module, skeleton: Model) -> Model:
 
 
 class _Source:
-    """Values for the skeleton's tensors, by name, from a model with low-rank layers."""
+    """Values for the tensors of the skeleton, taken from a model with low-rank layers."""
 
     def __init__(self, model: nn.Module, skeleton: nn.Module) -> None:
         self.model, self.skeleton = model, skeleton
@@ -73,7 +75,7 @@ class _Source:
             raise ValueError(f"the model has no {name}, which the skeleton has") from None
 
     def __call__(self, name: str) -> tuple[Key, Callable[[], Tensor]]:
-        """Where a tensor of the skeleton comes from, and a new tensor with its value, plain and contiguous."""
+        """Return the source of a tensor of the skeleton and a function that makes a contiguous copy of its value."""
         path, _, leaf = name.rpartition(".")
         module, target = self.module(path), self.skeleton.get_submodule(path)
         if isinstance(module, LowRankLayer) and leaf == "weight":
@@ -107,7 +109,7 @@ class _Source:
         return kind.restore(target, matrix.to(layer.U.dtype)).contiguous()
 
     def refuse_surplus(self) -> None:
-        """Refuse tensors of the model that would be lost."""
+        """Raise ``ValueError`` if the model has a tensor that the skeleton does not have."""
         low_rank = {name for name, module in self.model.named_modules() if isinstance(module, LowRankLayer)}
         factors = {_joined(name, leaf) for name in low_rank for leaf in ("U", "V", "base", "base_scale")}
         known = {name for name, _ in _named_tensors(self.skeleton)}
@@ -117,7 +119,10 @@ class _Source:
 
 
 def _fill(dense: nn.Module, skeleton: nn.Module, source: _Source, made: dict[Key, Tensor]) -> None:
-    """Give the dense model its values; names that are one tensor in the skeleton, or come from one, become one."""
+    """Set the parameters and buffers of the dense model.
+
+    Names become one tensor if they are one tensor in the skeleton or have the same source.
+    """
     groups: dict[int, tuple[Tensor, list[str]]] = {}
     for name, tensor in _named_tensors(skeleton):
         groups.setdefault(id(tensor), (tensor, []))[1].append(name)
@@ -147,7 +152,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _check(name: str, tensor: Tensor) -> None:
-    """Refuse what does not hold all of a tensor's values in the open."""
+    """Raise ``ValueError`` unless the tensor is plain and holds values."""
     if type(tensor) not in (Tensor, nn.Parameter):
         raise ValueError(f"{name} is a {type(tensor).__name__}; gather it into a plain tensor before merging")
     if tensor.is_meta:
@@ -165,7 +170,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are attributes of a module."""
+    """Yield the parameters, the buffers and the tensor attributes of all modules."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The null rank: what the rule answers when nothing was learned."""
+"""The null rank: the rank that the rule finds in untrained factors."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,21 @@ Shape = tuple[int, int]
 
 
 class NullRanks:
-    """Runs the same rule, as often, on untrained factors of the same shapes.
+    """The ranks that the rule of a run finds in untrained factors of the same shapes after the same number of checks.
 
-    All columns are i.i.d. Gaussian where one factor is zero at initialisation. Otherwise the first columns are those of
-    the initialisation, and those that growth appends are Gaussian if it opens them at random and add nothing if it
-    opens them at zero. One sample a shape, drawn anew at each check; transposed shapes share theirs, since the product
-    has the same spectrum.
+    If one factor is zero at initialisation, all columns are i.i.d. Gaussian. Otherwise the first columns are those at
+    initialisation. Columns appended by growth are then Gaussian if growth initialises both factors randomly, and
+    omitted if it initialises ``U`` with zeros.
+
+    There is one sample per shape. Gaussian columns are redrawn at each check. A shape and its transpose share a sample
+    because their products have the same spectrum.
 
     Args:
         rule: the rule of the run.
-        initial_rank: where both the run and its null start.
-        seed: of the run.
-        initial: ``initial(out, in, R) -> Factors`` of a layer at initialisation; None where one factor is zero then.
-        opens_at_random: whether growth opens both factors of a new mode at random (``initial`` given).
+        initial_rank: the initial rank of the run.
+        seed: the seed of the run.
+        initial: ``initial(out, in, R)`` returns the factors of a layer at initialisation. None if one factor is zero.
+        opens_at_random: whether growth initialises both factors of a new mode randomly. Used only with ``initial``.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class NullRanks:
         self._ranks: dict[Shape, int] = {}
 
     def advance(self, shapes: set[Shape], *, may_shrink: bool = False) -> None:
-        """Apply the rule once more to every shape. ``shapes`` is the same set at each call."""
+        """Apply the rule once more to every shape. Every call must pass the same ``shapes``."""
         for shape in sorted({_tall(shape) for shape in shapes}):
             sigma = singular_values(self._grams(shape))
             decision = self.rule.decide(sigma, self.of(shape), min(shape), may_shrink=may_shrink)
@@ -51,7 +53,7 @@ class NullRanks:
         self.checks += 1
 
     def start_dense(self, shapes: set[Shape]) -> None:
-        """Apply the rule for dense layers to untrained ones, i.i.d. Gaussian, of every shape."""
+        """Apply the rule to an i.i.d. Gaussian dense weight of every shape."""
         for shape in sorted({_tall(shape) for shape in shapes}):
             weight = torch.randn(shape, generator=generator_for(self.seed, "null dense", *shape), dtype=torch.float64)
             sigma = torch.linalg.eigvalsh(weight.T @ weight).clamp(min=0).sqrt().flip(0)
@@ -59,7 +61,7 @@ class NullRanks:
         self.checks += 1
 
     def of(self, shape: Shape) -> int:
-        """Null rank of a shape after the checks so far."""
+        """Return the null rank of a shape after the checks so far."""
         return self._ranks.get(_tall(shape), self.initial_rank)
 
     def _grams(self, shape: Shape) -> Grams:
@@ -74,7 +76,7 @@ class NullRanks:
         return gram_matrices({"null": factors}, lambda total: None)["null"]
 
     def state_dict(self) -> dict:
-        """JSON-able state; ``load_state_dict`` continues from it."""
+        """Return the state as JSON-serialisable values."""
         return {"checks": self.checks, "ranks": [[*shape, rank] for shape, rank in self._ranks.items()]}
 
     def load_state_dict(self, state: dict) -> None:
@@ -87,6 +89,6 @@ def _tall(shape: Shape) -> Shape:
 
 
 def _widen(factor: torch.Tensor, modes: int, generator: torch.Generator) -> torch.Tensor:
-    """Append Gaussian columns of the same root mean square until there are ``modes``."""
+    """Append Gaussian columns with the root mean square of ``factor``, up to ``modes`` columns."""
     fresh = torch.randn(factor.shape[0], modes - factor.shape[1], generator=generator)
     return torch.cat([factor, fresh * factor.square().mean().sqrt()], dim=1)

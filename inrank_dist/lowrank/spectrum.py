@@ -1,7 +1,8 @@
-"""Spectra of every layer at once: local Grams, one all-reduce, small problems.
+"""Singular values of the products of sharded factors.
 
-The squared singular values of ``U V^T`` are the eigenvalues of ``G_V^{1/2} G_U G_V^{1/2}`` with ``G_U = U^T U``
-and ``G_V = V^T V``. A Gram is a sum over rows.
+The squared singular values of ``U V^T`` are the eigenvalues of ``G_V^{1/2} G_U G_V^{1/2}`` with the Gram matrices
+``G_U = U^T U`` and ``G_V = V^T V`` (Grams for short). A Gram is a sum over rows, so each process computes the Gram of
+its rows and an all-reduce adds them. What remains are small problems of size ``R``.
 """
 
 import itertools
@@ -15,15 +16,16 @@ from torch import Tensor
 from .division import AllReduce, Processes, assign_owners, solve_once, sum_over_processes
 
 STRIPS = 4
-"""Parts in which a Gram is multiplied; only its upper triangle is, 5/8 of the work with four."""
+"""Number of strips in which a Gram is computed. Blocks below the diagonal are skipped; with four strips, 5/8 of the
+multiplications remain."""
 
 BUCKET_BYTES = 256 * 2**20
-"""Most bytes of packed triangles that one all-reduce carries; the Grams of GPT-2 large fit into one."""
+"""Maximum size in bytes of the packed triangles in one all-reduce. The Grams of GPT-2 large fit into one bucket."""
 
 
 class FactorRows(Protocol):
-    """Rows of two matrices whose product has a spectrum: ``U: (rows of out, R)``, ``V: (rows of in, R)``, ``R`` being
-    ``modes``; either may be empty."""
+    """Rows of two matrices ``U: (rows of out, R)`` and ``V: (rows of in, R)`` with ``R = modes``. Either may have no
+    rows."""
 
     @property
     def U(self) -> Tensor: ...
@@ -35,7 +37,7 @@ class FactorRows(Protocol):
 
 @dataclass(frozen=True)
 class Factors:
-    """Rows of a layer's factors, as they are held."""
+    """Rows of the factors of a layer."""
 
     U: Tensor
     V: Tensor
@@ -47,14 +49,14 @@ class Factors:
 
 @dataclass(frozen=True)
 class DenseRows:
-    """Rows of a dense weight as factors of it: ``U = W`` and ``V = I``, so that ``R`` is ``in``.
+    """Rows of a dense weight as trivial factors ``U = W`` and ``V = I`` with ``R = in``.
 
-    The identity is made on access, never cached: of all layers at once it would outweigh the model. A Gram takes ``8
-    in^2`` bytes, and its small problem the time of a singular value decomposition of that size.
+    The rows of the identity are computed on access and never cached, because those of all layers could need more memory
+    than the model. A Gram takes ``8 * in^2`` bytes.
 
     Attributes:
         U: ``(rows of out, in)``.
-        first, end: the rows of ``V``.
+        first, end: range of the rows of ``V``.
     """
 
     U: Tensor
@@ -71,7 +73,7 @@ class DenseRows:
 
 
 def identity_rows(first: int, end: int, size: int, device: torch.device) -> Tensor:
-    """Rows ``first`` to ``end`` of the identity ``(size, size)``, float32."""
+    """Return the rows ``first`` to ``end`` (exclusive) of the identity ``(size, size)``, float32."""
     rows = torch.zeros(end - first, size, device=device)
     rows.diagonal(first).fill_(1.0)
     return rows
@@ -79,16 +81,18 @@ def identity_rows(first: int, end: int, size: int, device: torch.device) -> Tens
 
 @dataclass(frozen=True)
 class Learned:
-    """Factors of ``U V^T - U0 V0^T``: what was learned, where the factors did not start at zero.
+    """Factors of the update ``U V^T - U0 V0^T`` since initialisation.
 
-    With ``D_U = U - U0`` and ``D_V = V - V0`` in float64 that is ``[D_U, U0] [V, D_V]^T``; ``[U, U0] [V, -V0]^T`` is
-    the same matrix, but a small update would drown in the rounding of its Grams. Columns that came by growth are zero
-    in ``U0``: they need no partner in ``D_V``. Each matrix is computed on access, never cached: all layers at once
-    would be four times the bytes of the factors.
+    The factors are ``[D_U, U0]`` and ``[V, D_V]`` with ``D_U = U - U0`` and ``D_V = V - V0``, in float64. The factors
+    ``[U, U0]`` and ``[V, -V0]`` have the same product, but a small update would be lost in the rounding error of their
+    Grams. Columns appended by growth are zero in ``U0`` and need no column of ``D_V``.
+
+    Each matrix is computed on access and never cached, because those of all layers would need four times the memory of
+    float32 factors.
 
     Attributes:
-        now: the factors.
-        start: the same rows of them at initialisation, on any device; as many columns as there were then.
+        now: the current factors.
+        start: the same rows at initialisation, with the number of columns at that time, on any device.
     """
 
     now: Factors
@@ -116,21 +120,21 @@ class Learned:
 
 @dataclass(frozen=True)
 class Grams:
-    """``U.T @ U`` and ``V.T @ V`` over all rows, each ``(R, R)`` float64, equal bit for bit on every process."""
+    """Gram matrices ``U.T @ U`` and ``V.T @ V`` over all rows, ``(R, R)`` float64, bitwise equal on all processes."""
 
     U: Tensor
     V: Tensor
 
 
 def gram_matrices(factors: Mapping[str, FactorRows], all_reduce: AllReduce) -> dict[str, Grams]:
-    """Grams of all layers with one all-reduce.
+    """Compute the Grams of all layers with one all-reduce.
 
-    Each process passes the rows that it alone counts (every row of a factor on exactly one process). The collective
-    moves ``8 * sum_layers R * (R + 1)`` bytes (two packed float64 triangles a layer), independent of ``in`` and
-    ``out``.
+    Communication: ``8 * sum R * (R + 1)`` bytes, two packed float64 triangles per layer. It does not depend on ``in``
+    and ``out``.
 
     Args:
-        factors: this process's rows, same names in the same order everywhere.
+        factors: layer -> rows of the factors. Each row is passed by exactly one process. All processes pass the same
+            names in the same order.
         all_reduce: sums a float64 tensor in place over the processes.
     """
     packed = []
@@ -144,8 +148,10 @@ def gram_matrices(factors: Mapping[str, FactorRows], all_reduce: AllReduce) -> d
 
 
 def _packed_gram(factor: Tensor) -> Tensor:
-    """Upper triangle of ``factor.T @ factor``, row by row; below the diagonal only some is computed (PyTorch has no
-    ``syrk``)."""
+    """Return the upper triangle of ``factor.T @ factor`` in row-major order.
+
+    PyTorch has no ``syrk``. Strips avoid most of the work below the diagonal.
+    """
     factor, size = factor.detach().double(), factor.shape[1]
     gram = factor.new_empty(size, size)
     edges = [size * strip // STRIPS for strip in range(STRIPS + 1)]
@@ -165,18 +171,20 @@ def _unpack(triangle: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Root:
-    """A root of a Gram: ``G = root.T @ root`` with ``root: (k, R)``, and ``inverse: (R, k)`` with
-    ``root @ inverse = I``; ``k`` is the numerical rank of ``G``."""
+    """A root of a Gram: ``root: (k, R)`` with ``G = root.T @ root``, and its right inverse ``inverse: (R, k)`` with
+    ``root @ inverse = I``. ``k`` is the numerical rank of ``G``."""
 
     root: Tensor
     inverse: Tensor
 
 
 def gram_root(gram: Tensor) -> Root:
-    """``La^{1/2} Q^T`` and ``Q La^{-1/2}`` of ``G = Q La Q^T``, directions below rounding dropped.
+    """Compute a root of a Gram from its eigendecomposition.
 
-    The columns are first scaled to unit length (``G = D C D``): factors whose columns differ by many orders of
-    magnitude keep their small directions, which an eigensolver of ``G`` itself would lose.
+    The columns of the factor are scaled to unit norm first: ``G = D C D`` with a diagonal ``D``. With the
+    eigendecomposition ``C = Q L Q^T``, the root is ``L^{1/2} Q^T D`` and its inverse ``D^{-1} Q L^{-1/2}``. Eigenvalues
+    below the rounding error are dropped. The scaling preserves small directions of factors whose columns differ by
+    many orders of magnitude; an eigendecomposition of ``G`` itself would lose them.
     """
     length, inverse = _column_lengths(gram)
     values, vectors = torch.linalg.eigh(gram * inverse * inverse[:, None])
@@ -187,10 +195,11 @@ def gram_root(gram: Tensor) -> Root:
 
 
 def _any_root(gram: Tensor) -> Tensor:
-    """``(k, R)`` with ``G = root.T @ root``, by whichever way is fastest.
+    """Return a root ``(k, R)`` with ``G = root.T @ root``, computed by the fastest suitable method.
 
-    A Cholesky factor (a tenth of the time) where every column, scaled to unit length, is at least ``eps^{1/4}`` away
-    from the span of those before it: nothing is near rounding then, and no direction has to be dropped.
+    The Cholesky factor is used if every column, scaled to unit norm, has a distance of more than ``eps^{1/4}`` to the
+    span of the preceding columns. The Gram is then well-conditioned, and no direction has to be dropped. Otherwise the
+    slower ``gram_root`` is used.
     """
     length, inverse = _column_lengths(gram)
     factor, failed = torch.linalg.cholesky_ex(gram * inverse * inverse[:, None])
@@ -200,16 +209,19 @@ def _any_root(gram: Tensor) -> Tensor:
 
 
 def _column_lengths(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths of the columns that the Gram is of, and their inverses; 0 for a column of zeros."""
+    """Return the norms of the columns of the factor and their inverses, both 0 for a zero column."""
     length = gram.diagonal().clamp_min(0).sqrt()
     return length, torch.where(length > 0, 1 / length, torch.zeros_like(length))
 
 
 def singular_values(grams: Grams) -> Tensor:
-    """Singular values of ``U @ V.T``: ``(R,)`` float64, descending, without ever forming the product.
+    """Compute the singular values of ``U @ V.T`` from the Grams of the factors.
 
-    ``U = Qu @ Ru`` and ``V = Qv @ Rv`` with roots of the Grams, so the product has the singular values of ``Ru @
-    Rv.T``.
+    Roots ``Ru`` and ``Rv`` of the Grams satisfy ``U = Qu @ Ru`` and ``V = Qv @ Rv`` with orthonormal columns of ``Qu``
+    and ``Qv``. The product therefore has the singular values of ``Ru @ Rv.T``.
+
+    Returns:
+        ``(R,)`` float64, descending.
     """
     core = _any_root(grams.U) @ _any_root(grams.V).T
     sigma = grams.U.new_zeros(grams.U.shape[0])
@@ -221,14 +233,14 @@ def singular_values(grams: Grams) -> Tensor:
 
 @dataclass(frozen=True)
 class Spectra:
-    """What one measurement found.
+    """The spectra of all layers.
 
     Attributes:
-        sigma: layer -> ``(R,)`` float64 singular values of ``U @ V.T``, descending; on CPU, equal bit for bit on every
-            process.
-        owner: layer -> the process that solved it and keeps its Grams.
-        grams: the Grams of this process's own layers, on CPU.
-        checksums: layer -> a checksum of the Grams that this process saw, to be compared over processes.
+        sigma: layer -> ``(R,)`` float64 singular values of ``U @ V.T``, descending, on the CPU, bitwise equal on all
+            processes.
+        owner: layer -> process rank of the process that computed its singular values and keeps its Grams.
+        grams: Grams of the layers that this process owns, on the CPU.
+        checksums: layer -> checksum of the Grams on this process. It must be equal on all processes.
     """
 
     sigma: dict[str, Tensor]
@@ -240,18 +252,23 @@ class Spectra:
 def measure_spectra(
     factors: Mapping[str, FactorRows], processes: Processes, *, bucket_bytes: int = BUCKET_BYTES
 ) -> Spectra:
-    """Singular values of all layers: Grams by one all-reduce a bucket, every layer solved once, answers by one more.
+    """Compute the singular values of all layers. Each layer is solved by one process.
 
-    The collectives carry ``8 * sum R * (R + 1)`` bytes of Grams and ``8 * sum R`` of singular values. Beyond the Grams
-    of its own layers a process needs at most four times a bucket (the triangles, their sum's view of them, and the
-    unpacked matrices), which is ``bucket_bytes`` or the largest layer's triangles, four times the latter, and that
-    layer's rows in float64.
+    Communication: one all-reduce per bucket for the Grams, ``8 * sum R * (R + 1)`` bytes in total, and one for the
+    singular values, ``8 * sum R`` bytes.
+
+    Peak extra memory of a process, beyond the Grams of the layers that it owns, is at most four buckets (packed
+    triangles, their concatenation, and unpacked matrices), four times the packed triangles of the largest layer, and
+    the rows of that layer in float64. A bucket takes ``bucket_bytes``, or more if the triangles of one layer do.
 
     Args:
-        factors: this process's rows, same names in the same order everywhere.
+        factors: layer -> rows of the factors. Each row is passed by exactly one process. All processes pass the same
+            names in the same order.
+        processes: the processes that hold rows.
+        bucket_bytes: maximum size of a bucket in bytes.
 
     Raises:
-        FloatingPointError: a factor is not finite, or too large for float64 squares; in all processes alike.
+        FloatingPointError: a factor is not finite or its squares overflow float64. All processes raise it.
     """
     owner = assign_owners({name: layer.modes for name, layer in factors.items()}, processes.count)
     own: dict[str, Grams] = {}
@@ -259,7 +276,7 @@ def measure_spectra(
     for bucket in _buckets(factors, bucket_bytes):
         for name, grams in gram_matrices(bucket, processes.sum).items():
             if not (grams.U.isfinite().all() and grams.V.isfinite().all()):
-                raise FloatingPointError(f"a factor of {name} is not finite")  # in every process: all hold the same
+                raise FloatingPointError(f"a factor of {name} is not finite")  # raised by all processes
             checksums[name] = int(grams.U.view(torch.int64).sum() - grams.V.view(torch.int64).sum())
             if owner[name] == processes.rank:
                 own[name] = Grams(grams.U.cpu(), grams.V.cpu())
@@ -269,7 +286,7 @@ def measure_spectra(
 
 
 def _buckets(factors: Mapping[str, FactorRows], most: int) -> Iterator[dict[str, FactorRows]]:
-    """Consecutive layers whose packed triangles fit into ``most`` bytes; at least one layer each."""
+    """Yield consecutive layers whose packed triangles fit into ``most`` bytes, at least one layer at a time."""
     bucket: dict[str, FactorRows] = {}
     size = 0
     for name, layer in factors.items():
