@@ -1,7 +1,7 @@
-"""All settings of a run: YAML file, dotted overrides, checks.
+"""Configuration of a run, read from a YAML file and command-line overrides.
 
-Each section is a dataclass beside what it configures. This file reads them and turns what is wrong into one line that
-says what to write instead.
+The dataclass of each section is defined in the package that uses it. Errors are reported in one line that says what to
+write instead.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from .train.settings import CheckpointSettings, EvalSettings, LogSettings, Sched
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """Name, place and randomness of a run."""
+    """Name, folder and seed of a run."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("name", "dir", "deterministic"), fixed=("seed",))
 
     name: str = "run"
     """Name of the run."""
     dir: str | None = None
-    """Run folder; null: runs/NAME."""
+    """Run folder. null: runs/NAME."""
     seed: int = 0
-    """Start values, order of samples, dropout and fresh modes all come from this."""
+    """Seed of the initial values, the order of the samples, dropout and new modes."""
     deterministic: bool = False
-    """Only deterministic kernels; slower on a GPU, and an error where there is none."""
+    """Use deterministic kernels only. Slower on a GPU; an operation without a deterministic kernel raises an error."""
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -52,7 +52,11 @@ class RunSettings:
 
 @dataclass(kw_only=True)
 class Config:
-    """Everything a run depends on."""
+    """All settings of a run.
+
+    Raises:
+        UserError: if settings of different sections contradict each other.
+    """
 
     run: RunSettings = field(default_factory=RunSettings)
     model: ModelSettings
@@ -115,11 +119,11 @@ class Config:
             )
 
     def to_yaml(self) -> str:
-        """The resolved settings as YAML, in the order of the sections; ``load_config`` reads the same from it."""
+        """Return the resolved settings as YAML, which ``load_config`` can read."""
         return yaml_text.dump(self.to_dict())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Section -> key -> value, under the names that a YAML file has."""
+        """Return a nested dictionary, section -> key -> value, with the names used in YAML files."""
         return {
             section: {
                 key_of(setting): getattr(getattr(self, section), setting.name) for setting in dataclasses.fields(cls)
@@ -128,7 +132,7 @@ class Config:
         }
 
     def changed(self) -> dict[str, Any]:
-        """Dotted key -> value of the settings that are not the default."""
+        """Return the settings that differ from their defaults, by dotted key."""
         return {
             f"{section}.{key_of(setting)}": value
             for section, cls in SECTIONS.items()
@@ -137,7 +141,7 @@ class Config:
         }
 
     def cautions(self) -> list[str]:
-        """Sentences about settings whose results mislead."""
+        """Return warnings about combinations of settings that give misleading results."""
         if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.has_budget:
             return []
         sentence = (
@@ -147,15 +151,15 @@ class Config:
         return [sentence]
 
     def without_effect(self, given: Iterable[str]) -> list[str]:
-        """Sentences about the dotted keys in ``given`` that do nothing in this configuration.
+        """Return warnings about the dotted keys in ``given`` that have no effect in this configuration.
 
-        Keys with their default value are left out: the ``config.yaml`` of a run gives a value to all.
+        Keys with their default values are ignored, because the ``config.yaml`` of a run contains every key.
         """
         idle = self.idle()
         return [f"{key} has no effect: {idle[key]}" for key in sorted(idle.keys() & set(given) & self.changed().keys())]
 
     def idle(self) -> dict[str, str]:
-        """Dotted keys that do nothing in this configuration, each with the reason."""
+        """Return the dotted keys that have no effect in this configuration, with the reasons."""
         idle = {f"lowrank.{key}": why for key, why in self.lowrank.without_effect()}
 
         def no_effect(why: str, section: str, *keys: str) -> None:
@@ -193,7 +197,7 @@ class Config:
 
 
 def key_of(setting: "dataclasses.Field[Any]") -> str:
-    """What a YAML file calls a setting: ``async`` is no name in Python, so its field is ``async_``."""
+    """Return the YAML key of a setting, which is the field name without a trailing underscore (``async_``)."""
     return setting.name.rstrip("_")
 
 
@@ -203,31 +207,31 @@ def _types(section: type) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Any] = _types(Config)
-"""Section -> its dataclass."""
+"""Dataclass of each section, by section name."""
 SETTINGS: dict[str, Any] = {
     f"{section}.{key}": type_ for section, cls in SECTIONS.items() for key, type_ in _types(cls).items()
 }
-"""Dotted key -> its type."""
+"""Type of each setting, by dotted key."""
 
 MOST = 2**53
-"""No count is larger: what is computed with them stays exact."""
+"""Largest allowed integer. Integers up to this value are exact in float64."""
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, set[str]]:
     """Read a YAML file and apply ``--section.key VALUE`` overrides.
 
-    A file with ``base: FILE`` takes the settings of that file, named relative to its own folder, and changes some of
-    them. Settings of the base that have no effect any more are left at their defaults.
+    A file with ``base: FILE`` inherits the settings of that file. The path is relative to the folder of the inheriting
+    file. Inherited settings that have no effect in the resulting configuration are reset to their defaults.
 
     Args:
-        file: path of the YAML file, or None: defaults and overrides only.
-        overrides: command-line words, ``--section.key VALUE`` or ``--section.key=VALUE``.
+        file: path of the YAML file, or None to use only defaults and overrides.
+        overrides: command-line arguments, ``--section.key VALUE`` or ``--section.key=VALUE``.
 
     Returns:
-        The configuration and the dotted keys that were given a value, by the file itself or an override.
+        The configuration, and the dotted keys set by the file itself or by an override.
 
     Raises:
-        UserError: whatever is wrong, in one line.
+        UserError: if the file cannot be read, or a setting is unknown, missing or invalid.
     """
     inherited, values = _read_yaml(Path(file)) if file is not None else ({}, {})
     for key, text in _split(overrides):
@@ -245,7 +249,7 @@ def _build(values: dict[str, Any]) -> Config:
         if not fits(value, expected):
             quotes = ", in quotes" if expected is str else ""  # YAML reads 007 as a number and no as false
             raise UserError(f"{dotted} is {shown(value)}; write {in_words(expected)}{quotes}")
-        # A number without a point is as good where there may be a point.
+        # An integer is a valid value of a float setting.
         is_float = type(value) is int and float in (expected, *typing.get_args(expected))
         if type(value) is int and abs(value) > MOST:
             raise UserError(f"{dotted} is {shown(value)}; write a number of at most {MOST}")
@@ -273,12 +277,12 @@ def _fill(cls: Any, values: dict[str, Any]) -> Any:
 
 
 def default_of(key: "dataclasses.Field[Any]") -> Any:
-    """Default of a setting; ``dataclasses.MISSING`` where it must be given."""
+    """Return the default of a setting, or ``dataclasses.MISSING`` if it has none."""
     return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
 
 
 def is_required(key: "dataclasses.Field[Any]", given: Mapping[str, Any]) -> bool:
-    """Whether a setting must be given beside the ``given`` ones of its section."""
+    """Return whether a setting is required, given the other settings of its section."""
     if default_of(key) is dataclasses.MISSING:
         return True
     other, value = key.metadata.get("required_unless", (None, None))
@@ -286,10 +290,11 @@ def is_required(key: "dataclasses.Field[Any]", given: Mapping[str, Any]) -> bool
 
 
 def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Dotted keys and their values: those of the file's base, and its own.
+    """Return two dictionaries by dotted key: the settings inherited from the base, and those of the file itself.
 
     Args:
-        above: files already read on the way here; none of them may come again.
+        file: path of the YAML file.
+        above: files that inherit from this one, to detect cycles.
     """
     tree = yaml_text.read(file)
     if not isinstance(tree, dict) or not tree:
@@ -309,7 +314,7 @@ def _read_yaml(file: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 
 
 def _read_sections(file: Path, tree: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; every name is checked."""
+    """Yield dotted keys and their values; raise UserError for unknown names."""
     for section, content in tree.items():
         if section not in SECTIONS:
             raise UserError(f"{file}: unknown section {shown(section)}{nearest(str(section), SECTIONS)}")
@@ -322,7 +327,7 @@ def _read_sections(file: Path, tree: dict[Any, Any]) -> Iterator[tuple[str, Any]
 
 
 def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Dotted keys and the text of their values, from command-line words."""
+    """Yield dotted keys and the text of their values from command-line arguments."""
     rest = list(words)
     while rest:
         word = rest.pop(0)
@@ -338,7 +343,7 @@ def _split(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _known(dotted: str, place: str = "") -> str:
-    """The key itself, if it is one; ``place`` begins the message if not."""
+    """Return the key if it is a known setting, otherwise raise UserError with ``place`` before the message."""
     if dotted in SETTINGS:
         return dotted
     section, key = dotted.partition(".")[0], dotted.rpartition(".")[2]

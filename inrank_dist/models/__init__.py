@@ -1,4 +1,4 @@
-"""Language models: GPT-2 and Llama in plain PyTorch, and those of ``transformers``."""
+"""Language models: GPT-2 and Llama in plain PyTorch, and the causal language models of ``transformers``."""
 
 from .build import build_model
 from .count import flops_per_token, parameter_count

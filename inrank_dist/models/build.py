@@ -1,4 +1,4 @@
-"""From settings to a model."""
+"""Construction of a model from its settings."""
 
 from .gpt2 import GPT2
 from .language_model import LanguageModel
@@ -7,10 +7,10 @@ from .settings import ModelSettings
 
 
 def build_model(settings: ModelSettings, vocab_size: int) -> LanguageModel:
-    """The model that `settings` describe, on the device and in the dtype that are the default now.
+    """Build a model on the default device in the default dtype.
 
-    Its weights are not initial values yet; `model.initial_values(seed)` gives them by name. Built under
-    ``with torch.device("meta")`` it holds no memory.
+    Its parameters do not have their initial values yet; ``model.initial_values(seed)`` provides them by name. Under
+    ``torch.device("meta")`` no memory is allocated.
     """
     if settings.name == "hf":
         from .huggingface import HuggingFaceLM  # transformers takes seconds to import

@@ -1,4 +1,4 @@
-"""Sizes that follow from the shapes alone: parameters, and floating-point operations per token."""
+"""Parameter counts and floating-point operations per token, computed from shapes."""
 
 import torch
 from torch import nn
@@ -9,20 +9,23 @@ from .settings import ModelSettings
 
 
 def parameter_count(settings: ModelSettings, vocab_size: int) -> int:
-    """Exact number of parameters of the dense model, a tied weight counted once; allocates no memory."""
+    """Return the number of parameters of the dense model, without allocating memory. A tied weight counts once."""
     with torch.device("meta"):
         model = build_model(settings, vocab_size)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def flops_per_token(model: LanguageModel, seq_len: int) -> int:
-    """Forward plus backward floating-point operations per token, for model-FLOPs utilisation (MFU).
+    """Return the floating-point operations per token of a forward and a backward pass.
 
-    6 for each entry of a matrix (4 if it is frozen: no gradient of its own) plus 12 * layers * attention size *
-    seq_len for attention, without a discount for causality and without recomputation (PaLM, arXiv
-    2204.02311, appendix B). Matrices are whatever the model holds now, so low-rank factors count as
-    themselves; embeddings are look-ups and count only where they are also the head. `model` may be on
-    `meta`; where an engine has emptied or flattened the weights, pass an unsharded copy.
+    This is the count used for model FLOPs utilization (MFU) in PaLM (arXiv 2204.02311, appendix B): 6 operations for
+    each matrix entry, plus ``12 * num_layers * attention_size * seq_len`` for attention. The causal mask and
+    recomputation are ignored. A frozen matrix has no weight gradient and counts 4 operations per entry. Low-rank
+    factors count as matrices. An embedding is a lookup and counts only if it is tied to the head.
+
+    Args:
+        model: an unsharded model; may be on ``meta``.
+        seq_len: sequence length in tokens.
     """
     matrices = {
         parameter

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm, GELU, learned positions, biases everywhere but in the head."""
+"""GPT-2 (Radford et al., 2019): LayerNorm, GELU, learned positions, and biases in all layers except the head."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .settings import ModelSettings
 
 
 class GeluMLP(nn.Module):
-    """`down(gelu(up(x)))` with the tanh approximation of GELU that GPT-2 was trained with ("gelu_new")."""
+    """``down(gelu(up(x)))`` with the tanh approximation of GELU used in GPT-2 (``gelu_new`` in ``transformers``)."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class GeluMLP(nn.Module):
 
 
 class GPT2(Decoder):
-    """GPT-2 with separate q, k and v projections; `pos_embed` holds the learned positions."""
+    """GPT-2 with separate query, key and value projections and the position embedding ``pos_embed``."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         norm = partial(nn.LayerNorm, settings.width, eps=settings.norm_eps)
@@ -43,6 +43,6 @@ class GPT2(Decoder):
         self.dropout = nn.Dropout(settings.dropout)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Tokens plus positions, with dropout: (B, T) int64 -> (B, T, hidden_size)."""
+        """Add token and position embeddings and apply dropout: (B, T) int64 -> (B, T, hidden_size)."""
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
         return self.dropout(self.tok_embed(input_ids) + self.pos_embed(positions))

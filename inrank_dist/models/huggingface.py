@@ -1,4 +1,4 @@
-"""``model.name: hf``: a causal language model of ``transformers`` as the trainer trains it, and its initial values."""
+"""Causal language models of ``transformers`` (``model.name: hf``) and their initial values."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,22 +28,23 @@ from .values import InitialValues, named_buffers
 logging.set_verbosity_error()
 
 PREFIX = "model."
-"""Of the names of everything in the model of ``transformers``."""
+"""Prefix of the names of all parameters and buffers of the ``transformers`` model."""
 
 
 class HuggingFaceLM(LanguageModel):
-    """A causal language model of ``transformers``, in float32, without a cache.
+    """A causal language model of ``transformers`` in float32, without a key-value cache.
 
-    Its parameters have the names that ``transformers`` gives them, after ``model.``. Each ``Conv1D`` is an
-    ``nn.Linear`` here, so that its weight is ``(out, in)`` in checkpoints, the transpose of what ``transformers`` has.
-    The output layer is a ``LossHead`` where its output is the logits and nothing comes after it.
+    Parameters have their ``transformers`` names, prefixed with ``model.``. Each ``Conv1D`` is replaced by an
+    ``nn.Linear``, so its weight has shape ``(out, in)`` in checkpoints, the transpose of the ``transformers`` weight.
+    The output layer is replaced by a ``LossHead`` if its output is returned as the logits unchanged.
 
     Args:
-        settings: of name hf; their ``config`` is checked already.
-        vocab_size: of the tokenizer; that of the configuration is replaced.
+        settings: settings with name ``hf`` and a validated ``config``.
+        vocab_size: vocabulary size of the tokenizer, which replaces the one in the configuration.
 
     Raises:
-        UserError: ``transformers`` cannot build it, or it holds what cannot be trained here.
+        UserError: if ``transformers`` cannot build the model, or the model has parameters or buffers that are not
+            supported.
     """
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
@@ -79,7 +80,7 @@ class HuggingFaceLM(LanguageModel):
         found = ModelPlan.infer(self)
         if found.blocks:
             return found
-        for name, module in self.named_modules():  # a single block
+        for name, module in self.named_modules():  # ModelPlan.infer does not detect a single block
             if isinstance(module, nn.ModuleList) and len(module) == self.num_layers:
                 return ModelPlan((f"{name}.0",), found.units, found.bottom)
         return found
@@ -89,25 +90,25 @@ class HuggingFaceLM(LanguageModel):
 
 
 def build(mapping: dict[str, Any], vocab_size: int) -> Any:
-    """The model as ``transformers`` builds it from a checked mapping, on the default device, in float32."""
+    """Build the ``transformers`` model of a validated configuration in float32 on the default device."""
     config = make_config(mapping, vocab_size)
     dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 5
     try:
         model = AutoModelForCausalLM.from_config(config, **{dtype: torch.float32})
         embedding = model.get_input_embeddings()
-    except Exception as error:  # whatever a model can say of its sizes
+    except Exception as error:  # models report invalid sizes with exceptions of any type
         raise refused(config.model_type, error) from None
     if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None  # our tokenizers have no such token; its row would never be trained
+        embedding.padding_idx = None  # our tokenizers have no padding token, and its row would never be trained
     return model
 
 
 def _attention_size(config: Any) -> int:
-    """Heads times the width of one; 0 without attention."""
+    """Return the number of heads times the head dimension, or 0 without attention."""
     heads = getattr(config, "num_attention_heads", None) or 0
     try:
         width = getattr(config, "head_dim", None)
-    except Exception:  # it differs from layer to layer
+    except Exception:  # the head dimension differs between layers
         width = None
     return heads * (width or config.hidden_size // max(heads, 1))
 
@@ -131,9 +132,9 @@ def _refuse_unknown_tensors(model: HuggingFaceLM, model_type: str) -> None:
 
 @torch.no_grad()
 def _ends_in_head(model: Any) -> bool:
-    """Whether a model's logits are what its output layer, an ``nn.Linear``, gives, found out on two fake tokens.
+    """Return whether the logits are the unchanged output of an ``nn.Linear``.
 
-    Some models scale or cap them.
+    Some models scale or cap the logits. This is checked in a forward pass on two fake tokens.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -147,7 +148,7 @@ def _ends_in_head(model: Any) -> bool:
             fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
             inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "use_cache": False, "return_dict": True}
             logits = functional_call(model.eval(), fake, kwargs=inputs).logits
-    except Exception:  # it needs values to run; all logits at once are right in any case
+    except Exception:  # the forward pass needs real values; computing all logits at once is always correct
         return False
     finally:
         hook.remove()
@@ -156,18 +157,20 @@ def _ends_in_head(model: Any) -> bool:
 
 
 class HuggingFaceValues:
-    """Values as ``transformers`` initialises them, each parameter drawn by itself from the seed and its name.
+    """Initial values as in ``transformers``, with each parameter drawn independently from the seed and its name.
 
-    ``transformers`` calls ``_init_weights`` of a model with every module, the inner ones first. It may set the
-    parameters of the module and of those inside it. So for one parameter it is called with the module that owns it and
-    with those around that one, in this order, while all other parameters are on ``meta``, where nothing is drawn.
+    ``transformers`` calls ``model._init_weights(module)`` for every module, children before parents. A call may set the
+    parameters of the module and of its children. To draw one parameter, this class calls ``_init_weights`` with the
+    module that owns the parameter and then with the enclosing modules. All other parameters are on ``meta``, where no
+    random numbers are drawn.
 
-    Buffers, and small parameters that ``_init_weights`` leaves to the constructor, come from a model whose constructor
-    runs on the CPU, with each large parameter put on ``meta`` as soon as it is made, so that the model is never whole.
+    Buffers, and small parameters that ``_init_weights`` does not set, are taken from a model constructed on the CPU.
+    During construction each large parameter moves to ``meta`` as soon as it is registered, so the full model is never
+    in memory.
 
     Args:
-        model: may be on ``meta``.
-        seed: of the values.
+        model: the model, which may be on ``meta``.
+        seed: seed of the values.
     """
 
     def __init__(self, model: HuggingFaceLM, seed: int) -> None:
@@ -190,10 +193,14 @@ class HuggingFaceValues:
 
     @torch.no_grad()
     def _drawn(self, name: str, owner: nn.Module, leaf: str, modules: list[nn.Module], constructed: bool) -> Tensor:
-        """The value that the modules give a parameter; NaN where they give it none.
+        """Return the value that ``_init_weights`` gives a parameter, with NaN in elements that are not set.
 
         Args:
-            constructed: whether the constructor's value comes first.
+            name: full name of the parameter.
+            owner: module that owns the parameter.
+            leaf: name of the parameter in ``owner``.
+            modules: modules to call ``_init_weights`` with, in this order.
+            constructed: whether to start from the value that the constructor sets.
         """
         model, original = self._model(), owner._parameters[leaf]
         assert original is not None
@@ -207,7 +214,7 @@ class HuggingFaceValues:
                 if constructed and callable(reset := getattr(owner, "reset_parameters", None)):
                     reset()
                 elif constructed and leaf == "weight" and _is_conv1d(owner):
-                    value.normal_(std=0.02)  # by its constructor
+                    value.normal_(std=0.02)  # as in the constructor of Conv1D
                 for module in modules:
                     model._init_weights(module)
         except NotImplementedError:  # a rule that reads other parameters, which are on meta
@@ -217,7 +224,7 @@ class HuggingFaceValues:
         return value.data
 
     def std(self, name: str) -> float:
-        """Root mean square of the value."""
+        """Return the root mean square of the parameter."""
         return float(self.parameter(name).square().mean().sqrt())
 
     def buffer(self, name: str) -> Tensor:
@@ -226,7 +233,7 @@ class HuggingFaceValues:
         return buffers[name.removeprefix(PREFIX)]
 
     def _model(self) -> Any:
-        """The model with buffers on the CPU and parameters on ``meta``."""
+        """Return the constructed model, with buffers on the CPU and parameters on ``meta``."""
         if self._constructed is None:
             assert isinstance(self._mapping, dict)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), _large_parameters_on_meta():
@@ -242,12 +249,12 @@ class HuggingFaceValues:
 
 
 SMALL = 2**20
-"""Elements of a parameter whose value from the constructor is kept."""
+"""Largest number of elements for which a parameter's value from the constructor is kept."""
 
 
 @contextmanager
 def _large_parameters_on_meta() -> Iterator[None]:
-    """Put each parameter of more than ``SMALL`` elements on ``meta`` as soon as a module gets it."""
+    """Move each parameter of more than ``SMALL`` elements to ``meta`` as soon as a module registers it."""
     register: Callable[..., None] = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -264,7 +271,7 @@ def _large_parameters_on_meta() -> Iterator[None]:
 
 
 class _NothingUnset(TorchFunctionMode):
-    """NaN in what ``torch.empty`` gives, so that what a constructor never sets can be told."""
+    """Fill the results of ``torch.empty`` with NaN, to detect values that a constructor never sets."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))

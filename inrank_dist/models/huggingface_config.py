@@ -1,4 +1,4 @@
-"""The setting ``model.config``: which model of ``transformers``, checked before it is built. Nothing is downloaded."""
+"""Validation of ``model.config``, which selects a model of ``transformers``. Nothing is downloaded."""
 
 import inspect
 import json
@@ -13,21 +13,25 @@ OF_A_FILE = (
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
     "quantization_config", "torch_dtype", "transformers_version", "use_cache",
 )  # fmt: skip
-"""Keys of a config.json that say nothing about a model trained from scratch with a tokenizer of its own."""
+"""Keys of a config.json that are ignored, since the model is trained from scratch with another tokenizer."""
 
 LEGACY_ROPE = ("partial_rotary_factor", "rope_scaling", "rope_theta")
-"""What ``rope_parameters`` was called before transformers 5, which still takes it."""
+"""Predecessors of ``rope_parameters``, which transformers 5 still accepts."""
 
 
 def read_config(value: Any, max_seq_len: int) -> dict[str, Any]:
-    """The checked mapping, with ``model_type``, that ``model.config`` stands for.
+    """Read and validate ``model.config``.
 
     Args:
-        value: what was written: a mapping, or a folder whose config.json holds it.
-        max_seq_len: that the model must be able to take.
+        value: a mapping, or a folder that contains a config.json.
+        max_seq_len: sequence length that the model must support.
+
+    Returns:
+        The configuration as a mapping that includes ``model_type``.
 
     Raises:
-        UserError: it describes no causal language model that can be trained here, or transformers is not installed.
+        UserError: if the value does not describe a supported causal language model, or ``transformers`` cannot be
+            imported.
     """
     from_file = isinstance(value, str)
     mapping = _read_folder(value) if from_file else value
@@ -54,13 +58,14 @@ def read_config(value: Any, max_seq_len: int) -> dict[str, Any]:
 
 
 def make_config(mapping: Mapping[str, Any], vocab_size: int) -> Any:
-    """The configuration object of ``transformers`` for a tokenizer of ``vocab_size`` tokens, without a cache.
+    """Create the ``transformers`` configuration for a tokenizer of ``vocab_size`` tokens, with ``use_cache=False``.
 
     Args:
-        mapping: from ``read_config``.
+        mapping: result of ``read_config``.
+        vocab_size: vocabulary size of the tokenizer.
 
     Raises:
-        UserError: a vocab_size is written that is smaller than the tokenizer's.
+        UserError: if the mapping contains a smaller ``vocab_size``, or ``transformers`` rejects the configuration.
     """
     written = mapping.get("vocab_size")
     if isinstance(written, int) and written < vocab_size:
@@ -69,11 +74,11 @@ def make_config(mapping: Mapping[str, Any], vocab_size: int) -> Any:
             f"write a tokenizer.vocab_size of at most {written}"
         )
     config = _make(_config_class(mapping["model_type"]), {**mapping, "vocab_size": vocab_size, "use_cache": False})
-    # These name tokens of another tokenizer.
+    # The special tokens belong to another tokenizer.
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         try:
             setattr(config, key, None)
-        except Exception:  # a class that insists on one says so in its own way
+        except Exception:  # some classes require an integer, and raise exceptions of any type
             setattr(config, key, 0)
     return config
 
@@ -114,18 +119,18 @@ def _known_keys(cls: Any) -> set[str]:
 def _make(cls: Any, mapping: Mapping[str, Any]) -> Any:
     try:
         return cls(**{key: value for key, value in mapping.items() if key != "model_type"})
-    except Exception as error:  # each class checks its values in its own way
+    except Exception as error:  # configuration classes report invalid values with exceptions of any type
         raise refused(cls.model_type, error) from None
 
 
 def refused(model_type: str, error: Exception) -> UserError:
-    """What ``transformers`` says of a configuration, in one line."""
+    """Return the one-line error for a configuration that ``transformers`` rejects."""
     said = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"model.config is refused by transformers for {model_type}: {said}; write other values")
 
 
 def _refuse_other_kinds(config: Any) -> None:
-    """Raise UserError unless a configuration is of a language model in which a token sees no later one."""
+    """Raise UserError unless the configuration is that of a decoder-only language model with causal attention."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -148,10 +153,10 @@ def _refuse_other_kinds(config: Any) -> None:
 
 
 PARTS_OF_ONE = {"attn_config", "ffn_config"}
-"""Configurations inside that of a language model, of its layers."""
+"""Sub-configurations that describe layers of one language model rather than a model of several parts."""
 
 ENCODERS = ("bert-generation",)
-"""Models whose tokens see later ones unless ``is_decoder`` is set, beside those that are trained with masked tokens."""
+"""Models with bidirectional attention unless ``is_decoder`` is set, in addition to the masked language models."""
 
 NOT_CAUSAL = ("cpmant", "xlm", "xlnet")
-"""Models that ``transformers`` lists as causal and whose tokens see later ones all the same."""
+"""Models with bidirectional attention that ``transformers`` lists as causal."""

@@ -1,4 +1,4 @@
-"""What the two models have in common: embed, run the blocks, project to the vocabulary, sum the loss."""
+"""Base classes of language models, and the decoder that GPT-2 and Llama share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,12 @@ from .values import InitialValues
 
 
 class RuleValues:
-    """Values drawn for each parameter by itself, from the seed and its name, by the model's own rules.
+    """Initial values with each parameter drawn independently from the seed and its name.
 
     Args:
-        model: may be on ``meta``.
-        rule: parameter name -> how it is drawn.
+        model: the model, which may be on ``meta``.
+        rule: function that returns the initialisation of a parameter name.
+        seed: seed of the values.
     """
 
     def __init__(self, model: "Decoder", rule: Callable[[str], InitRule], seed: int) -> None:
@@ -44,21 +45,21 @@ class RuleValues:
 
 
 class TokenLoss(nn.Module):
-    """Sum of the cross-entropies of tokens; a module so that it can be compiled by itself."""
+    """Summed cross-entropy, as a module so that it can be compiled separately."""
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, T, vocab_size) of any dtype and targets (B, T) int64 -> nats, a float32 scalar."""
+        """Logits (B, T, vocab_size) of any dtype, targets (B, T) int64 -> float32 scalar in nats."""
         return summed_loss(logits, targets)
 
 
 class LanguageModel(nn.Module):
-    """What the trainer trains: logits of tokens, or the summed loss.
+    """Base class of the models that the trainer supports.
 
     Attributes:
-        vocab_size: number of logits of a token.
-        max_seq_len: longest sequence in tokens.
+        vocab_size: number of logits per token.
+        max_seq_len: maximum sequence length in tokens.
         num_layers: number of blocks.
-        attention_size: width of the attention, that is, heads times the width of one.
+        attention_size: number of query heads times the head dimension.
     """
 
     vocab_size: int
@@ -67,37 +68,44 @@ class LanguageModel(nn.Module):
     attention_size: int
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits, or the summed loss when `targets` are given.
+        """Return the logits, or the summed loss if ``targets`` is given.
 
-        `input_ids` and `targets`: (B, T) int64; `targets[:, t]` is the token that follows `input_ids[:, t]`,
-        or -100 where nothing is to be learned. Returns logits (B, T, vocab_size) in the compute dtype, or the
-        SUM of the token cross-entropies in nats, a float32 scalar: the caller divides by the global token
-        count. Raises ValueError if T is above `max_seq_len`.
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64. ``targets[:, t]`` is the token that follows ``input_ids[:, t]``, or -100 to ignore
+                the position.
+
+        Returns:
+            Logits (B, T, vocab_size) in the compute dtype, or the sum (not the mean) of the token cross-entropies in
+            nats as a float32 scalar. The caller divides it by the global token count.
+
+        Raises:
+            ValueError: if T is greater than ``max_seq_len``.
         """
         raise NotImplementedError
 
     def check_length(self, input_ids: Tensor) -> None:
-        """Raise ValueError where a sequence is too long."""
+        """Raise ValueError if the sequences are longer than ``max_seq_len``."""
         length = input_ids.size(1)
         if length > self.max_seq_len:
             raise ValueError(f"a sequence of {length} tokens is longer than model.max_seq_len {self.max_seq_len}")
 
     @property
     def plan(self) -> ModelPlan:
-        """Where the parts of the model are."""
+        """Description of the model for the engines."""
         raise NotImplementedError
 
     def initial_values(self, seed: int) -> InitialValues:
-        """Values of the dense model before training; the model may be on ``meta``."""
+        """Return the initial values of the dense model. The model may be on ``meta``."""
         raise NotImplementedError
 
 
 class Decoder(LanguageModel):
-    """A decoder-only transformer: `tok_embed`, `blocks`, `final_norm`, `head`.
+    """A decoder-only transformer: ``tok_embed``, ``blocks``, ``final_norm`` and ``head``.
 
-    `head` has no bias; with `settings.tied` its weight is the Parameter of `tok_embed`, under whose name
-    `named_parameters()` lists it. Every block takes and returns one tensor, (B, T, hidden_size), and with
-    `settings.layer_crossing` the outputs of its linear layers by name.
+    ``head`` has no bias. With ``settings.tied`` it shares the weight of ``tok_embed``, and ``named_parameters()`` lists
+    the weight under that name. Every block maps one (B, T, hidden_size) tensor to another. With
+    ``settings.layer_crossing`` it also takes and returns the outputs of linear layers by name.
     """
 
     def __init__(self, settings: ModelSettings, vocab_size: int, blocks: list[Block], final_norm: nn.Module) -> None:
@@ -117,13 +125,13 @@ class Decoder(LanguageModel):
             self.head.weight = self.tok_embed.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Decoder":
-        # torch replaces each module's parameter by itself when it leaves meta, which unties a shared one.
+        # Moving a module off meta replaces the parameters of each submodule separately, which unties shared weights.
         super()._apply(fn, recurse)
         self._tie()
         return self
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Input of the first block: (B, T) int64 -> (B, T, hidden_size)."""
+        """Return the input of the first block: (B, T) int64 -> (B, T, hidden_size)."""
         return self.tok_embed(input_ids)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -151,8 +159,5 @@ class Decoder(LanguageModel):
         return RuleValues(self, self.init_std, seed)
 
     def init_std(self, parameter_name: str) -> InitRule:
-        """Initial values of a parameter of the dense model; by name only, so it needs no values and no shape.
-
-        The rules, their source and the KeyError for other names: `init.init_rule`.
-        """
+        """Return the initialisation of a parameter of the dense model; see ``init_rule``."""
         return init_rule(parameter_name, self.settings.depth)

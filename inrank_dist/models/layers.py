@@ -1,4 +1,4 @@
-"""Parts that both models share: rotary positions, causal attention, the pre-norm block.
+"""Layers shared by GPT-2 and Llama: rotary position embedding, causal attention and the pre-norm block.
 
 Shapes: B batch, T sequence length, C hidden_size, H heads, D head_dim.
 """
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from .settings import ModelSettings
 
 Cross = Callable[[str, Tensor], Tensor]
-"""Name of a linear layer within its block and its output -> the output that the block goes on with."""
+"""Function of the name of a linear layer in its block and its output that returns the output to use instead."""
 
 
 def alone(name: str, output: Tensor) -> Tensor:
-    """Without crossing: the output itself."""
+    """Return the output unchanged; used without layer crossing."""
     return output
 
 
 def read_together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
-    """Outputs of layers that read the same input.
+    """Return the outputs of several layers for the same input.
 
-    Layers of one class may know how to run together faster than one after the other: a static method
-    ``forward_fused(layers, x)`` of theirs is used then.
+    If all layers have the same class and it defines a static method ``forward_fused(layers, x)``, that method computes
+    them in one call.
     """
     cls = type(layers[0])
     if hasattr(cls, "forward_fused") and all(type(layer) is cls for layer in layers):
@@ -35,11 +35,16 @@ def read_together(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al., arXiv 2104.09864, section 3.4).
+    """Rotary position embedding (RoPE; Su et al., arXiv 2104.09864, section 3.4).
 
-    Channel i is paired with i + D/2, as in `transformers`, whose weights therefore fit. One instance serves
-    every block of a model. It sits inside the blocks instead of handing them tables, because sharding engines
-    cast the floating-point inputs of a block to the compute dtype, which would round the angles.
+    Channel ``i`` is paired with ``i + D/2``, which is compatible with the weights of ``transformers``. All blocks of a
+    model share one instance. The tables are not passed to the blocks as inputs, because sharding engines cast
+    floating-point inputs to the compute dtype, which would round the angles.
+
+    Args:
+        head_dim: even head dimension D.
+        max_seq_len: number of positions in the tables.
+        base: base of the rotary frequencies.
     """
 
     cos: Tensor
@@ -56,7 +61,7 @@ class Rotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Recompute both tables, (max_seq_len, D/2) float32, on the device where they are now."""
+        """Recompute both tables, (max_seq_len, D/2) float32, on their current device."""
         device = self.cos.device
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
         position = torch.arange(self.max_seq_len, dtype=torch.float32, device=device)
@@ -64,20 +69,20 @@ class Rotary(nn.Module):
         self.cos, self.sin = angle.cos(), angle.sin()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Rotary":
-        # A move from meta leaves the tables unset and a cast to half precision spoils them.
+        # The tables are uninitialised after a move from meta, and inaccurate after a cast to half precision.
         super()._apply(fn, recurse)
         self.reset()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turn x, (B, H, T, D), by the positions 0..T-1; computed in float32, returned in x's dtype."""
+        """Rotate ``x`` (B, H, T, D) by the positions 0..T-1, in float32. The result has the dtype of ``x``."""
         cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with separate projections `q`, `k`, `v` and `out`."""
+    """Causal self-attention with separate projections ``q``, ``k``, ``v`` and ``out``."""
 
     def __init__(self, settings: ModelSettings, *, bias: bool, rotary: Rotary | None = None) -> None:
         super().__init__()
@@ -92,7 +97,7 @@ class Attention(nn.Module):
         self.rotary = rotary
 
     def forward(self, x: Tensor, cross: Cross = alone) -> Tensor:
-        """(B, T, C) -> (B, T, C); position t sees positions 0..t."""
+        """(B, T, C) -> (B, T, C). Position t attends to positions 0..t."""
         q, k, v = (
             cross(name, projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for name, projected in zip("qkv", read_together((self.q, self.k, self.v), x), strict=True)
@@ -111,11 +116,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: attention, then MLP, each added to the residual stream.
+    """A pre-norm transformer block: attention and MLP, each with a residual connection.
 
-    With layer crossing (`model.layer_crossing`) each linear layer adds what the layer of the same name in the block
-    before put out: `y = W x + W' x'`. LaX (Zhang et al., arXiv 2505.21732) does so between the factors of low-rank
-    layers, `y = U (V^T x + V'^T x')`; on outputs it does not depend on how a layer is factored.
+    With layer crossing (``model.layer_crossing``) each linear layer adds the output of the layer with the same name in
+    the previous block: ``y = W x + W' x'``. LaX (Zhang et al., arXiv 2505.21732) adds it between the factors of
+    low-rank layers, ``y = U (V^T x + V'^T x')``. Adding outputs does not depend on how a layer is factored.
     """
 
     def __init__(self, attention: Attention, mlp: nn.Module, norm: Callable[[], nn.Module], dropout: float) -> None:
@@ -131,8 +136,8 @@ class Block(nn.Module):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """(B, T, C) -> (B, T, C).
 
-        With layer crossing it takes the outputs `before`, (B, T, out) by name, of the linear layers of the block before
-        (none in the first block), and returns those of its own as well.
+        With layer crossing, ``before`` maps the names of the linear layers of the previous block to their outputs
+        (B, T, out); it is empty for the first block. The block then also returns the outputs of its own layers.
         """
         own: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al., arXiv 2302.13971, 2307.09288): RMSNorm, SwiGLU, rotary positions, no biases."""
+"""Llama (Touvron et al., arXiv 2302.13971 and 2307.09288): RMSNorm, SwiGLU, rotary positions and no biases."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from .settings import ModelSettings
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+    """SwiGLU, ``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class GatedMLP(nn.Module):
 
 
 class Llama(Decoder):
-    """Llama, optionally with fewer key and value heads than query heads."""
+    """Llama with optional grouped-query attention."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         norm = partial(nn.RMSNorm, settings.width, eps=settings.norm_eps)

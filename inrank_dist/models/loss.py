@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens, without the float32 logits of all of them at once where a vocabulary is large."""
+"""Summed cross-entropy, computed in chunks for large vocabularies to limit the memory of the logits."""
 
 from typing import Any
 
@@ -9,42 +9,43 @@ from torch import Tensor, nn
 IGNORED_TARGET = -100
 
 CHUNK = 2**25
-"""Logits that are in memory at once, 128 MiB in float32."""
+"""Maximum number of logits in memory at once (128 MiB in float32)."""
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits ``(B, T, vocabulary)`` of any dtype and targets ``(B, T)`` int64 -> nats, a float32 scalar."""
+    """Return the sum of the token cross-entropies in nats, a float32 scalar.
+
+    Args:
+        logits: ``(B, T, vocab_size)`` of any floating-point dtype.
+        targets: ``(B, T)`` int64, with ``IGNORED_TARGET`` at positions to ignore.
+    """
     return F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
     )
 
 
 class LossHead(nn.Linear):
-    """A linear layer to the logits that gives the summed loss instead where ``targets`` are set.
+    """An output layer that returns the logits, or the summed loss while ``targets`` is set.
 
-    The loss is made in the layer's own call, because engines that shard a layer gather its weight for that call, once.
-    Up to ``CHUNK`` logits it is ``summed_loss`` of them. Above, ``ChunkedLoss`` makes the loss and its gradients one
-    chunk of tokens after the other.
-
-    For a vocabulary of 151,936, width 256 and 2,048 tokens in float32 on the CPU, forward and backward pass allocate
-    at most 3,734 MB with all logits at once and 291 MB in chunks, of which 156 MB are the gradient of the weight
-    (``train.memory.peak_extra_bytes``).
+    The loss is computed in the forward pass of the layer, because engines that shard the layer gather its weight once
+    for that call. Up to ``CHUNK`` logits it is ``summed_loss``. For more logits, ``ChunkedLoss`` computes the loss and
+    its gradients chunk by chunk.
 
     Attributes:
-        targets: ``(B, T)`` int64, or None; set for the time of one call.
+        targets: ``(B, T)`` int64 or None. Set only during a call.
     """
 
     targets: Tensor | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "LossHead":
-        """The same layer, with the same parameters."""
+        """Create a ``LossHead`` that shares the parameters of a linear layer."""
         head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(B, T, in)`` -> logits ``(B, T, out)``, or the loss, a float32 scalar."""
+        """``(B, T, in)`` -> logits ``(B, T, out)``, or the loss in nats as a float32 scalar."""
         if self.targets is None:
             return super().forward(input)
         if self.targets.numel() * self.out_features <= CHUNK:
@@ -64,18 +65,23 @@ class LossHead(nn.Linear):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """``summed_loss(linear(x, weight, bias), targets)``, with gradients made in the forward pass.
+    """``summed_loss(linear(x, weight, bias), targets)`` with gradients computed in the forward pass.
 
-    The gradient of the logits is ``softmax - one_hot(target)``. A chunk's is used for those of ``x``, ``weight`` and
-    ``bias`` at once, summed in float32, and is then forgotten, so that no logit is computed twice.
+    The gradient of the logits is ``softmax(logits) - one_hot(target)``. The forward pass computes it for one chunk of
+    tokens at a time and adds its contribution to the gradients of ``x``, ``weight`` and ``bias``, so the logits are
+    never recomputed. The gradients of ``weight`` and ``bias`` are accumulated in float32.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradients: bool) -> Tensor:
-        """``x (N, in)``, ``weight (out, in)``, ``bias (out,)`` of one dtype, ``targets (N,)`` int64 -> nats, float32.
+        """Return the summed loss in nats, a float32 scalar.
 
         Args:
-            gradients: whether any will be asked for.
+            x: ``(N, in)``.
+            weight: ``(out, in)``, in the dtype of ``x``.
+            bias: ``(out,)``, in the dtype of ``x``, or None.
+            targets: ``(N,)`` int64.
+            gradients: whether gradients are needed.
         """
         wanted = [gradients and needed for needed in ctx.needs_input_grad[:3]]
         of_x = torch.empty_like(x) if wanted[0] else None
@@ -88,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
             counted = target != IGNORED_TARGET
             target = target.masked_fill(~counted, 0)
             logits = F.linear(part, weight, bias).float()
-            # In place from here: a chunk takes its logits once.
+            # The following operations are in place, so that a chunk needs the memory of its logits only once.
             logits -= logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target)
             total = logits.exp_().sum(1, keepdim=True)
@@ -107,14 +113,18 @@ class ChunkedLoss(torch.autograd.Function):
                     of_weight += gradient.T @ part
             if of_bias is not None:
                 of_bias += logits.sum(0)
-            del logits, gradient  # before the next chunk is made
+            del logits, gradient  # free the memory before the next chunk
         ctx.made = [of_x, of_weight, of_bias]
         ctx.dtype = x.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """Each gradient times that of the loss, a scalar, in place."""
+        """Scale the gradients in place by the gradient of the loss, a scalar.
+
+        Raises:
+            RuntimeError: if called twice for one forward pass.
+        """
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("the loss was differentiated twice")

@@ -1,4 +1,4 @@
-"""What an engine must know of a model: a description, so that no model has to be subclassed."""
+"""Description of a model for the engines, which makes subclassing unnecessary."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Where the parts of a model are, by module name.
+    """Names of the modules that engines treat separately.
 
     Attributes:
-        blocks: the repeated blocks: units of activation checkpointing, compilation and sharding.
-        units: further modules that are sharded on their own, such as the embedding and the head.
-        bottom: module in whose output a gradient that is not finite shows, such as the embedding; None: not observed.
-        compiled: further modules that are compiled, such as the loss.
+        blocks: the repeated blocks, which are checkpointed, compiled and sharded one by one.
+        units: other modules to shard separately, such as the embedding and the head.
+        bottom: the first module, such as the embedding. The gradient of its output is checked for values that are not
+            finite. None disables the check.
+        compiled: other modules to compile, such as the loss.
     """
 
     blocks: tuple[str, ...]
@@ -23,11 +24,11 @@ class ModelPlan:
 
     @staticmethod
     def infer(model: nn.Module) -> "ModelPlan":
-        """The plan of any model: the blocks are the largest ``nn.ModuleList`` (or ``nn.Sequential``) by parameters, the
-        units are embeddings and linear layers outside of it that hold a weight of their own.
+        """Infer the plan of any model, which may be on ``meta``.
 
-        Args:
-            model: may be on ``meta``.
+        The blocks are the children of the ``nn.ModuleList`` or ``nn.Sequential`` with the most parameters. The units
+        are the embeddings and linear layers outside the blocks whose weight is not tied. The bottom is the first
+        embedding outside the blocks.
         """
         lists = {
             name: sum(p.numel() for p in module.parameters())
@@ -47,12 +48,12 @@ class ModelPlan:
                 if isinstance(module, nn.Embedding) and bottom is None:
                     bottom = name
         for names in owners.values():
-            if len(names) == 1:  # a tied weight belongs to the root
+            if len(names) == 1:  # a tied weight is sharded with the root module
                 units += names
         return ModelPlan(blocks, tuple(units), bottom)
 
     def block_modules(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks of a model."""
+        """Return the block modules of ``model``."""
         return [model.get_submodule(name) for name in self.blocks]
 
 

@@ -1,4 +1,4 @@
-"""What the model is: the `model` section of a configuration."""
+"""Settings of the model (YAML section ``model``)."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -13,17 +13,17 @@ LARGEST = {
     "intermediate_size": 1_048_576,
     "max_seq_len": 16_777_216,
 }
-"""Far above any model so far. Blocks take time and memory even without values, and sizes must not overflow."""
+"""Upper limits, far above existing models. Even on ``meta`` blocks take time and memory, and sizes could overflow."""
 
 
 def _size() -> Any:
-    """A size of gpt2 and llama. That of a model of transformers stands in ``model.config``."""
+    """Return a field that is required for gpt2 and llama. For hf, ``model.config`` contains the sizes."""
     return field(default=None, metadata={"required_unless": ("name", "hf")})
 
 
 @dataclass(kw_only=True)
 class ModelSettings:
-    """Shape of the dense model. Fields hold what was written; the properties resolve what was left out."""
+    """Settings of the dense model. Fields contain the configured values; properties resolve omitted ones."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(
         fixed=(
@@ -38,40 +38,40 @@ class ModelSettings:
     )
 
     name: Literal["gpt2", "llama", "hf"] = "gpt2"
-    """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases), llama (RMSNorm, SwiGLU, rotary
-    positions, no biases) or hf (a causal language model of transformers, see model.config)."""
+    """Architecture: gpt2 (LayerNorm, GELU, learned positions, biases), llama (RMSNorm, SwiGLU, rotary positions, no
+    biases) or hf (a causal language model of transformers, defined by model.config)."""
     config: dict[str, Any] | str | None = None
-    """The model of name hf: a mapping with model_type, such as {model_type: qwen3, hidden_size: 256}, whose other keys
-    are those of that model's configuration class in transformers, or a folder with a config.json. Its vocab_size is
-    that of the tokenizer."""
+    """For hf: a mapping such as {model_type: qwen3, hidden_size: 256}, or a folder with a config.json. The keys besides
+    model_type are those of the model's configuration class in transformers. The tokenizer determines the
+    vocab_size."""
     num_layers: int | None = _size()
-    """Number of transformer blocks; of gpt2 and llama."""
+    """Number of transformer blocks (gpt2 and llama)."""
     num_heads: int | None = _size()
-    """Number of attention heads (query heads); divides hidden_size; of gpt2 and llama."""
+    """Number of attention (query) heads (gpt2 and llama). Must divide hidden_size."""
     num_kv_heads: int | None = None
-    """Number of key and value heads, llama only; divides num_heads. Left out: num_heads."""
+    """Number of key and value heads (llama only). Must divide num_heads. null: num_heads."""
     hidden_size: int | None = _size()
-    """Width of the residual stream; of gpt2 and llama."""
+    """Width of the residual stream (gpt2 and llama)."""
     intermediate_size: int | None = None
-    """Width inside the MLP. Left out: 4 x hidden_size for gpt2; for llama 8/3 x hidden_size rounded up to a
-    multiple of 64, or of 256 from hidden_size 2048 on (so 4096 gives the published 11008)."""
+    """Hidden width of the MLP. null: 4 x hidden_size for gpt2; for llama 8/3 x hidden_size, rounded up to a multiple
+    of 64, or of 256 if hidden_size is at least 2048 (4096 gives the published 11008)."""
     max_seq_len: int
-    """Longest sequence in tokens."""
+    """Maximum sequence length in tokens."""
     dropout: float = 0.0
-    """Dropout probability on embeddings, attention weights and block outputs; gpt2 only."""
+    """Dropout probability for embeddings, attention weights and block outputs (gpt2 only)."""
     tie_embeddings: bool | None = None
-    """Whether the output head is the token embedding. Left out: true for gpt2, false for llama."""
+    """Whether the output head shares the weight of the token embedding. null: true for gpt2, false for llama."""
     rope_theta: float | None = None
-    """Base of the rotary frequencies, llama only. Left out: 10000."""
+    """Base of the rotary frequencies (llama only). null: 10000."""
     layer_crossing: bool = False
-    """Each linear layer of a block adds the output of the same layer in the block before; no parameters, next to no
-    operations (after LaX, arXiv 2505.21732). It helps dense layers, and low-rank ones more.
-    train.activation_checkpointing then keeps these outputs too."""
+    """Add to the output of each linear layer the output of the same layer in the previous block (after LaX, arXiv
+    2505.21732). Adds no parameters and almost no computation. Improves dense layers, and low-rank layers more. With
+    train.activation_checkpointing these outputs are kept in memory as well."""
     norm_eps: float = 1e-5
-    """Added to the variance (gpt2) or mean square (llama) inside every norm."""
+    """Epsilon added to the variance (gpt2) or the mean square (llama) in every norm."""
 
     def __post_init__(self) -> None:
-        """Reject what cannot be built; raises UserError."""
+        """Validate the settings; raise UserError if they are inconsistent."""
         if self.name not in ("gpt2", "llama", "hf"):
             raise UserError(f"model.name is {self.name!r}; write gpt2, llama or hf")
         for key in (
@@ -150,10 +150,10 @@ class ModelSettings:
 
     @property
     def architecture(self) -> str:
-        """The name, with that of ``transformers`` after hf."""
+        """Name of the architecture; for hf followed by the ``model_type``."""
         return f"hf {self.config['model_type']}" if isinstance(self.config, dict) else self.name
 
-    # Of gpt2 and llama.
+    # The following properties apply to gpt2 and llama.
 
     @property
     def depth(self) -> int:
@@ -178,7 +178,7 @@ class ModelSettings:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Dimension of an attention head."""
         return self.width // self.heads
 
     @property
@@ -188,7 +188,7 @@ class ModelSettings:
 
     @property
     def mlp_size(self) -> int:
-        """Width inside the MLP."""
+        """Hidden width of the MLP."""
         if self.intermediate_size is not None:
             return self.intermediate_size
         if self.name == "gpt2":
@@ -198,7 +198,7 @@ class ModelSettings:
 
     @property
     def tied(self) -> bool:
-        """Whether head and token embedding are one parameter."""
+        """Whether the output head shares the weight of the token embedding."""
         return self.name == "gpt2" if self.tie_embeddings is None else self.tie_embeddings
 
     @property

@@ -7,27 +7,23 @@ from torch import Tensor, nn
 
 
 class InitialValues(Protocol):
-    """Values of a dense model before training, the same on every process and independent of their number."""
+    """Protocol for the initial values of a dense model. They are the same on any number of processes."""
 
     def parameter(self, name: str) -> Tensor:
-        """The whole parameter, float32 on the CPU."""
+        """Return the full parameter in float32 on the CPU."""
         ...
 
     def std(self, name: str) -> float:
-        """Standard deviation of the distribution that a weight is drawn from."""
+        """Return the standard deviation of the distribution of a weight."""
         ...
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer, on the CPU."""
+        """Return a buffer on the CPU."""
         ...
 
 
 class ModelValues:
-    """The values of a model that is there, whole and on the CPU.
-
-    Args:
-        model: with values.
-    """
+    """The values of an existing, unsharded model on the CPU."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -37,7 +33,7 @@ class ModelValues:
         return self._parameters[name].detach()
 
     def std(self, name: str) -> float:
-        """Root mean square of the weight."""
+        """Return the root mean square of the weight."""
         return float(self._parameters[name].detach().float().square().mean().sqrt())
 
     def buffer(self, name: str) -> Tensor:
@@ -45,7 +41,7 @@ class ModelValues:
 
 
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers of a model by name; those of a module that is used under several names under the first one only."""
+    """Yield the name and value of each buffer. The buffers of a shared module appear under its first name only."""
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             yield f"{prefix}.{name}" if prefix else name, buffer
