@@ -1,8 +1,8 @@
-"""What one micro-batch takes beside weights, gradients and moments: its forward and backward pass, run on fake tensors.
+"""Activation memory of one micro-batch, measured with a forward and backward pass on fake tensors.
 
-Fake tensors have shapes and dtypes but no memory, and the pass is the real one: whatever a model saves for its backward
-pass, and whatever is alive for a moment at its loss, is seen without a formula for every layer. Temporaries inside an
-operator (of attention, of a reduction) are not.
+Fake tensors have shapes and dtypes but no storage. The pass runs the code of the model, so the estimate includes all
+tensors saved for the backward pass and the temporaries of the loss. It excludes temporaries inside an operator, such as
+attention or a reduction.
 """
 
 import copy
@@ -25,11 +25,12 @@ from ..models.layers import Attention
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one micro-batch takes at its worst moment, beside weights and gradients.
+    """Peak memory of one micro-batch in bytes, without parameters and gradients.
 
     Attributes:
-        peak: of the model.
-        one_block: of the model with one of its blocks alone: what is left of it when the last gradients are made.
+        peak: peak of the whole model.
+        one_block: peak of the model with a single block. It bounds the activations left at the end of the backward
+            pass.
     """
 
     peak: int
@@ -37,7 +38,7 @@ class Activations:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, as long as they live."""
+    """Dispatch mode that counts the bytes of live storages allocated by operators."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class _Live(TorchDispatchMode):
         del self.references[key]
 
     def keep(self, parameter: Tensor) -> None:
-        """A gradient that is finished is no activation."""
+        """Stop counting the gradient of a parameter, which is not an activation."""
         assert parameter.grad is not None
         key = id(parameter.grad.untyped_storage())
         self.live -= self.sizes.get(key, 0)
@@ -71,17 +72,21 @@ class _Live(TorchDispatchMode):
 def micro_batch_activations(
     module: LanguageModel, batch_size: int, seq_len: int, *, bf16: bool, checkpointing: bool, on_gpu: bool = True
 ) -> Activations:
-    """Of an unsharded model on ``meta``, run as the engines run it without ``train.compile``.
+    """Measure the activation memory of an unsharded model, run as the engines run it without ``train.compile``.
 
-    All blocks take and return tensors of one shape, so a block adds the same bytes wherever it stands. One block of
-    each structure is run alone and twice in a row, and the difference is counted for every such block. The peaks of the
-    forward and the backward pass are kept apart: only the forward pass holds autocast's copies of all weights.
+    All blocks have inputs and outputs of the same shape, so a block adds the same number of bytes at any depth. The
+    model is run with one and with two copies of each distinct block, and the difference is counted for every such
+    block. The peaks of the forward and the backward pass are measured separately, because only the forward pass holds
+    autocast's copies of all weights.
 
     Args:
-        batch_size, seq_len: of the micro-batch.
-        bf16: computes in bfloat16.
-        checkpointing: recomputes each block in the backward pass.
-        on_gpu: attention with dropout stores no scores; on the CPU it does.
+        module: model on ``meta``.
+        batch_size: sequences in the micro-batch.
+        seq_len: tokens in a sequence.
+        bf16: whether to compute in bfloat16.
+        checkpointing: whether each block is recomputed in the backward pass.
+        on_gpu: whether attention runs on a GPU, where it does not store its scores. On the CPU, attention with dropout
+            stores them.
     """
     run = partial(_peaks, module, batch_size, seq_len, bf16, checkpointing, on_gpu)
     measured: dict[tuple[object, ...], tuple[tuple[int, int], tuple[int, int]]] = {}
@@ -106,7 +111,7 @@ def _peaks(
     on_gpu: bool,
     blocks: Sequence[nn.Module],
 ) -> tuple[int, int]:
-    """Most bytes in the forward and in the backward pass of the model with these blocks instead of its own."""
+    """Return the peak bytes of the forward and of the backward pass of the model with its blocks replaced by these."""
     parent, _, attribute = module.plan.blocks[0].rpartition(".")[0].rpartition(".")
     owner = module.get_submodule(parent)
     own = getattr(owner, attribute)
@@ -138,7 +143,7 @@ def _peaks(
 
 
 def _faked(model: LanguageModel) -> LanguageModel:
-    """Give a model on ``meta`` fake parameters and buffers on the CPU, in place; tied ones stay one."""
+    """Replace parameters and buffers of a model on ``meta`` by fake CPU tensors, in place. Tied weights stay tied."""
     made: dict[int, Tensor] = {}
     for owner in model.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):

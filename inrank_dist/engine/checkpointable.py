@@ -1,4 +1,4 @@
-"""What is saved of a model and its optimizer, and taken over from what was saved."""
+"""Saving and restoring the parameters and moments of a model by rows."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from .reshapable import ReshapableModel
 
 @dataclass(frozen=True)
 class SavedRows:
-    """One process's part of a tensor that is saved.
+    """One process's part of a saved tensor.
 
     Attributes:
-        name: of the tensor, as in ``Engine.tensors``.
-        shape: of the whole.
-        dtype: of it.
-        first, count: the rows of it that this process alone saves; there may be none.
-        fetch: gives these rows; they may share memory with the engine. With ZeRO it is a collective, so that every
-            process fetches every tensor, in the order of ``Engine.saved_rows``.
+        name: name of the tensor, as in ``Engine.tensors``.
+        shape: shape of the unsharded tensor.
+        dtype: its dtype.
+        first, count: first row and number of rows that this process saves. ``count`` may be 0.
+        fetch: returns these rows, which may share memory with the engine. With ZeRO it is a collective: all processes
+            must fetch all tensors in the order of ``Engine.saved_rows``.
     """
 
     name: str
@@ -35,7 +35,7 @@ class SavedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of these rows."""
+        """Size of these rows in bytes."""
         return self.count * self.shape[1:].numel() * self.dtype.itemsize
 
 
@@ -44,11 +44,11 @@ def _counted(placement: RowPlacement, held: Callable[[], Tensor], size: int) -> 
 
 
 class CheckpointableModel(ReshapableModel):
-    """A model whose parameters and moments are saved by rows.
+    """Model whose parameters and moments are saved and restored by rows.
 
     Attributes:
-        optimizer_settings: which optimizer, so which moments there are.
-        optimizer_steps: taken so far.
+        optimizer_settings: the optimizer, which determines the moments.
+        optimizer_steps: number of optimizer steps taken.
     """
 
     optimizer_settings: OptimizerSettings
@@ -67,23 +67,30 @@ class CheckpointableModel(ReshapableModel):
 
     @torch.no_grad()
     def is_lost(self) -> Tensor:
-        """Whether anything that this process holds is not finite; float64, 1 or 0, on the device."""
-        # One pass without a temporary; aminmax propagates nan, and inf is an extreme. isfinite takes 14 times as long.
+        """Check whether any parameter or moment on this process is not finite (inf or nan).
+
+        Returns:
+            A float64 scalar on the device, 1 if so and 0 otherwise.
+        """
+        # aminmax needs no temporary, so it is much faster than isfinite. It propagates nan, and inf is an extreme.
         extremes = [torch.stack(torch.aminmax(rows)).to(self.device) for rows in self._held() if rows.numel()]
         finite = torch.cat(extremes or [torch.zeros(1, device=self.device)]).isfinite().all()
         return (~finite).double()
 
     def _held(self) -> Iterable[Tensor]:
-        """Every parameter and moment, as far as this process holds it."""
+        """Return this process's rows of all parameters and moments."""
         return (self._local(tensor) for tensor in self.tensors().values())
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of a parameter as a whole."""
+        """Return the unsharded shape of a parameter."""
         return parameter.shape
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything to save, by name: parameters under their own names, moments under names such as
-        ``optimizer.exp_avg.NAME``. Sharded ones are DTensors. They may share memory with the engine."""
+        """Return the parameters and moments by name, as DTensors if they are sharded.
+
+        A parameter has its own name, a moment a name such as ``optimizer.exp_avg.NAME``. The tensors may share memory
+        with the engine.
+        """
         saved: dict[str, Tensor] = {}
         for name, parameter in self.parameters().items():
             shape, placement = self._shape(parameter), self._placements[name]
@@ -93,9 +100,9 @@ class CheckpointableModel(ReshapableModel):
         return saved
 
     def saved_rows(self) -> list[SavedRows]:
-        """This process's part of everything to save: over all processes every row of every tensor exactly once.
+        """Return this process's part of each tensor to save. Over all processes, each row occurs exactly once.
 
-        Nothing is fetched or copied yet. The names, and their order, are the same on every process.
+        The rows are not fetched or copied yet. The names and their order are the same on all processes.
         """
         saved: list[SavedRows] = []
         for name, parameter in self.parameters().items():
@@ -110,11 +117,11 @@ class CheckpointableModel(ReshapableModel):
         return saved
 
     def restore(self, steps: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Take over everything that was saved.
+        """Restore the parameters and moments from a checkpoint.
 
         Args:
-            steps: optimizer steps taken by then.
-            read: fills tensors such as ``tensors()`` gave when they were saved, in place.
+            steps: number of optimizer steps at the time of the checkpoint.
+            read: fills tensors with the saved values in place. It is called with a dictionary as ``tensors`` returns.
         """
         self.optimizer_steps = steps
         if steps:
@@ -126,5 +133,5 @@ class CheckpointableModel(ReshapableModel):
         read(self.tensors())
 
     def parameter_count(self) -> int:
-        """Parameters of the model as it is now, a fading or frozen base included."""
+        """Return the current number of parameters of the model, including a fading or frozen base."""
         return sum(self._shape(parameter).numel() for parameter in self.parameters().values())

@@ -1,9 +1,11 @@
-"""What an engine holds and sends, from the shapes alone: the formulas behind ``inrank plan``.
+"""Memory and communication of each engine, computed from shapes for ``inrank plan``.
 
-``P`` parameters, ``T`` of them trained; ``N`` processes, ``S`` of them share one copy (``N`` unless sharding is
-hybrid); ``m`` moments (2 for AdamW, 1 for matrices with orthogonalised updates); ``A`` micro-batches in a step.
-Weights, gradients and moments are float32, rows are cut as ``torch.chunk`` cuts them, and the largest part counts.
-Bytes that one process holds between backward pass and step:
+Notation: ``P`` parameters, of which ``T`` are trained; ``N`` processes, of which ``S`` share one replica (``S = N``
+unless sharding is hybrid); ``m`` moments per parameter (2 for AdamW, 1 for orthogonalised updates); ``A`` micro-batches
+per step. Parameters, gradients and moments are float32. Rows are divided as by ``torch.chunk``, and the code counts the
+largest shard.
+
+Bytes per process between the backward pass and the optimizer step:
 
 | engine       | parameters      | gradients                | moments   |
 |--------------|-----------------|--------------------------|-----------|
@@ -14,14 +16,15 @@ Bytes that one process holds between backward pass and step:
 | zero2        | 4 P + 4 T / N   | 4 T / N                  | 4 m T / N |
 | zero3        | 4 P / N + 4 T/N | 4 T / N                  | 4 m T / N |
 
-ZeRO-1 to -3 keep a master beside each trained weight. With ``parallel.reduce_each_micro_batch: false`` gradients of
-fsdp are whole, 4 T, until the last of several micro-batches. DeepSpeed keeps up to 1e9 parameters of ZeRO-3 gathered
-from the forward to the backward pass (``stage3_max_reuse_distance``), in a smaller model all of 4 P. Activations, what
-is gathered for the block at work, and buckets of gradients on their way come on top.
+ZeRO stages 1 to 3 keep a master copy of each trained parameter. With ``parallel.reduce_each_micro_batch: false`` and
+several micro-batches, the gradients of fsdp are unsharded (4 T) until the last one. From the forward to the backward
+pass, ZeRO-3 keeps up to 1e9 parameters gathered (``stage3_max_reuse_distance``), which is all of a smaller model (4 P).
+Activations, gathered parameters of the current block and communication buffers of gradients are not included.
 
-Bytes that one process sends in a step, with an all-gather or reduce-scatter of ``x`` bytes sending ``x (N - 1) / N``
-and an all-reduce twice that (rings: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
-workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes an element on its way, 4, or 2 with bf16 under fsdp:
+Bytes sent per process and step. An all-gather or reduce-scatter of ``x`` bytes sends ``x (N - 1) / N``, and an
+all-reduce twice as much (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations"). ``P = B + R`` with ``B`` parameters in the blocks. An element of a parameter has ``w`` bytes: 2 for fsdp
+with bf16, otherwise 4.
 
 | engine       | sent                                                                                          |
 |--------------|-----------------------------------------------------------------------------------------------|
@@ -33,12 +36,12 @@ workstations"); ``P = B + R`` with ``B`` in the blocks; ``w`` bytes an element o
 | zero3        | A x all-gather 4 P (twice above 1e9 parameters); A x reduce-scatter 4 T; parameters below 1e5 |
 |              | elements are gathered once a step                                                             |
 
-Those of ZeRO are what DeepSpeed does by default (``stage3_max_reuse_distance``,
-``stage3_param_persistence_threshold``).
+The entries for ZeRO assume DeepSpeed's defaults of ``stage3_max_reuse_distance`` and
+``stage3_param_persistence_threshold``.
 
-With orthogonalised updates and fsdp a step also sends, in each group of ``S`` processes, an all-reduce of
-``16 R (R + 1)`` bytes for each pair of factors with ``R`` columns, and ``2 w n (S - 1) / S^2`` bytes for each dense
-matrix of ``n`` elements (``optim.matrices``).
+Orthogonalised updates with fsdp add, in each group of ``S`` processes, an all-reduce of ``16 R (R + 1)`` bytes for each
+pair of factors with ``R`` columns, and ``2 w n (S - 1) / S^2`` bytes for each dense matrix of ``n`` elements
+(``optim.matrices``).
 """
 
 from collections.abc import Iterable
@@ -54,19 +57,22 @@ from .settings import EngineName, zero_stage
 
 FLOAT, BF16 = 4, 2
 BUCKET = 50_000_000
-"""Elements of DeepSpeed's buckets of gradients, at most (``zero.MOST_IN_A_BUCKET``)."""
+"""Maximum number of elements in a gradient bucket of DeepSpeed (``zero_config.MOST_IN_A_BUCKET``)."""
 PERSISTENT, REUSED = 100_000, 1_000_000_000
-"""DeepSpeed's defaults, in elements: parameters below stay gathered at ZeRO-3; models below are gathered once."""
+"""DeepSpeed's defaults for ZeRO-3, in elements. Parameters smaller than the first stay gathered. Models smaller than
+the second are gathered once per micro-batch, larger ones twice."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one process holds between backward pass and optimizer step.
+    """Memory of one process between the backward pass and the optimizer step, in bytes.
 
     Attributes:
-        parameters: with ZeRO's masters.
-        host: how much of the total is in the memory of the CPU (``parallel.offload_optimizer``).
-        gathered: what ZeRO-3 may keep gathered from the forward to the backward pass; not in the total.
+        parameters: parameters, including ZeRO's master copies.
+        gradients: gradients.
+        moments: moments of the optimizer.
+        host: part of the total that is in CPU memory (``parallel.offload_optimizer``).
+        gathered: parameters that ZeRO-3 may keep gathered from the forward to the backward pass. Not in the total.
     """
 
     parameters: int
@@ -82,17 +88,17 @@ class Held:
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything beside the shapes that the formulas need.
+    """Inputs of the formulas other than the shapes.
 
     Attributes:
-        engine: its name.
-        processes: ``N``.
-        shard_size: ``S``, of fsdp; None: all.
-        optimizer: which decides ``m``.
-        accumulation: ``A``.
-        bf16: computes in bfloat16.
-        offload: ZeRO keeps masters, gradients and moments in the memory of the CPU.
-        reduce_each_micro_batch: FSDP2 reduces gradients after every micro-batch.
+        engine: name of the engine.
+        processes: number of processes ``N``.
+        shard_size: with fsdp, number of processes ``S`` that share one replica. None: all.
+        optimizer: the optimizer, which determines ``m``.
+        accumulation: micro-batches per step ``A``.
+        bf16: whether to compute in bfloat16.
+        offload: whether ZeRO keeps master weights, gradients and moments in CPU memory.
+        reduce_each_micro_batch: whether FSDP2 reduces gradients after every micro-batch.
     """
 
     engine: EngineName
@@ -106,7 +112,7 @@ class Setup:
 
 
 def held_bytes(module: LanguageModel, setup: Setup) -> Held:
-    """What the process with the most rows holds of an unsharded model (on ``meta``)."""
+    """Compute the memory of the process with the largest shard, from an unsharded model on ``meta``."""
     N = setup.processes
     every = list(module.parameters())
     trained = [parameter for parameter in every if parameter.requires_grad]
@@ -121,7 +127,7 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
         return Held(FLOAT * _cut(every, S), T if whole else local, FLOAT * _cut(remembered, S))
     stage = zero_stage(setup.engine)
     part = -(-T // N)
-    moments = M // T * part if T else 0  # the same for all: ZeRO trains element by element
+    moments = M // T * part if T else 0  # M / T moments per parameter: ZeRO has elementwise optimizers only
     parameters = -(-P // N) if stage == 3 else P
     gathered = min(P, FLOAT * REUSED) if stage == 3 else 0
     host = 2 * part + moments if setup.offload else 0
@@ -129,18 +135,23 @@ def held_bytes(module: LanguageModel, setup: Setup) -> Held:
 
 
 def remembered_parameters(module: LanguageModel, optimizer: OptimizerSettings) -> list[nn.Parameter]:
-    """Each trained parameter of an unsharded model as often as the optimizer has moments of it."""
+    """Return the trained parameters of an unsharded model, each repeated once per moment of the optimizer."""
     parameters = dict(module.named_parameters())
     roles = parameter_roles(module, module.plan.block_modules(module), optimizer)
     return [parameters[name] for name, role in roles.items() for _ in moment_names(optimizer, role)]
 
 
 def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) -> int:
-    """The most that the process with the most rows holds on its device in a step of an unsharded model (on ``meta``).
+    """Compute the peak device memory during a step, in bytes, of the process with the largest shard.
 
-    Where gradients are whole and made anew in a single micro-batch, they grow as activations go, so that the two are
-    not at their most at once. FSDP2 has the rest of the model and two blocks gathered, and the gradients of one block
-    twice, whole and on their way.
+    With engine ``local`` and one micro-batch, gradients are allocated while activations are freed, so their peaks do
+    not coincide. FSDP2 holds the gathered parameters of two blocks and of those outside of the blocks. It holds the
+    unsharded gradients of the largest group twice: as computed, and in the buffer of the reduce-scatter.
+
+    Args:
+        module: unsharded model on ``meta``.
+        setup: engine and number of processes.
+        activations: result of ``micro_batch_activations``.
     """
     held = held_bytes(module, setup)
     on_device = held.total - held.host
@@ -158,7 +169,7 @@ def most_bytes(module: LanguageModel, setup: Setup, activations: Activations) ->
 
 
 def sent_bytes(module: LanguageModel, setup: Setup) -> float:
-    """What one process sends in an optimizer step of an unsharded model (on ``meta``)."""
+    """Compute the bytes that one process sends in an optimizer step, from an unsharded model on ``meta``."""
     N, A = setup.processes, setup.accumulation
     every = list(module.parameters())
     trained = [parameter for parameter in every if parameter.requires_grad]
@@ -198,5 +209,5 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _cut(parameters: Iterable[nn.Parameter], shards: int) -> int:
-    """Elements of the largest part, by rows."""
+    """Return the number of elements in the largest shard, with each parameter divided by rows."""
     return sum(chunk(p.shape[0], 0, shards)[1] * (p.numel() // p.shape[0]) for p in parameters)

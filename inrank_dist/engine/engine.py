@@ -1,4 +1,4 @@
-"""The trainer's engine: it takes optimizer steps and hands out what is saved. The training loop never asks which."""
+"""Engine of the trainer: gradient accumulation, clipping and optimizer steps, on one process, with DDP or FSDP2."""
 
 import warnings
 from collections.abc import Sequence
@@ -30,21 +30,25 @@ from .placement import RowPlacement, local_rows
 from .reshapable import Values
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-"""Micro-batches of inputs and targets, each ``(B, T)`` int64."""
+"""Micro-batches as pairs of inputs and targets, each ``(B, T)`` int64."""
 
 
 class Engine(CheckpointableModel):
-    """A language model in one process, in replicas (DDP), or sharded by rows (FSDP2).
+    """Language model in one process, replicated (DDP), or sharded by rows (FSDP2).
 
     Attributes:
-        bad_gradient: whether this process computed a gradient that is not finite in the last ``accumulate``; bool.
+        bad_gradient: whether this process computed a gradient that is not finite (inf or nan) in the last
+            ``accumulate``. A bool scalar on the device.
 
     Args:
-        skeleton: dense model on ``meta``; it is never changed.
+        skeleton: dense model on ``meta``. It is not modified.
         layout: the low-rank layers at initialisation.
-        values: initial values; None: zeros, to be read into.
-        name: of the engine.
-        shard_size: with fsdp, processes that share one copy of the model; None: all.
+        values: initial values of the parameters. None: zeros, to be filled by ``restore``.
+        context: the distributed job and this process's device.
+        optimizer: settings of the optimizer.
+        options: precision, compilation and gradient handling.
+        name: name of the engine.
+        shard_size: with fsdp, number of processes that share one replica of the model. None: all.
     """
 
     name: str
@@ -82,7 +86,7 @@ class Engine(CheckpointableModel):
     # Building.
 
     def _prepare(self, module: nn.Module, layout: Layout) -> None:
-        # By shapes, which ZeRO-3 takes from parameters.
+        # Computed before sharding, because ZeRO-3 replaces the shapes of parameters.
         self._roles = parameter_roles(module, self.plan.block_modules(module), self.optimizer_settings)
         self._decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
         set_fused(module, self.options.fuse)
@@ -92,7 +96,7 @@ class Engine(CheckpointableModel):
         if self.options.compile:
             growing = any(layer.modes > layer.rank for layer in layout.values())
             if self._compiled_for_growth and not growing:
-                torch.compiler.reset()  # what was compiled for growth is of no more use
+                torch.compiler.reset()  # free the code compiled for dynamic ranks
             self._compiled_for_growth = growing
             graphs = self.options.cuda_graph and not growing and self.device.type == "cuda"
             compile_blocks(module, self.plan, dynamic=growing, cuda_graphs=graphs)
@@ -108,7 +112,7 @@ class Engine(CheckpointableModel):
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
-            # The newest torch calls it forward_sync_buffers; the oldest that we support knows only this name.
+            # Newer versions of torch call it forward_sync_buffers. The oldest supported one has only this name.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             return DistributedDataParallel(
                 module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -126,21 +130,22 @@ class Engine(CheckpointableModel):
 
     @property
     def _uniform_placement(self) -> RowPlacement:
-        """All parameters of a language model are divided alike."""
+        """Return the placement of any parameter, since the engine places all of them alike."""
         return next(iter(self._placements.values()))
 
     # One optimizer step.
 
     def accumulate(self, batches: Batches, tokens: int, *, training: bool = True) -> Tensor:
-        """Forward and backward of this process's share of a global batch.
+        """Run the forward and backward passes of this process's share of a global batch.
 
         Args:
             batches: micro-batches of this process.
-            tokens: tokens of the whole global batch, by which the loss is divided.
-            training: with dropout; without, the gradient is that of the model as it is.
+            tokens: number of tokens in the global batch, by which gradients are divided.
+            training: whether the model is in training mode, with dropout.
 
         Returns:
-            This process's summed loss in nats, a float32 scalar on the device (no synchronisation).
+            The loss in nats, summed over the tokens of this process: a float32 scalar on the device. The host does not
+            synchronise with the device.
         """
         self.model.train(training)
         self.bad_gradient.zero_()
@@ -148,19 +153,21 @@ class Engine(CheckpointableModel):
         for index, (inputs, targets) in enumerate(batches):
             with self._accumulating(last=index == len(batches) - 1):
                 loss = self.loss(inputs, targets)
-                # Gradients are averaged over processes; the sum is wanted.
+                # Gradients are averaged over processes. Multiply by their number to obtain the sum.
                 self._backward(loss * (self.context.world_size / tokens))
             total += loss.detach()
         return total
 
     def _accumulating(self, last: bool) -> AbstractContextManager[object]:
-        """Context of one micro-batch; gradients are combined over processes in the last one only."""
+        """Return the context of one micro-batch.
+
+        DDP reduces gradients in the last one only. FSDP2 does so unless ``reduce_each_micro_batch`` is set.
+        """
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_gradient_sync(last or self.options.reduce_each_micro_batch)
-            # Replicas need the sum of all micro-batches only: what is reduced within a copy travels between copies
-            # once.
+            # All-reduce over replicas once per step: they need only the sum over all micro-batches.
             self.module.set_requires_all_reduce(last)
         return nullcontext()
 
@@ -168,7 +175,14 @@ class Engine(CheckpointableModel):
         loss.backward()
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Summed loss of one micro-batch, in the model's present mode (train or eval)."""
+        """Compute the loss of one micro-batch in the current mode of the model (train or eval).
+
+        Args:
+            inputs, targets: ``(B, T)`` int64 token IDs, on any device.
+
+        Returns:
+            The loss in nats, summed over tokens: a scalar on the device.
+        """
         inputs, targets = (t.to(self.device, non_blocking=True) for t in (inputs, targets))
         if self.options.cuda_graph:
             torch.compiler.cudagraph_mark_step_begin()
@@ -177,14 +191,17 @@ class Engine(CheckpointableModel):
         return loss
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """``(B, T, vocabulary)`` logits of ``(B, T)`` tokens; all processes call it together."""
+        """Compute logits ``(B, T, vocabulary)`` of token IDs ``(B, T)``. All processes must call it together."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
             logits: Tensor = self.model(inputs.to(self.device))
         return logits
 
     def _observe(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        """Note whether the gradient at the bottom of this process's own batch is finite: once gradients are combined,
-        nobody can tell whose was not."""
+        """Forward hook that checks whether the gradient of a module's output is finite.
+
+        The check is local to this process. After the reduction, the process with the bad gradient can no longer be
+        identified.
+        """
         if output.requires_grad:
             output.register_hook(self._note)
 
@@ -192,13 +209,17 @@ class Engine(CheckpointableModel):
         self.bad_gradient.logical_or_(~gradient.detach().isfinite().all())
 
     def _sum_over_shards(self, tensor: Tensor) -> None:
-        """Sum in place over the processes that hold different rows of the same replica."""
+        """All-reduce in place over the processes that hold the shards of one replica."""
         self._uniform_placement.sum_over_shards(tensor)
 
     @torch.no_grad()
     def gradient_norm(self) -> tuple[Tensor, Tensor]:
-        """Norm of the gradient over all parameters, and of what this process holds of it; float32 scalars on the
-        device."""
+        """Compute the gradient norm.
+
+        Returns:
+            The norm over all parameters, and the norm over this process's shards. Both are float32 scalars on the
+            device.
+        """
         local = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
         norm = local.square()
         self._sum_over_shards(norm)
@@ -206,10 +227,11 @@ class Engine(CheckpointableModel):
 
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor) -> None:
-        """Clip the gradients, move the parameters, drop the gradients.
+        """Clip the gradients, take an optimizer step and clear the gradients.
 
         Args:
-            norm: from ``gradient_norm``.
+            lr: learning rate of this step.
+            norm: gradient norm over all parameters, from ``gradient_norm``.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -220,22 +242,24 @@ class Engine(CheckpointableModel):
         self.optimizer_steps += 1
 
     def _move(self, scale: Tensor | None) -> None:
-        """Take the optimizer's step with the gradients times ``scale``, and drop them."""
+        """Multiply the gradients by ``scale``, take an optimizer step and clear the gradients."""
         if scale is not None:
             torch._foreach_mul_(self._gradients(), scale)
         self.optimizer.step()
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """Forget the gradients; nothing else changes."""
+        """Clear the gradients without an optimizer step."""
         self.optimizer.zero_grad()
 
     def _gradients(self) -> list[Tensor]:
         return [self._local(p.grad) for p in self.parameters().values() if p.grad is not None]
 
     def _decay_products(self, rate: float) -> None:
-        """``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``: the gradient of ``|U V^T|_F^2 / 2`` (arXiv
-        2209.13569)."""
+        """Apply Frobenius decay, a step along the gradient of ``|U V^T|_F^2 / 2`` (arXiv 2209.13569).
+
+        ``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``.
+        """
         grams = gram_matrices(self.factors(), self.context.sum)
         for layer, held in self.held_rows(self.layout).items():
             U, V = held.U, held.V
@@ -243,12 +267,19 @@ class Engine(CheckpointableModel):
             V -= rate * (V @ grams[layer].U.to(V.dtype))
 
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
-        """Gradients of every layer's factors on a global batch, all rows that this process holds; nothing is moved."""
+        """Compute the gradients of all factors on a global batch, without dropout and without an optimizer step.
+
+        Args:
+            batches, tokens: as in ``accumulate``.
+
+        Returns:
+            This process's rows of the gradients, by layer.
+        """
         self.accumulate(batches, tokens, training=False)
         gradients = self._factor_gradients()
         self.drop_gradients()
         return gradients
 
     def facts(self) -> dict[str, str]:
-        """What a user would want to know of how this engine runs here, for the log."""
+        """Return facts about how the engine runs on this machine, for the log."""
         return {}

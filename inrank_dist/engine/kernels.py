@@ -1,7 +1,8 @@
-"""Kernels that DeepSpeed compiles at first use: in a folder of our own, under a lock that dies with its holder.
+"""Build folder and build lock of the kernels that DeepSpeed compiles at first use.
 
-torch's own lock of such a build is an empty file that outlives a process that is killed: whoever comes after it waits
-for ever, without a word. And machines share its folder, where a kernel that was built for another CPU crashes.
+The lock of ``torch.utils.cpp_extension`` is an empty file that remains if the process is killed, after which every
+other process waits for it forever. Its default folder may be shared by machines with different CPUs, on which the same
+kernel can crash. This module replaces both.
 """
 
 import hashlib
@@ -26,9 +27,9 @@ LOCK, BUILDING = "inrank-lock", "inrank-building"
 
 
 def use_own_builds() -> None:
-    """From now on torch builds extensions of this process in a folder of our own, below the one it would have used."""
+    """Make torch build extensions in a folder per machine type, inside the one it would have used."""
     given = Path(os.environ[FOLDER]) if FOLDER in os.environ else _cache() / "kernels"
-    if not given.name.startswith(OUR_PREFIX):  # else by the process that started this one
+    if not given.name.startswith(OUR_PREFIX):  # otherwise set by the parent process
         os.environ[FOLDER] = str(given / f"{OUR_PREFIX}{_digest_of_machine()}")
     import torch.utils.cpp_extension as builds
 
@@ -38,11 +39,13 @@ def use_own_builds() -> None:
 
 
 class Baton:
-    """In the place of ``torch.utils.file_baton.FileBaton``. Who waits then builds as well: what is there is not built
-    again, and what a predecessor could not finish is.
+    """Replacement of ``torch.utils.file_baton.FileBaton``.
+
+    A process that had to wait runs the build, too. The build skips what is complete and completes what a killed process
+    left unfinished.
 
     Args:
-        lock_file_path: torch's, in the folder of one kernel.
+        lock_file_path: path of torch's lock file, in the folder of one kernel.
     """
 
     def __init__(self, lock_file_path: str, *_: Any, **__: Any) -> None:
@@ -50,7 +53,7 @@ class Baton:
         self._lock = Lock(self._folder / LOCK)
 
     def try_acquire(self) -> bool:
-        """Wait for the lock; always true."""
+        """Wait for the lock and acquire it. Return True."""
         self._lock.acquire(on_wait=self._tell)
         builder = self._folder / BUILDING
         with suppress(FileNotFoundError, ValueError, KeyError):
@@ -62,10 +65,10 @@ class Baton:
         return True
 
     def wait(self) -> None:
-        """Nobody has to: ``try_acquire`` did."""
+        """Return at once, since ``try_acquire`` has waited."""
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         (self._folder / BUILDING).unlink(missing_ok=True)
         self._lock.release()
 
@@ -73,14 +76,14 @@ class Baton:
         log.info("waiting for %s, which builds %s", held.owner or "a process", self._folder)
 
     def _remove_what_was_built(self) -> None:
-        """A compiler that was killed may have left half a file."""
+        """Remove the build's files, because a killed compiler may have left a partial one."""
         for file in self._folder.iterdir():
             if not file.name.startswith(LOCK) and file.is_file():
                 file.unlink(missing_ok=True)
 
 
 def _cache() -> Path:
-    """Below the home folder, or where there is none."""
+    """Return the cache folder in the home folder, or in the temporary folder if there is no home folder."""
     try:
         return Path("~/.cache/inrank_dist").expanduser()
     except RuntimeError:
@@ -88,7 +91,7 @@ def _cache() -> Path:
 
 
 def _digest_of_machine() -> str:
-    """What a kernel is built for: the CPU with its features, the versions that it links against."""
+    """Return a hash of what a kernel is built for: the CPU and its features, and the versions of its dependencies."""
     facts = [platform.machine(), platform.python_version(), version("torch"), version("deepspeed")]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The rows that a process holds of a model's parameters and of its optimizer's state."""
+"""Access to this process's rows of the parameters and the optimizer state."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,16 +16,19 @@ from .placement import RowPlacement, local_rows
 
 
 class ModelRows:
-    """Reads and writes this process's rows of a model; what a rank method needs of it (``method.holder``).
+    """Reads and writes this process's rows of a model, as rank methods require (``method.holder``).
+
+    If several processes hold the same row, exactly one of them counts it in sums over all processes. The "counted" rows
+    of a process are the rows that it counts.
 
     Attributes:
-        skeleton: the dense model on ``meta``.
-        module: the model; its parameters are those of the optimizer.
-        model: what is called; ``module`` itself or a wrapper of it such as DistributedDataParallel.
-        optimizer: of ``module``.
-        layout: low-rank layer -> its rank and number of modes.
-        device: of the model.
-        processes: all processes.
+        skeleton: dense model on ``meta``.
+        module: the model, whose parameters the optimizer updates.
+        model: the callable model, ``module`` itself or a wrapper such as DistributedDataParallel.
+        optimizer: optimizer of ``module``.
+        layout: rank and number of modes of each low-rank layer.
+        device: device of the model.
+        processes: all processes of the job.
     """
 
     skeleton: nn.Module
@@ -38,20 +41,20 @@ class ModelRows:
     _placements: dict[str, RowPlacement]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are held between steps, by name; tied ones once."""
-        # FSDP2 keeps the root group gathered after a forward pass; its parameters are then plain tensors that the
-        # optimizer does not know.
+        """Return the parameters by name, resharded as between steps. Tied parameters occur once."""
+        # FSDP2 keeps the root group unsharded after a forward pass. Its parameters are then plain tensors, not the
+        # DTensors of the optimizer.
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         return {clean(name): parameter for name, parameter in self.module.named_parameters()}
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """This process's rows of a parameter, gradient or moment; shares memory with it."""
+        """Return this process's rows of a parameter, gradient or moment, sharing its memory."""
         return local_rows(tensor)
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """This process's rows of everything of a parameter's shape that the optimizer remembers of it."""
+        """Return this process's rows of a parameter's moments, which is the optimizer state of the same shape."""
         return {name: self._moment(parameter, name) for name in self._moment_names(parameter)}
 
     def _moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
@@ -69,30 +72,30 @@ class ModelRows:
             self.optimizer.state[parameter] = {**extras, **wrapped}
 
     def shape(self, layer: str) -> tuple[int, int]:
-        """``(out, in)`` of a layer."""
+        """Return ``(out, in)`` of a layer."""
         return matrix_shape(self.skeleton.get_submodule(layer))
 
     def _matrix(self, layer: str, weight: Tensor) -> Tensor:
-        """Rows of a dense layer's weight, or of a moment of it, as rows of its matrix ``(out, in)``."""
+        """View rows of a dense layer's weight, or of one of its moments, as rows of the matrix ``(out, in)``."""
         kind = kind_of(self.skeleton.get_submodule(layer))
         assert kind is not None
         return kind.matrix(weight)
 
     def placement(self, layer: str) -> RowPlacement:
-        """How the rows of a layer's factors, or of its weight while it is dense, are divided."""
+        """Return the placement of a layer's factors, or of its weight if it is dense."""
         return self._placements[f"{layer}.U" if layer in self.layout else f"{layer}.weight"]
 
     def factors(self) -> dict[str, Factors]:
-        """Rows of every low-rank layer's factors that this process alone counts."""
+        """Return the counted rows of the factors of all low-rank layers."""
         return {layer: self.counted(layer, held) for layer, held in self.held_rows(self.layout).items()}
 
     def counted(self, layer: str, held: Factors) -> Factors:
-        """Of rows such as those of ``held_rows``, those that this process alone counts."""
+        """Return the counted rows, given this process's rows as from ``held_rows``."""
         placement, (out_features, in_features) = self.placement(layer), self.shape(layer)
         return Factors(placement.counted(held.U, out_features), placement.counted(held.V, in_features))
 
     def dense_factors(self, layers: Iterable[str]) -> dict[str, DenseRows]:
-        """The weights of dense layers as factors: rows that this process alone counts."""
+        """Return the counted rows of the weights of dense layers, as factors."""
         parameters = self.parameters()
         rows = {}
         for layer in layers:
@@ -102,18 +105,17 @@ class ModelRows:
         return rows
 
     def held_rows(self, layers: Iterable[str]) -> dict[str, Factors]:
-        """All rows of the factors of layers that this process holds, counted or not; they share memory with the
-        model."""
+        """Return all of this process's rows of the factors of these layers, sharing memory with the model."""
         parameters = self.parameters()
         return {layer: Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")) for layer in layers}
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
-        """This process's rows of a parameter's gradient, copied."""
+        """Return a copy of this process's rows of a gradient."""
         assert parameter.grad is not None
         return self._local(parameter.grad).clone()
 
     def _factor_gradients(self) -> dict[str, Factors]:
-        """All rows of the gradients of every layer's factors that this process holds, copied."""
+        """Return a copy of this process's rows of the gradients of all factors."""
         parameters = self.parameters()
         return {
             layer: Factors(*(self._gradient(parameters[f"{layer}.{factor}"]) for factor in "UV"))
@@ -122,13 +124,19 @@ class ModelRows:
 
     @torch.no_grad()
     def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
-        """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""
+        """Overwrite the columns from ``first`` on in this process's rows of a layer's factors.
+
+        Args:
+            layer: name of a low-rank layer.
+            first: first column.
+            U, V: this process's rows of the new columns, ``(rows, R - first)``, or a number.
+        """
         parameters = self.parameters()
         for factor, columns in (("U", U), ("V", V)):
             self._local(parameters[f"{layer}.{factor}"])[:, first:] = columns
 
     def check(self) -> None:
-        """Assert that the optimizer's parameters are the model's, every one of them."""
+        """Assert that the optimizer holds exactly the trained parameters of the model."""
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         present = {id(p) for p in self.parameters().values() if p.requires_grad}
         assert held == present, "the optimizer holds other parameters than the model"

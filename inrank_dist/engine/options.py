@@ -1,4 +1,4 @@
-"""How the trainer's engines make a model run."""
+"""Options of the trainer's engines."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,19 @@ from ..lowrank.layer import Activation
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How the model is made to run.
+    """Precision, compilation and gradient handling of an engine.
 
     Attributes:
-        bf16: compute in bfloat16 (weights, gradients and moments stay float32).
-        compile: compile each block and the loss: one graph for all ranks while they grow, static shapes after that.
+        bf16: compute in bfloat16. Weights, gradients and moments stay float32.
+        compile: compile each block and the loss, with dynamic ranks while they grow and static shapes afterwards.
         cuda_graph: replay compiled blocks as CUDA graphs once shapes are static (GPUs only).
-        fuse: run factors that read the same input as one product.
-        activation: between the factors.
+        fuse: apply the factors ``V`` of layers with the same input in one matrix product.
+        activation: nonlinearity between the factors.
         activation_checkpointing: recompute each block in the backward pass.
-        grad_clip: largest gradient norm; 0: none.
-        frobenius_decay: decoupled decay of ``|U V^T|_F^2 / 2``; 0: none.
-        reduce_each_micro_batch: reduce-scatter gradients after every micro-batch, so that none is ever held whole
-            (FSDP2).
+        grad_clip: maximum gradient norm. 0: no clipping.
+        frobenius_decay: coefficient of the decoupled decay of ``|U V^T|_F^2 / 2``. 0: no decay.
+        reduce_each_micro_batch: reduce-scatter gradients after every micro-batch instead of the last one, so that
+            unsharded gradients are not kept (FSDP2).
     """
 
     bf16: bool = False

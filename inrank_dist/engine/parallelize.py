@@ -1,4 +1,4 @@
-"""How a model on ``meta`` is made to run: activation checkpointing, then compilation, then sharding."""
+"""Activation checkpointing, compilation and sharding of a model on ``meta``, to be applied in this order."""
 
 from functools import partial
 
@@ -12,30 +12,31 @@ from ..models.plan import ModelPlan
 
 
 def checkpoint_blocks(model: nn.Module, plan: ModelPlan) -> None:
-    """Recompute each block in the backward pass."""
+    """Apply activation checkpointing to each block."""
     for block in plan.block_modules(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model: nn.Module, plan: ModelPlan, *, dynamic: bool, cuda_graphs: bool) -> None:
-    """Compile the blocks and the modules in ``plan.compiled`` when they are first called.
+    """Compile the blocks and the modules in ``plan.compiled`` at their first call.
 
-    While ranks grow they are symbols: the second rank that a graph meets makes it one for all (four blocks with 24
-    ranks and three growths took three compilations). After that each block has the shapes that it keeps. On two CPU
-    cores compiling takes a tenth off the peak memory of GPT-2 small, and nothing off the time (README).
+    With ``dynamic``, the second rank that a graph encounters makes the rank a symbolic size, and one graph then serves
+    all ranks. Otherwise each block is compiled for static shapes.
 
     Args:
-        dynamic: ranks still change.
+        model: the model, modified in place.
+        plan: names of its blocks.
+        dynamic: whether ranks can still change.
         cuda_graphs: replay the blocks as CUDA graphs.
     """
-    from torch import _dynamo  # slow to import, and of use here alone
+    from torch import _dynamo  # slow to import
 
-    # Blocks share their code, so each layout of a block, in train and in eval mode, is one more compilation of the
-    # same function; beyond torch's limits it would silently go on without compiling.
+    # Blocks share their code, so each layout of a block, in train and in eval mode, recompiles the same function.
+    # Beyond its default limits, torch silently falls back to eager mode.
     limit = 4 * len(plan.blocks) + 16
     _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, limit)
     _dynamo.config.accumulated_recompile_limit = max(_dynamo.config.accumulated_recompile_limit, limit)
-    # Parameters are taken for static unless told otherwise; without growth `dynamic=False` says that they are.
+    # By default the shapes of parameters are static even if dynamic shapes are allowed.
     _dynamo.config.force_parameter_static_shapes = False
     _dynamo.config.force_nn_module_property_static_shapes = False
     shapes = None if dynamic else False
@@ -46,12 +47,15 @@ def compile_blocks(model: nn.Module, plan: ModelPlan, *, dynamic: bool, cuda_gra
 
 
 def shard_blocks(model: nn.Module, plan: ModelPlan, mesh: DeviceMesh, *, bf16: bool) -> None:
-    """Shard with FSDP2 over the last dimension of the mesh: each block, each of ``plan.units``, and the rest.
+    """Shard each block, each of ``plan.units``, and the remaining parameters with FSDP2.
 
-    FSDP2's default placement is ``Shard(0)``, so the rank dimension of the factors is never cut.
+    FSDP2 shards dimension 0 by default, so the rank dimension of the factors is never sharded.
 
     Args:
-        bf16: gather parameters in bfloat16; gradients are reduced in float32.
+        model: model on ``meta``, modified in place.
+        plan: names of its blocks and units.
+        mesh: parameters are sharded over its last dimension, see ``shard_mesh``.
+        bf16: all-gather parameters in bfloat16. Gradients are reduced in float32.
     """
     policy = MixedPrecisionPolicy()
     if bf16:
@@ -62,7 +66,13 @@ def shard_blocks(model: nn.Module, plan: ModelPlan, mesh: DeviceMesh, *, bf16: b
 
 
 def shard_mesh(device_type: str, world_size: int, shard_size: int | None) -> DeviceMesh:
-    """``(shard,)``, or ``(replicate, shard)`` where ``shard_size`` processes share one copy of the model."""
+    """Return the device mesh ``(shard,)``, or ``(replicate, shard)`` for hybrid sharding.
+
+    Args:
+        device_type: such as ``cuda``.
+        world_size: number of processes.
+        shard_size: number of processes that share one replica of the model. None: all.
+    """
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     sizes = (world_size // shard_size, shard_size)

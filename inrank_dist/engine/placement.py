@@ -1,4 +1,4 @@
-"""Which rows of a tensor a process holds, read off a parameter."""
+"""Division of the rows of a tensor among processes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,19 @@ from ..runtime.errors import UserError
 
 @dataclass(frozen=True)
 class RowPlacement:
-    """How the rows (the first dimension) of a tensor are divided among processes.
+    """Division of the rows (dimension 0) of a tensor among processes.
 
-    Rows are cut into ``shards`` parts as ``torch.chunk`` cuts them. Each part is held by ``replicas`` processes, among
-    which it is cut again where every row must be counted exactly once.
+    Rows are divided into ``shards`` shards as by ``torch.chunk``. Each shard is held by ``replicas`` processes. For
+    sums over all processes, its rows are divided again among the replicas, so that each row is counted once.
 
     Attributes:
-        shard, shards: index of this process's part, and how many there are.
-        replica, replicas: index of this process among those that hold the same part, and how many they are.
-        mesh, placements: of the DTensor; None where the process holds a plain tensor.
-        group: the processes that hold the different parts of one copy; None where there is one part.
+        shard: index of this process's shard.
+        shards: number of shards.
+        replica: index of this process among the replicas of its shard.
+        replicas: number of replicas of each shard.
+        mesh: device mesh of the DTensor. None if the process holds a plain tensor.
+        placements: placements of the DTensor.
+        group: process group of the shards of one replica. None if there is one shard.
     """
 
     shard: int = 0
@@ -36,40 +39,50 @@ class RowPlacement:
     group: dist.ProcessGroup | None = None
 
     def rows(self, size: int) -> tuple[int, int]:
-        """First row and end of the rows that this process holds of ``size``."""
+        """Return the range ``(first, end)`` of this process's rows of a tensor with ``size`` rows."""
         return chunk(size, self.shard, self.shards)
 
     def counted_rows(self, size: int) -> tuple[int, int]:
-        """The part of ``rows`` that this process alone counts: over all processes every row exactly once."""
+        """Return the part of ``rows`` that this process counts. Each row is counted by exactly one process."""
         start, end = self.rows(size)
         first, last = chunk(end - start, self.replica, self.replicas)
         return start + first, start + last
 
     def counted(self, held: Tensor, size: int) -> Tensor:
-        """Of the rows that this process holds of ``size``, those that it alone counts."""
+        """Return the counted rows, given this process's rows of a tensor with ``size`` rows."""
         offset, (start, end) = self.rows(size)[0], self.counted_rows(size)
         return held[start - offset : end - offset]
 
     def split(self, size: int) -> list[int]:
-        """How many of ``size`` rows each part has."""
+        """Return the number of rows in each shard of a tensor with ``size`` rows."""
         parts = (chunk(size, index, self.shards) for index in range(self.shards))
         return [end - start for start, end in parts]
 
     def wrap(self, held: Tensor, shape: torch.Size) -> Tensor:
-        """The tensor of this shape of which ``held`` are this process's rows; shares memory with them."""
+        """Return the tensor of unsharded ``shape`` that has ``held`` as this process's rows.
+
+        It is a DTensor that shares memory with ``held``, or ``held`` itself for a plain tensor.
+        """
         return held if self.mesh is None else as_dtensor(held, self.mesh, self.placements, shape)
 
     def sum_over_shards(self, tensor: Tensor) -> None:
-        """Sum in place over the processes that hold different rows of one copy."""
+        """All-reduce in place over the processes that hold the shards of one replica."""
         if self.group is not None:
             dist.all_reduce(tensor, group=self.group)
 
 
 def placement_of(name: str, parameter: Tensor, rank: int, world_size: int) -> RowPlacement:
-    """The placement of a parameter, on ``meta`` or not. A plain tensor is held whole by every process.
+    """Return the placement of a parameter. A plain tensor is replicated on all processes.
+
+    Args:
+        name: name of the parameter, for errors.
+        parameter: the parameter, on any device including ``meta``.
+        rank: process rank.
+        world_size: number of processes.
 
     Raises:
-        UserError: it is divided otherwise than by rows.
+        UserError: if the parameter is sharded over another dimension than its rows, over several dimensions of the
+            mesh, or over a subset of the processes.
     """
     if not isinstance(parameter, DTensor):
         return RowPlacement(replica=rank, replicas=world_size)
@@ -97,18 +110,21 @@ def placement_of(name: str, parameter: Tensor, rank: int, world_size: int) -> Ro
 
 
 def as_dtensor(rows: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size) -> DTensor:
-    """The whole contiguous tensor of which each process of ``mesh`` holds its rows; shares memory with them."""
+    """Return a contiguous DTensor of this unsharded shape with ``rows`` as the local tensor, sharing its memory."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(rows, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def local_rows(tensor: Tensor) -> Tensor:
-    """This process's rows of a parameter, gradient or moment; shares memory with it."""
+    """Return this process's rows of a parameter, gradient or moment, sharing its memory."""
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def chunk(size: int, index: int, count: int) -> tuple[int, int]:
-    """Rows of part ``index`` when ``size`` rows are cut as ``torch.chunk`` cuts them; trailing parts may be empty."""
+    """Return the range ``(first, end)`` of chunk ``index`` when ``size`` rows are divided as by ``torch.chunk``.
+
+    Unlike with ``torch.chunk``, there are always ``count`` chunks, of which the last may be empty.
+    """
     rows = -(-size // count)
     return min(index * rows, size), min((index + 1) * rows, size)

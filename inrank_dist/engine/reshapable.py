@@ -1,4 +1,4 @@
-"""A model with low-rank layers and its optimizer, whole or sharded by rows, whose layers can change shape."""
+"""A model with low-rank layers that can change their shapes during training, together with its optimizer."""
 
 import copy
 import gc
@@ -21,28 +21,30 @@ from .model_rows import ModelRows
 from .placement import RowPlacement, placement_of
 
 Values = Callable[[str], Tensor]
-"""Parameter or buffer name -> its whole start value on the CPU, the same on every process."""
+"""Function of a parameter's or buffer's name. It returns the unsharded initial value on the CPU, which is equal on all
+processes."""
 
 Rows = Callable[[str, nn.Parameter], Tensor]
-"""Name and parameter on ``meta`` -> this process's rows of its value, on the device."""
+"""Function of a parameter's name and the parameter on ``meta``. It returns this process's rows of the value, on the
+device."""
 
 
 class ReshapableModel(ModelRows):
-    """Holds a model and its optimizer and changes the shapes of its low-rank layers.
+    """Model and optimizer, unsharded or sharded by rows, whose low-rank layers can change shape.
 
-    Reshaping is rebuilding: FSDP2, optimizers and DeepSpeed silently ignore a parameter that is replaced. So the model
-    is converted again from the dense skeleton on ``meta`` with the new layout, sharded again, given the old tensors
-    (mapped where the rank changed), and gets a new optimizer with the old state (mapped likewise). Only the rows that
-    this process holds are touched.
+    FSDP2, optimizers and DeepSpeed silently ignore a replaced parameter, so ``reshape`` rebuilds everything. It
+    converts the dense skeleton on ``meta`` to the new layout, shards the result, assigns the old tensors, and creates a
+    new optimizer with the old state. Tensors and state of layers whose rank changes are mapped. Each process maps only
+    its own rows.
 
     Args:
-        skeleton: dense model on ``meta``; it is never changed.
+        skeleton: dense model on ``meta``. It is not modified.
         layout: the low-rank layers at initialisation.
-        values: initial values of parameters; None: zeros, to be read into.
-        buffers: initial values of buffers.
-        device: of the model.
+        values: initial values of the parameters. None: zeros, to be overwritten.
+        buffers: initial values of the buffers.
+        device: device of the model.
         processes: all processes of the job.
-        moments_on_event: what becomes of optimizer state at a rank event.
+        moments_on_event: how optimizer state changes at a rank event, see ``map_moments``.
     """
 
     def __init__(
@@ -63,22 +65,22 @@ class ReshapableModel(ModelRows):
         def initial(name: str, parameter: nn.Parameter) -> Tensor:
             assert values is not None
             whole = values(name)
-            # A copy of the rows: a view would keep the whole tensor alive.
+            # Copy the rows, because a view would keep the unsharded tensor alive.
             rows = whole[slice(*self._placements[name].rows(parameter.shape[0]))] if parameter.ndim else whole
             return rows.to(device, parameter.dtype, copy=True).contiguous()
 
         self._build(layout, self._zeros if values is None else initial, buffers)
 
-    # What a subclass defines: how the model is sharded, called and trained.
+    # Overridden by subclasses.
 
     def _prepare(self, module: nn.Module, layout: Layout) -> None:
-        """Configure the converted model on ``meta``, in place, before it is sharded."""
+        """Configure the converted model on ``meta`` in place, before it is sharded."""
 
     def _parallelize(self, module: nn.Module) -> None:
-        """Shard the model on ``meta``, in place."""
+        """Shard the model on ``meta`` in place."""
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        """What is called in place of the model, which has its values by now."""
+        """Return the callable model, after its parameters are assigned. The default is the model itself."""
         return module
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -110,7 +112,7 @@ class ReshapableModel(ModelRows):
         return found
 
     def _assign(self, module: nn.Module, rows: Rows) -> None:
-        """Give a module on ``meta`` its parameters."""
+        """Assign the parameters of a module on ``meta``."""
 
         def held(name: str, parameter: nn.Parameter) -> Tensor:
             return self._placements[name].wrap(rows(name, parameter), parameter.shape)
@@ -118,7 +120,7 @@ class ReshapableModel(ModelRows):
         assign_parameters(module, held)
 
     def _zeros(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """This process's rows of zeros, to be read into."""
+        """Return zeros in the shape of this process's rows of a parameter."""
         shape = list(parameter.shape)
         if shape:
             first, end = self._placements[name].rows(shape[0])
@@ -126,21 +128,22 @@ class ReshapableModel(ModelRows):
         return torch.zeros(shape, dtype=parameter.dtype, device=self.device)
 
     def release(self) -> None:
-        """Drop the model and its optimizer. The object is unusable until ``_build`` is called again."""
+        """Free the model and its optimizer. The object is unusable until ``_build`` is called again."""
         del self.module, self.model, self.optimizer
-        gc.collect()  # a model is a web of cycles; its memory is wanted at once
+        gc.collect()  # models contain reference cycles; free their memory now
 
     def reshape(self, layout: Layout, events: Mapping[str, RankEvent], directions: Callable[[str], Tensor]) -> None:
-        """Change the shapes of layers; only this process's rows are touched.
+        """Change the shapes of layers.
 
-        Nothing is sent, unless dense layers become factors: then one all-reduce a layer, of ``8 in R`` bytes for each
-        of its moments.
+        Rows are mapped without communication. The exception are dense layers that are factorised: if their moments are
+        transported, each layer needs one all-reduce of ``8 in R`` bytes per moment.
 
         Args:
-            layout: all low-rank layers as they shall be.
-            events: the maps of those whose rank changes, and of dense layers that become factors, whose weight is
-                taken for ``U`` and the identity for ``V``.
-            directions: layer -> its whole ``Z: (in, F)``, asked only where there are fresh modes.
+            layout: new layout of all low-rank layers.
+            events: events of the layers to change. A dense layer that is factorised is mapped as if its weight were
+                ``U`` and the identity were ``V``.
+            directions: function of a layer's name that returns its unsharded directions ``Z: (in, F)``. It is called
+                only for events with fresh modes.
         """
         tensors, moments, extras = self._rows()
         buffers = dict(named_buffers(self.module))
@@ -161,7 +164,7 @@ class ReshapableModel(ModelRows):
         moments: dict[str, dict[str, Tensor]],
         extras: dict[str, dict[str, Any]],
     ) -> None:
-        """Apply one event to the rows of a layer's factors and of their moments."""
+        """Apply an event to this process's rows of a layer's factors and moments, and update the dictionaries."""
         U_name, V_name = f"{layer}.U", f"{layer}.V"
         rule, of_weight = self.moments_on_event, None
         held = self.placement(layer)
@@ -171,10 +174,10 @@ class ReshapableModel(ModelRows):
             tensors[U_name] = self._matrix(layer, tensors.pop(f"{layer}.weight"))
             tensors[V_name] = identity_rows(*held.rows(in_features), in_features, self.device)
             moments |= {U_name: of_weight, V_name: {}}
-            # Copies: an optimizer counts steps in place, and a tensor that both share would count twice.
+            # Copy the state, because optimizers increment ``step`` in place and would do so twice in a shared tensor.
             extras[U_name] = extras.pop(f"{layer}.weight")
             extras[V_name] = copy.deepcopy(extras[U_name])
-            rule = "reset" if rule == "slice" else rule  # the columns of a weight are no modes
+            rule = "reset" if rule == "slice" else rule  # the columns of a weight are not modes
         U, V = tensors[U_name], tensors[V_name]
         Z = directions(layer)[slice(*held.rows(in_features))].to(self.device) if event.fresh else None
         factors = map_factors(event, U, V, Z)
@@ -198,12 +201,12 @@ class ReshapableModel(ModelRows):
                 moments[V_name] = {name: moment[rows].clone() for name, moment in whole.items()}
 
     def _step_and_betas(self, extras: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
-        """Optimizer steps so far and Adam's decay rates, by which its moments are corrected."""
+        """Return the number of optimizer steps taken and Adam's betas, for bias correction."""
         betas = self.optimizer.param_groups[0].get("betas", (0.9, 0.999))
         return float(extras.get("step", 0)), (float(betas[0]), float(betas[1]))
 
     def _rows(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-        """This process's rows of every parameter and of its moments, and the rest of its optimizer state."""
+        """Return this process's rows of all parameters and of their moments, and the rest of the optimizer state."""
         parameters = self.parameters()
         tensors = {name: self._local(parameter) for name, parameter in parameters.items()}
         moments = {name: self._moments(parameter) for name, parameter in parameters.items()}
@@ -211,7 +214,7 @@ class ReshapableModel(ModelRows):
         return tensors, moments, extras
 
     def set_base_scale(self, scale: float) -> None:
-        """Set the factor ``a`` of every base."""
+        """Set the coefficient ``a`` of the dense base in all layers ``a * W0 + U V^T``."""
         if scale != self._base_scale:
             self._base_scale = scale
             set_base_scale(self.module, scale)

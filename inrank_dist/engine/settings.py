@@ -1,4 +1,4 @@
-"""Settings of the processes and how they hold the model (YAML section ``parallel``)."""
+"""Settings of parallelism (YAML section ``parallel``)."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -8,39 +8,39 @@ from ..runtime.resume import OnResume
 from . import zero_settings
 
 EngineName = Literal["local", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
-"""What holds the model."""
+"""Names of the engines."""
 
 
 def zero_stage(engine: str) -> int:
-    """Stage of ZeRO of an engine ``zero0`` to ``zero3``."""
+    """Return the ZeRO stage of an engine ``zero0`` to ``zero3``."""
     return int(engine.removeprefix("zero"))
 
 
 @dataclass(kw_only=True)
 class ParallelSettings:
-    """Which engine holds the model, and over how many processes it is sharded."""
+    """The engine, how it shards the model, and timeouts."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     engine: Literal["auto", EngineName] = "auto"
-    """local: one process; ddp: a replica each; fsdp: sharded with FSDP2; zero0 to zero3: a stage of DeepSpeed ZeRO
-    (the extra deepspeed); auto: local on one process, fsdp on several."""
+    """local: one process; ddp: one replica per process; fsdp: sharded with FSDP2; zero0 to zero3: a stage of DeepSpeed
+    ZeRO (needs the extra deepspeed); auto: local on one process, fsdp on several."""
     shard_size: int | None = None
-    """Processes among which parameters are sharded, replicated over the rest (hybrid sharding); null: all. Of fsdp
-    only."""
+    """Number of processes over which one replica is sharded; null: all. A smaller number replicates the shards over the
+    other processes (hybrid sharding). fsdp only."""
     reduce_each_micro_batch: bool = True
-    """Divide the gradients among the processes after every micro-batch. With false they are whole in each process until
-    the last one: more memory, but they travel once a step. Of fsdp only."""
+    """Reduce-scatter gradients after every micro-batch. With false, gradients stay unsharded until the last micro-batch
+    and are reduced once per step, which takes more memory and less communication. fsdp only."""
     offload_optimizer: bool = False
-    """Keep master weights and moments in the memory of the CPU (zero2, zero3)."""
+    """Keep master weights and moments in CPU memory (zero2, zero3)."""
     deepspeed: dict[str, Any] | None = None
-    """Further DeepSpeed settings for zero0 to zero3, such as {zero_optimization: {overlap_comm: true}}; what our
-    settings decide is refused here."""
+    """Further DeepSpeed settings for zero0 to zero3, such as {zero_optimization: {overlap_comm: true}}. Options that
+    other settings determine are rejected."""
     timeout_seconds: int = 600
-    """A collective that takes longer ends the job; so does anything else of a run that takes longer."""
+    """Timeout of a collective and of any other activity of the run. The job ends when it expires."""
     step_timeout_seconds: int = 120
-    """An optimizer step that takes longer, and five times longer than any before, ends the job, which names the process
-    that hangs; the first step after a start or a rank event has timeout_seconds."""
+    """Timeout of an optimizer step, or five times the longest step so far if that is more. When it expires, the job
+    ends and names the process that hangs. The first step after a start or a rank event has timeout_seconds instead."""
 
     def __post_init__(self) -> None:
         if self.shard_size is not None and self.shard_size < 1:
@@ -57,10 +57,11 @@ class ParallelSettings:
         zero_settings.check(self.deepspeed or {})
 
     def resolve(self, world_size: int) -> EngineName:
-        """The engine for this many processes.
+        """Return the engine for this number of processes.
 
         Raises:
-            UserError: the engine or ``shard_size`` does not fit the number of processes, or DeepSpeed is not installed.
+            UserError: if the engine or ``shard_size`` does not match the number of processes, or DeepSpeed is needed
+                and not installed.
         """
         engine = self.engine
         if engine == "auto":

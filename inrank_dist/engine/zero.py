@@ -1,12 +1,12 @@
-"""DeepSpeed ZeRO: moments (stage 1), gradients (2) and parameters (3) divided among all processes.
+"""DeepSpeed ZeRO: moments (stage 1), gradients (stage 2) and parameters (stage 3) sharded over all processes.
 
-DeepSpeed cuts flat buffers, not rows, and changes no shape of what it has once taken. So whatever leaves it (a rank
-event, a checkpoint) and whatever enters it goes one parameter at a time: whole for a moment, then the rows that this
-process is charged with, cut as FSDP2 would cut them. Weights are float32 in every precision; with bf16 they are cast
-where they are used (``torch_autocast``), so that nothing is lost on the way to another engine.
+DeepSpeed shards flat buffers instead of rows, and parameters cannot change shape after ``deepspeed.initialize``. Rank
+events and checkpoints therefore gather one parameter at a time and keep this process's rows, divided as by FSDP2.
+Weights are float32 in any precision, and with bf16 they are cast where they are used (``torch_autocast``). A checkpoint
+for another engine thus loses no precision.
 
-Tested with the versions that the extra ``deepspeed`` names. Beyond the public API it calls two things: the linking of
-fresh moments at stages 1 and 2, which DeepSpeed itself does at the first step, and the fragments of gradients there.
+This module is tested with the versions in the extra ``deepspeed``. At stages 1 and 2 it uses two private parts of
+DeepSpeed: the function that links moments to parameters, and the fragments of gradients.
 """
 
 import importlib
@@ -36,12 +36,13 @@ from .zero_settings import merge
 
 
 class ZeroEngine(ZeroRows):
-    """The model in a DeepSpeed engine; every rank event makes another one.
+    """Language model in a DeepSpeed engine, which is replaced at every rank event.
 
     Args:
-        stage: of ZeRO; 0: replicas, as DDP.
-        config: from ``deepspeed_config``.
-        passed_on: whether settings of the user's are in it, who is told then what DeepSpeed says of them.
+        skeleton, layout, values, context, optimizer, options: as for ``Engine``.
+        stage: stage of ZeRO. 0: replicas, as with DDP.
+        config: result of ``deepspeed_config``.
+        passed_on: whether ``config`` includes settings of the user, so that errors of DeepSpeed are reported as theirs.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ZeroEngine(ZeroRows):
         self.deepspeed = load_deepspeed()
         self.utils = self.deepspeed.utils
         self.passed_on = passed_on
-        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # without a launcher; DeepSpeed insists
+        os.environ.setdefault("LOCAL_RANK", str(context.local_rank))  # DeepSpeed requires it even without a launcher
         self.stage = stage
         self.offload = config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
         mesh = init_device_mesh(context.device.type, (context.world_size,), mesh_dim_names=("shard",))
@@ -74,7 +75,7 @@ class ZeroEngine(ZeroRows):
 
     def _parallelize(self, module: nn.Module) -> None:
         if self.stage == 3:
-            # A block is gathered as one, not layer by layer: fewer and larger collectives, and layers may run together.
+            # All-gather whole blocks: fewer and larger collectives, and fused layers need several weights at once.
             self.utils.set_z3_leaf_modules(module, list({type(block) for block in self.plan.block_modules(module)}))
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -84,7 +85,11 @@ class ZeroEngine(ZeroRows):
 
     @staticmethod
     def _find_optimizer(context: Context, settings: OptimizerSettings, offload: bool) -> type["_Gate"]:
-        """DeepSpeed's own Adam where its kernel can be had in every process, torch's elsewhere."""
+        """Return the optimizer class.
+
+        AdamW on GPUs or with offload is DeepSpeed's implementation if all processes can build its kernel. In all other
+        cases the class is torch's.
+        """
         elementwise = settings.entry.elementwise
         if elementwise is not torch.optim.AdamW:
             return _gated(elementwise)
@@ -98,13 +103,13 @@ class ZeroEngine(ZeroRows):
                 if builder.is_compatible(verbose=False):
                     builder.load(verbose=False)
                     found = DeepSpeedCPUAdam if offload else FusedAdam
-            except Exception as error:  # whatever a compiler can say
+            except Exception as error:  # a build can fail in any way
                 logging.getLogger("inrank_dist").info("DeepSpeed's Adam kernel cannot be built: %s", error)
         everywhere = all(context.gather(found is not None))
         return _gated(found if found is not None and everywhere else torch.optim.AdamW)
 
     def _wrap(self, module: nn.Module) -> nn.Module:
-        # DeepSpeed would reserve 2 GB for a bucket of gradients, whatever the size of the model.
+        # DeepSpeed allocates a gradient bucket of its default size even if the model is much smaller.
         trained = sum(self._shape(p).numel() for p in module.parameters() if p.requires_grad)
         buckets = {"zero_optimization": {"reduce_bucket_size": min(trained, MOST_IN_A_BUCKET)}}
         config = merge(buckets, self.config)
@@ -114,9 +119,9 @@ class ZeroEngine(ZeroRows):
         return cast(nn.Module, engine)
 
     def _make_moments(self, zero: Any) -> None:
-        """Zero moments for what the client optimizer moves, linked to the parameters.
+        """Initialise the moments with zeros and link them to the parameters.
 
-        DeepSpeed makes and links them at the first step, and forgets all groups of parameters but the first.
+        DeepSpeed does this at the first step, but links only the moments of the first parameter group.
         """
         flat: Iterable[Tensor]
         if self.stage == 0:
@@ -161,7 +166,7 @@ class ZeroEngine(ZeroRows):
             dist.all_reduce(tensor)
 
     def _gradients(self) -> list[Tensor]:
-        """What this process holds of the combined gradient."""
+        """Return this process's shards of the reduced gradients."""
         self._await_gradients()
         trained = [p for p in self.parameters().values() if p.requires_grad]
         if self.stage == 0:
@@ -173,7 +178,7 @@ class ZeroEngine(ZeroRows):
         return found or [torch.zeros(1, device=self.device)]
 
     def _await_gradients(self) -> None:
-        """With offload, ZeRO-2 is still copying them to the CPU."""
+        """Wait for the gradients, which ZeRO-2 copies to the CPU asynchronously with optimizer offload."""
         if self.offload and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -188,14 +193,14 @@ class ZeroEngine(ZeroRows):
         gate.scale = None
 
     def drop_gradients(self) -> None:
-        """A step of DeepSpeed in which the client optimizer stands still."""
+        """Clear the gradients by a step of DeepSpeed that skips the optimizer."""
         gate = cast(_Gate, self.optimizer)
         gate.held = True
         cast(Any, self.model).step()
         gate.held = False
 
     def _decay_products(self, rate: float) -> None:
-        """As ``Engine._decay_products``, on whole factors, one layer at a time."""
+        """Apply Frobenius decay as ``Engine._decay_products`` does, on gathered factors, one layer at a time."""
         parameters = self.parameters()
         for layer in self.layout:
             pair = [parameters[f"{layer}.{factor}"] for factor in "UV"]
@@ -218,23 +223,26 @@ class ZeroEngine(ZeroRows):
 
 
 def _forget_models() -> None:
-    """Empty what ZeRO-3 keeps beside its engines, which would hold every model that there ever was: a stack of the
-    modules that are in their forward pass, whose first one stays on it, and a cache that knows its arguments."""
+    """Clear global state of ZeRO-3 that would keep every earlier model alive.
+
+    It consists of the stack of modules in their forward pass, from which the first module is never removed, and of
+    caches that hold references to their arguments.
+    """
     importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK.clear()
     coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
     for method in vars(coordinator.PartitionedParameterCoordinator).values():
-        wrapped = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]  # below a decorator
+        wrapped = [cell.cell_contents for cell in getattr(method, "__closure__", None) or ()]  # unwrap decorators
         for each in (method, *wrapped):
             if hasattr(each, "cache_clear"):
                 each.cache_clear()
 
 
 class _Gate(torch.optim.Optimizer):
-    """The client optimizer as DeepSpeed calls it: it clips, and stands still where a step must not be taken.
+    """Mixin for the optimizer that DeepSpeed calls. It scales gradients for clipping and can skip a step.
 
     Attributes:
-        scale: factor of all gradients; None: 1.
-        held: do nothing.
+        scale: scalar to multiply all gradients with. None: 1.
+        held: whether ``step`` does nothing.
     """
 
     scale: Tensor | None = None
@@ -249,7 +257,8 @@ class _Gate(torch.optim.Optimizer):
             if gradients:
                 torch._foreach_mul_(gradients, self.scale.to(gradients[0].device))
         if hasattr(self, "ds_opt_adam"):
-            # DeepSpeedCPUAdam multiplies the powers of the betas up; a resumed run computes them anew. So forget them.
+            # DeepSpeedCPUAdam accumulates the powers of the betas by multiplication, and a resumed run computes them
+            # from scratch. Recreate it in each step, so that both give the same result.
             group = self.param_groups[0]
             betas, eps, decay = group["betas"], group["eps"], group["weight_decay"]
             self.ds_opt_adam.create_adam(self.opt_id, group["lr"], *betas, eps, decay, True, False)

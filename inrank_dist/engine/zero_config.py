@@ -1,4 +1,4 @@
-"""DeepSpeed's settings from ours."""
+"""Import of DeepSpeed, and its configuration derived from ours."""
 
 import logging
 import os
@@ -15,23 +15,23 @@ from .kernels import use_own_builds
 from .zero_settings import merge
 
 MOST_IN_A_BUCKET = 50_000_000
-"""Elements of a bucket of gradients, unless ``parallel.deepspeed`` says otherwise."""
+"""Maximum number of elements in a gradient bucket. ``parallel.deepspeed`` can override it."""
 
 
 def load_deepspeed() -> Any:
-    """The package ``deepspeed``; imported late, because it takes seconds."""
+    """Import and return the package ``deepspeed``. It is imported on demand, because that takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     use_own_builds()
     import deepspeed
     import deepspeed.ops
 
-    # For processes on CPUs DeepSpeed would compile an all-reduce in shared memory, which takes a minute and a compiler
-    # and waits without end for the lock of a build that was killed. Only its inference uses it.
+    # On CPUs, DeepSpeed would compile a shared-memory all-reduce that only its inference uses. That is slow, needs a
+    # compiler, and waits forever for the lock of a killed build.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # Its calls, which the newest torch has other names for.
+    # DeepSpeed uses names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
     return deepspeed
 
@@ -45,29 +45,30 @@ def deepspeed_config(
     accumulation: int,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's settings from ours.
+    """Return the configuration dictionary for ``deepspeed.initialize``.
 
     Args:
-        stage: of ZeRO.
-        offload: keep master weights and moments in the memory of the CPU.
+        stage: stage of ZeRO.
+        offload: keep master weights and moments in CPU memory.
         bf16: compute in bfloat16.
-        micro_batch_size, accumulation: sequences of a micro-batch, and micro-batches of a step in one process.
-        extra: ``parallel.deepspeed``, which ``zero_settings.check`` has passed.
+        micro_batch_size: sequences in a micro-batch.
+        accumulation: micro-batches per step and process.
+        extra: ``parallel.deepspeed``, accepted by ``zero_settings.check``.
 
     Raises:
-        UserError: a name or value in ``extra`` that DeepSpeed does not know.
+        UserError: if DeepSpeed rejects a name or value in ``extra``.
     """
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,  # the client optimizer clips, as with every engine
+        "gradient_clipping": 0.0,  # clipped in ``zero._Gate``
         "steps_per_print": sys.maxsize,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu" if offload else "none"}},
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
     }
-    # Everything travels in float32 unless asked for.
+    # Communicate in float32 by default.
     config = merge(merge({"torch_autocast": {"lower_precision_safe_modules": []}}, extra or {}), ours)
     deepspeed = load_deepspeed()
     with explained(bool(extra)):
@@ -77,7 +78,11 @@ def deepspeed_config(
 
 @contextmanager
 def explained(passed_on: bool) -> Iterator[None]:
-    """Where settings of the user's were passed on, what DeepSpeed raises is about them: tell it in one line."""
+    """Context manager that converts exceptions of DeepSpeed to a ``UserError`` of one line.
+
+    Args:
+        passed_on: whether the configuration includes settings of the user. If not, exceptions are not converted.
+    """
     try:
         yield
     except (ValueError, AssertionError, TypeError, AttributeError, KeyError) as error:

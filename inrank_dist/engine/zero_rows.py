@@ -1,4 +1,4 @@
-"""Rows of what DeepSpeed holds in flat buffers: every parameter whole for a moment, then cut."""
+"""Access by rows to parameters and moments that DeepSpeed holds in flat buffers. It gathers one parameter at a time."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -14,13 +14,13 @@ from .reshapable import Rows
 
 
 class ZeroRows(Engine):
-    """Reads and writes parameters and moments of a DeepSpeed engine by rows, cut as FSDP2 would cut them.
+    """Reads and writes parameters and moments of a DeepSpeed engine by rows, divided as by FSDP2.
 
     Attributes:
-        stage: of ZeRO.
-        row_placement: of every parameter.
-        deepspeed, utils: the packages, imported late.
-        config: what DeepSpeed is told.
+        stage: stage of ZeRO.
+        row_placement: placement of every parameter.
+        deepspeed, utils: the modules ``deepspeed`` and ``deepspeed.utils``, imported on demand.
+        config: configuration of DeepSpeed.
     """
 
     stage: int
@@ -43,7 +43,7 @@ class ZeroRows(Engine):
                 whole = self._gather(rows(name, parameter), parameter.shape)
                 made = nn.Parameter(whole, requires_grad=parameter.requires_grad)
                 if self.stage == 3:
-                    # Cut at once, so that no process ever holds the whole model.
+                    # Partition each parameter at once, so that no process ever holds the unsharded model.
                     self.deepspeed.zero.Init(module=nn.ParameterList([made]), config_dict_or_path=self.config)
                 placed[id(parameter)] = made
             owner, _, leaf = name.rpartition(".")
@@ -53,7 +53,7 @@ class ZeroRows(Engine):
         return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
     def _gather(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """The whole tensor of which each process holds its rows."""
+        """All-gather the rows of all processes and return the unsharded tensor."""
         most = -(-shape[0] // self.context.world_size)
         padded = rows.new_zeros(most, *shape[1:])
         padded[: rows.shape[0]] = rows
@@ -62,28 +62,28 @@ class ZeroRows(Engine):
         return whole[: shape[0]].clone() if len(whole) > shape[0] else whole
 
     def _cut(self, whole: Tensor) -> Tensor:
-        """This process's rows, copied."""
+        """Return a copy of this process's rows of an unsharded tensor."""
         return whole[slice(*self.row_placement.rows(whole.shape[0]))].clone()
 
     def _part(self, whole: Tensor) -> Tensor:
-        """This process's part of a flat tensor as stage 3 cuts it, filled up with zeros."""
+        """Return this process's part of an unsharded tensor as ZeRO-3 partitions it: flat and padded with zeros."""
         size = -(-whole.numel() // self.context.world_size)
         part = whole.reshape(-1)[self.context.rank * size : (self.context.rank + 1) * size]
         return torch.nn.functional.pad(part, (0, size - part.numel()))
 
     def _filled(self, parameter: nn.Parameter, part: Tensor) -> Tensor:
-        """What of this process's part of a flat tensor is no padding, in which DeepSpeed leaves anything."""
+        """Return this process's part of a flat tensor without the padding, whose values are undefined."""
         start = self.context.rank * part.numel()
         return part[: max(self._shape(parameter).numel() - start, 0)]
 
     def _local(self, tensor: Tensor) -> Tensor:
-        """This process's rows, copied; at stage 3 all processes ask together."""
+        """Return a copy of this process's rows of a parameter. With ZeRO-3, all processes must call it together."""
         with self.deepspeed.zero.GatheredParameters([tensor], enabled=self.stage == 3):
             return self._cut(tensor.detach())
 
     @torch.no_grad()
     def _write(self, parameter: nn.Parameter, whole: Tensor) -> None:
-        """Overwrite a parameter and its master."""
+        """Overwrite a parameter and its master copy with an unsharded tensor."""
         with self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             parameter.data.copy_(whole)
         if not parameter.requires_grad:
@@ -97,7 +97,7 @@ class ZeroRows(Engine):
         return self._plain_moments if self.optimizer_steps and parameter.requires_grad else ()
 
     def _moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """This process's rows, copied; all processes ask together."""
+        """Return a copy of this process's rows of a moment. All processes must call it together."""
         if self.stage == 0:
             return self._cut(self.optimizer.state[parameter][name])
         return self._cut(self.utils.safe_get_full_optimizer_state(parameter, name))

@@ -1,4 +1,4 @@
-"""``parallel.deepspeed``: DeepSpeed settings beside ours. Needs no DeepSpeed."""
+"""Validation of ``parallel.deepspeed``, further settings for DeepSpeed. It does not import DeepSpeed."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ OURS = {
     "checkpoint": "checkpoint.*",
     "steps_per_print": "log.interval",
 }
-"""DeepSpeed's setting -> ours that decides it."""
+"""Options of DeepSpeed that our settings determine, with the name of our setting."""
 
 KNOWN = (
     "zero_optimization",
@@ -40,10 +40,10 @@ KNOWN = (
     "comms_logger",
     "flops_profiler",
 )
-"""What is passed on. DeepSpeed does not notice a name that it does not know, so everything else is refused."""
+"""Options that are passed to DeepSpeed. It silently ignores unknown names, so all others are rejected."""
 
 AUTOCAST = ("lower_precision_safe_modules",)
-"""What is passed on of ``torch_autocast``, likewise."""
+"""Options in ``torch_autocast`` that are passed to DeepSpeed. All others are rejected."""
 
 UNSUPPORTED = (
     "zero_optimization.offload_param",
@@ -64,17 +64,18 @@ UNSUPPORTED = (
     "zero_optimization.mics_shard_size",
     "zero_optimization.zenflow",
 )
-"""They move, cut or round what a rank event and a checkpoint must find whole, or fail with models that change."""
+"""Options that rank events and checkpoints do not support, because they move, partition or quantise tensors, or fail if
+the model changes."""
 
 SECTIONS = ("zero_optimization", "zero_optimization.offload_optimizer", "torch_autocast")
-"""What holds further settings, some of them ours."""
+"""Sections with nested options, some of which our settings determine."""
 
 
 def require_deepspeed(engine: str) -> None:
-    """Find out without importing it whether DeepSpeed is there.
+    """Check that DeepSpeed is installed, without importing it.
 
     Raises:
-        UserError: it is not.
+        UserError: if it is not.
     """
     if find_spec("deepspeed") is None:
         raise UserError(
@@ -84,10 +85,11 @@ def require_deepspeed(engine: str) -> None:
 
 
 def check(extra: Mapping[str, Any]) -> None:
-    """Refuse what another setting decides, what is not supported, and names that DeepSpeed would not notice.
+    """Check ``parallel.deepspeed``.
 
     Raises:
-        UserError: with the setting to write instead.
+        UserError: if an option is determined by another setting, unsupported, unknown, or has a value where a section
+            is expected.
     """
     for name, value in _entries(extra):
         if name in OURS:
@@ -105,7 +107,7 @@ def check(extra: Mapping[str, Any]) -> None:
 
 
 def _entries(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of everything in a tree, inner ones included."""
+    """Yield the dotted name and the value of each entry in nested mappings, including the inner mappings."""
     for key, value in tree.items():
         if "." in str(key):
             raise UserError(f"parallel.deepspeed sets {path}{key}; write {str(key).replace('.', ': {')}: ... in braces")
@@ -115,7 +117,7 @@ def _entries(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both trees in one; where both have a value, that of ``over``."""
+    """Merge two nested mappings. If both have a value, the one in ``over`` takes precedence."""
     merged = dict(under)
     for key, value in over.items():
         inner = merged.get(key)
