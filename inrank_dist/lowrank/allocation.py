@@ -145,7 +145,8 @@ def _spend(
         for start in range(least[name], most[name] - groups[name] + 1, groups[name]):
             energy = float(sigma[start : start + groups[name]].square().sum())
             candidates.append((-energy / (cost * groups[name]), start, position, name))
-    # The start index breaks ties, so that within a layer no group is taken before its predecessor.
+    # The groups of a layer are in descending order of energy, and the start index breaks ties. No group is therefore
+    # taken before its predecessor.
     stopped: set[str] = set()
     for _, _, _, name in sorted(candidates):
         cost = groups[name] * sum(shapes[name])

@@ -1,4 +1,4 @@
-"""The rank events of a run: measure, decide, agree, reshape. The loop sees one call."""
+"""Execution of the rank events of a run: measure spectra, decide ranks, check agreement, reshape the model."""
 
 import dataclasses
 import time
@@ -27,22 +27,22 @@ Record = dict[str, Any]
 
 
 class RankController:
-    """Follows the calendar of ``lowrank.*`` and changes the engine's model when it says so.
-
-    Attributes:
-        method: decides.
-        found: layer -> the rank that the rule found at the last decision, which the null rank is to be held against;
-            the freeze may have given the layer another.
-        reached: layer -> share of the spectrum that its rank explains since the last decision.
-        checks_without_growth: decisions in a row in which no layer grew.
-        frozen: whether the rank is frozen.
+    """Runs the rank events that the settings schedule on the model of a ``FactorHolder``.
 
     Args:
         holder: holds the factors.
-        values: gives the factors at initialisation (for ``measure: update`` without a base, and the null rank).
+        values: initial values of the parameters, from which the update since initialisation is computed.
         settings: section ``lowrank``.
-        seed: of the run; fresh directions come from it.
-        steps: of the run.
+        seed: seed of the run. It determines the random directions of fresh modes.
+        steps: number of optimizer steps of the run.
+
+    Attributes:
+        method: decides when ranks change and to what.
+        found: layer -> rank that the rule chose at the last decision. Compare the null rank with this one: at the
+            freeze, the allocation may have given the layer another rank.
+        reached: layer -> explained ratio of the rank chosen at the last decision.
+        checks_without_growth: number of consecutive decisions in which no layer grew.
+        frozen: whether the ranks are frozen.
     """
 
     def __init__(
@@ -50,38 +50,39 @@ class RankController:
     ) -> None:
         self.holder, self.values, self.settings, self.seed = holder, values, settings, seed
         self.shapes, self.processes = values.shapes, holder.processes
-        cls = METHODS.get(settings.mode, RankMethod)  # without layers, in mode full, nothing is ever due
+        cls = METHODS.get(settings.mode, RankMethod)  # mode full has no factored layers, so nothing is ever due
         self.method = cls(settings, self.shapes, seed, steps, settings.final_multiple(holder.device.type))
-        # Local rows of the factors at initialisation, kept on the CPU until the freeze: a quarter of what weights,
-        # gradients and Adam's moments of these columns take, where to draw them again is a QR of each at every check.
+        # Cached on the CPU until the freeze. Drawing the factors again at every check would cost a QR of each. The
+        # copy takes a quarter of the memory of the weights, gradients and Adam moments of these columns.
         self._initial_rows = cache(self._draw_initial_rows)
         self.reached: dict[str, float] = {}
         self.found: dict[str, int] = {}
         self.checks_without_growth, self.frozen = 0, False
 
     def due(self, step: int) -> Action | None:
-        """What is due after ``step`` completed optimizer steps."""
+        """Return the action due after ``step`` completed optimizer steps, or None."""
         if not self.shapes or self.frozen:
             return None
         return self.method.due(step, self.checks_without_growth, dense=not self.holder.layout)
 
     def before_step(self, step: int) -> None:
-        """Set what the forward passes after ``step`` completed optimizer steps need."""
+        """Set the base scale ``a`` for the forward passes that follow ``step`` completed optimizer steps."""
         self.holder.set_base_scale(self.method.policy.base_scale(step))
 
     def after_step(self, step: int, gradients: Gradients | None) -> list[Record]:
-        """Do what is due after ``step`` completed optimizer steps.
+        """Run the rank event that is due after ``step`` completed optimizer steps, if any.
 
         Args:
-            gradients: computes the gradients of all factors on the batch of that step, for ``growth_init: gradient``;
-                None: they are not finite, and growth is random.
+            step: number of completed optimizer steps.
+            gradients: computes the gradients of all factors on the batch of that step, for ``growth_init: gradient``.
+                None if they are not finite; the directions of new modes are then random.
 
         Returns:
-            Records for the monitors, none when nothing was due.
+            Records for the monitors; empty if nothing was due.
 
         Raises:
-            Disagreement: processes measured or decided differently; nothing was touched.
-            UserError: the training diverged.
+            Disagreement: processes measured or decided differently. The model is unchanged.
+            UserError: a factor is not finite because training diverged.
         """
         began = time.perf_counter()
         action = self.due(step)
@@ -108,8 +109,12 @@ class RankController:
         return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
 
     def _decide(self, action: Action, step: int) -> tuple[dict[str, Decision], dict[str, int], Spectra]:
-        """What becomes of every layer, the rank that the rule by itself found in it, and the spectra of the products of
-        the layers whose modes change (of all, where those are what the rule looks at)."""
+        """Decide the rank of every layer.
+
+        Returns:
+            The decisions, the ranks chosen by the rule before the final allocation, and spectra of the products. The
+            spectra cover all layers if the rule uses the product, otherwise only the layers whose modes change.
+        """
         factors = self._factors()
         measured = self._measure(self._updates() if self.method.measures_update else factors, step)
         ranks = {name: layer.rank for name, layer in self.holder.layout.items()}
@@ -119,7 +124,7 @@ class RankController:
         found = {name: decision.after for name, decision in decisions.items()}
         product = measured
         if self.method.measures_update:
-            self._agree(measured, decisions)  # the next collective depends on them
+            self._agree(measured, decisions)  # the sizes in the next collective depend on the decisions
             changing = {
                 name: layer for name, layer in factors.items() if action == "freeze" or self._widens(decisions, name)
             }
@@ -131,7 +136,7 @@ class RankController:
         return decisions, found, product
 
     def _factors(self) -> Mapping[str, FactorRows]:
-        """Rows that this process alone counts, of factors; of the weight and the identity while layers are dense."""
+        """Return the counted rows of the factors, or of the dense weights and identities while the layers are dense."""
         return self.holder.factors() if self.holder.layout else self.holder.dense_factors(self.shapes)
 
     def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
@@ -141,7 +146,7 @@ class RankController:
             raise UserError(f"at step {step} {error}; write a lower optimizer.lr") from None
 
     def _agree(self, spectra: Spectra, decisions: Mapping[str, Decision]) -> None:
-        """Check that all processes saw and decided the same, of the layers that were measured."""
+        """Check that the Grams and decisions of all measured layers are equal on all processes."""
         answers = {name: (decisions[name], checksum) for name, checksum in spectra.checksums.items()}
         if answers:
             self.processes.agree(
@@ -150,7 +155,7 @@ class RankController:
             )
 
     def _widens(self, decisions: Mapping[str, Decision], name: str) -> bool:
-        """Whether growth gives a layer more modes; near the cap only its rank may rise."""
+        """Return whether growth adds modes to a layer. Near ``min(in, out)``, the rank can rise without new modes."""
         return self.method.modes(name, decisions[name].after, "grow") > self.holder.layout[name].modes
 
     def _new_layout(
@@ -165,7 +170,7 @@ class RankController:
     def _plan(
         self, layout: Mapping[str, LayerLayout], product: Spectra, action: Action, step: int
     ) -> dict[str, RankEvent]:
-        """The maps of the layers that change, the same in every process."""
+        """Return the events of the layers whose factors change, equal on all processes."""
         if action != "grow":
             events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes)
         else:
@@ -176,21 +181,21 @@ class RankController:
             if event.fresh:
                 rows = self.holder.placement(name).counted_rows(self.shapes[name][1])
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
-                # A copy of the rows: a view would keep every layer's whole Z alive at once.
+                # Copy the rows, because a view would keep the whole Z of every layer in memory.
                 directions[name] = directions[name].to(self.holder.device, copy=True)
         return orthogonalise(events, self._factors(), product, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
-        """The whole random ``Z: (in, F)`` of a layer, the same in every process; drawn again rather than kept."""
+        """Draw all rows of the random directions ``Z: (in, F)`` of a layer, equal on all processes."""
         generator = generator_for(self.seed, layer, "growth", step)
         return torch.randn(self.shapes[layer][1], count, generator=generator)
 
     def _updates(self) -> dict[str, Learned]:
-        """What was learned, where the factors did not start at zero."""
+        """Return the factors of the update since initialisation."""
         return {name: Learned(now, self._initial_rows(name)) for name, now in self.holder.factors().items()}
 
     def _draw_initial_rows(self, layer: str) -> Factors:
-        """The rows of ``holder.factors()`` at initialisation."""
+        """Draw the factors of a layer at initialisation and return the rows that ``holder.factors()`` has."""
         whole = self.values.factors(layer)
         held = self.holder.placement(layer)
         return Factors(*(rows[slice(*held.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
@@ -216,8 +221,11 @@ class RankController:
         removes_base: bool,
         seconds: float,
     ) -> list[Record]:
-        """Of each layer ``explained`` is the share that the rank before the decision explains, ``reached`` that of the
-        rank after it."""
+        """Return the records of an event.
+
+        Per layer, ``explained`` is the explained ratio of the rank before the decision and ``reached`` that of the rank
+        after it.
+        """
         records: list[Record] = []
         shrinks = self.method.may_shrink(action)
         when = {"step": step, "seconds": seconds, "threshold": self.method.rule.threshold, "shrinks": shrinks}
@@ -257,11 +265,11 @@ class RankController:
 
     @property
     def shrinks(self) -> bool:
-        """Whether the present ranks could have become lower."""
+        """Whether the ranks are frozen and the freeze could lower them."""
         return self.frozen and self.settings.shrinks
 
     def table(self) -> dict[str, Record]:
-        """What is known of each layer: its rank, the rank that the rule found, and what to hold them against."""
+        """Return the rank, the rank chosen by the rule, the null rank, the explained ratio and the shape per layer."""
         return {
             name: {
                 "rank": layer.rank,
@@ -274,7 +282,7 @@ class RankController:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state beside the layout; ``load_state_dict`` continues from it."""
+        """Return the state, without the layout, as JSON-serialisable values."""
         return {
             "null": self.method.null.state_dict(),
             "explained": self.reached,

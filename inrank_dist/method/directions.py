@@ -1,12 +1,15 @@
-"""Where new modes look: the top singular directions of the present gradient (``lowrank.growth_init: gradient``).
+"""Initialisation of new modes along the top singular directions of the gradient (``lowrank.growth_init: gradient``).
 
-GLRL's greedy choice (Li, Luo, Lyu, arXiv 2012.09839) for factors that are sharded by rows. The
-gradient ``G: (out, in)`` of a weight is never formed. With ``U`` zero in the fresh columns, the gradient of those of
-``U`` is ``G @ V_fresh``, a random sketch of its range, and with an orthonormal basis ``Q`` of that in their place the
-gradient of those of ``V`` is ``G.T @ Q``: one step of a randomised SVD (Halko, Martinsson, Tropp, arXiv 0909.4061,
-algorithm 4.4) in two backward passes. There are no columns to oversample with, so a start that is far from the top
-direction can miss it: on the tests' model the fresh columns hold 0.93 of the best possible energy on average (random
-ones 0.05) and 0.48 in the worst layer; a second step would make the average 0.95, for twice the cost.
+This is the greedy choice of GLRL (Li, Luo, Lyu, arXiv 2012.09839) for factors that are sharded by rows. The gradient
+``G: (out, in)`` of a weight is never formed. Two backward passes compute one step of subspace iteration with
+``G.T @ G`` from random columns (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4):
+
+1. The fresh columns of ``U`` are zero. Their gradient is ``G @ V_fresh``, a random sketch of the range of ``G``.
+2. The fresh columns of ``U`` are set to an orthonormal basis ``Q`` of the sketch and those of ``V`` to zero. The
+   gradient of the fresh columns of ``V`` is then ``G.T @ Q``.
+
+The sketch has exactly ``F`` columns. Without oversampling, it can miss a top direction to which the random columns are
+nearly orthogonal.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,23 +23,27 @@ from ..lowrank.spectrum import Factors, gram_matrices, gram_root, measure_spectr
 from .holder import FactorHolder
 
 Gradients = Callable[[], Mapping[str, Factors]]
-"""Computes the gradients of every layer's factors, all rows that this process holds; nothing is moved."""
+"""Returns the gradients of the factors of every layer, for all rows that this process holds. The parameters do not
+change."""
 
 RANDOM_SHARE = 1e-6
-"""Weight of the random directions beside the gradient's: they decide only where the gradient has fewer than ``F``."""
+"""Weight of the random directions relative to the gradient. They matter only if the gradient has a rank below ``F``."""
 
 
 def aim_at_gradient(holder: FactorHolder, fresh: Mapping[str, int], gradients: Gradients) -> None:
-    """Turn the fresh columns of ``V`` to the top right singular directions of the gradient outside the span of the
-    others.
+    """Set the fresh columns of ``V`` to the top right singular directions of the gradient outside the span of the other
+    columns.
 
-    Their columns of ``U`` are zero before and after, so the function does not change. Beside the two backward passes
-    there travel ``8 * sum F * (F + 1)`` bytes of Grams and ``8 * sum F * F`` of their solutions, 8 bytes a
-    layer of norms, then those of ``measure_spectra`` and ``orthogonalise``.
+    The fresh columns of ``U`` are zero before and after the call, so the model computes the same function.
+
+    Communication, besides two backward passes: all-reduces of ``8 * sum F * (F + 1)`` bytes for Grams, ``8 * sum F^2``
+    bytes for their solutions and 8 bytes per layer for norms, and those of ``measure_spectra`` and ``orthogonalise``.
 
     Args:
-        fresh: layer -> number ``F`` of fresh columns, the last ones; ``V`` is orthonormal there and ``U`` zero.
-        gradients: of all factors on one global batch; called twice.
+        holder: holds the factors.
+        fresh: layer -> number ``F`` of fresh columns, which are the last ones. ``V`` has orthonormal fresh columns, and
+            those of ``U`` are zero.
+        gradients: computes the gradients of all factors on one global batch. It is called twice.
     """
     processes = holder.processes
     first = {layer: holder.layout[layer].modes - count for layer, count in fresh.items()}
@@ -48,7 +55,7 @@ def aim_at_gradient(holder: FactorHolder, fresh: Mapping[str, int], gradients: G
     grams = gram_matrices({layer: Factors(rows, rows) for layer, rows in counted.items()}, processes.sum)
 
     def solve(layer: str) -> list[Tensor]:
-        inverse = gram_root(grams[layer].U.cpu()).inverse  # (F, k): k < F where the gradient's rank is less
+        inverse = gram_root(grams[layer].U.cpu()).inverse  # (F, k), k < F if the rank of the gradient is less
         return [torch.nn.functional.pad(inverse, (0, fresh[layer] - inverse.shape[1]))]
 
     owner = assign_owners(fresh, processes.count)

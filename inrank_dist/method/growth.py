@@ -1,4 +1,4 @@
-"""What becomes of new modes right after a growth (``lowrank.growth_init``)."""
+"""Initialisation of new modes after a growth (setting ``lowrank.growth_init``)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +12,17 @@ from .settings import LowRankSettings
 
 @dataclass(frozen=True)
 class Growth:
-    """A growth that has just happened.
+    """A growth whose new modes are to be initialised.
 
     Attributes:
-        fresh: layer -> number of new modes, the last columns: ``U`` is zero and ``V`` random and orthonormal there.
-        step: optimizer steps so far.
-        gradients: of all factors on the batch of that step; None: they are not finite.
+        holder: holds the factors after the growth.
+        values: initial values of the parameters.
+        settings: section ``lowrank``.
+        seed: seed of the run.
+        fresh: layer -> number of new modes, which are the last columns. ``U`` is zero there, and ``V`` has random
+            orthonormal columns.
+        step: number of completed optimizer steps.
+        gradients: computes the gradients of all factors on the batch of that step. None if they are not finite.
     """
 
     holder: FactorHolder
@@ -30,13 +35,16 @@ class Growth:
 
 
 def look_along_gradient(growth: Growth) -> None:
-    """Turn new modes to the top singular directions of the gradient."""
+    """Initialise new modes along the top singular directions of the gradient, if it is finite."""
     if growth.gradients is not None:
         aim_at_gradient(growth.holder, growth.fresh, growth.gradients)
 
 
 def open_as_published(growth: Growth) -> None:
-    """Give new modes random values in both factors, as the first ones had; the function jumps."""
+    """Initialise both factors of new modes randomly, like the factors at the start. This changes the function.
+
+    The published code of arXiv 2306.11250 grows in this way.
+    """
     for name, count in growth.fresh.items():
         generator = generator_for(growth.seed, name, "published growth", growth.step)
         shape, std = growth.values.shapes[name], growth.values.std(name)

@@ -1,4 +1,4 @@
-"""What a rank method needs of whatever holds the factors: an engine, somebody's own training loop, a test."""
+"""Protocols of the objects that hold the factors, for example an engine or a user's training loop."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
@@ -13,23 +13,27 @@ from ..lowrank.spectrum import DenseRows, Factors
 
 
 class RowDivision(Protocol):
-    """Which rows of a tensor a process holds."""
+    """The division of the rows of a tensor among processes.
+
+    Several processes may hold the same row. Each row is *counted* by exactly one of them, so that sums over all
+    processes are correct.
+    """
 
     def rows(self, size: int) -> tuple[int, int]:
-        """First row and end of the rows that this process holds of ``size``."""
+        """Return the first row and the end (exclusive) of the rows that this process holds, out of ``size`` rows."""
         ...
 
     def counted_rows(self, size: int) -> tuple[int, int]:
-        """The part of ``rows`` that this process alone counts: over all processes every row exactly once."""
+        """Return the first row and the end (exclusive) of the rows that this process counts, a part of ``rows``."""
         ...
 
 
 class FactorHolder(Protocol):
-    """Holds the factors of low-rank layers, whole or by rows.
+    """A model whose low-rank layers have factors that are whole or sharded by rows.
 
     Attributes:
-        layout: low-rank layer -> its rank and number of modes; empty while the layers are dense.
-        device: of the factors.
+        layout: low-rank layer -> rank and number of modes. Empty while the layers are dense.
+        device: device of the factors.
         processes: all processes that hold rows.
     """
 
@@ -41,33 +45,33 @@ class FactorHolder(Protocol):
     def processes(self) -> Processes: ...
 
     def placement(self, layer: str) -> RowDivision:
-        """How the rows of a layer are divided."""
+        """Return the division of the rows of a layer."""
         ...
 
     def factors(self) -> Mapping[str, Factors]:
-        """Rows of every low-rank layer's factors that this process alone counts."""
+        """Return the counted rows of the factors of every low-rank layer."""
         ...
 
     def dense_factors(self, layers: Iterable[str]) -> Mapping[str, DenseRows]:
-        """Rows of dense layers' weights that this process alone counts."""
+        """Return the counted rows of the weights of dense layers."""
         ...
 
     def reshape(self, layout: Layout, events: Mapping[str, RankEvent], directions: Callable[[str], Tensor]) -> None:
-        """Change the shapes of layers, as ``ReshapableModel.reshape``."""
+        """Apply rank events to layers, see ``ReshapableModel.reshape``."""
         ...
 
     def held_rows(self, layers: Iterable[str]) -> Mapping[str, Factors]:
-        """All rows of the factors of layers that this process holds, counted or not; they share memory with it."""
+        """Return all rows of the factors that this process holds. They share memory with the parameters."""
         ...
 
     def counted(self, layer: str, held: Factors) -> Factors:
-        """Of rows such as those of ``held_rows``, those that this process alone counts."""
+        """Select the counted rows from tensors with all held rows, such as those of ``held_rows``."""
         ...
 
     def set_columns(self, layer: str, first: int, U: Tensor | float, V: Tensor | float) -> None:
-        """Overwrite the columns from ``first`` on of this process's rows of a layer's factors."""
+        """Overwrite the columns of the factors from ``first`` on, in all rows that this process holds."""
         ...
 
     def set_base_scale(self, scale: float) -> None:
-        """Set the factor ``a`` of every base."""
+        """Set the scale ``a`` of every base."""
         ...

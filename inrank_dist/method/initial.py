@@ -1,4 +1,4 @@
-"""Which layers are factored, and their values before training."""
+"""Selection of the layers to factor, and their initial layout and values."""
 
 import functools
 import math
@@ -16,10 +16,11 @@ from .settings import LowRankSettings
 
 
 def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of the layers that are factored, in the model's order.
+    """Return ``(out, in)`` of each layer to factor, in the order of the model; empty in mode ``full``.
 
     Raises:
-        UserError: a target that matches nothing, an initial rank above the width, or a budget that nothing fits into.
+        UserError: a target is invalid or matches no layer, a matched layer cannot be factored, ``initial_rank`` is too
+            large for a layer, or ``final_budget`` is below rank 1 in every layer.
     """
     if settings.mode == "full":
         return {}
@@ -45,17 +46,17 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
 
 
 def start_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
-    """The layout before the first step; without layers where they are dense then."""
+    """Return the layout before the first step; empty if the layers are dense at the start."""
     return {} if settings.dense_fraction else factored_layout(shapes, settings)
 
 
 def fits(layout: Layout, shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> bool:
-    """Whether a checkpoint's layout has the layers of the settings, or none while they are still dense."""
+    """Return whether the layout of a checkpoint has the layers of the settings, or none if they may still be dense."""
     return layout.keys() == shapes.keys() or (settings.dense_fraction > 0 and not layout)
 
 
 def factored_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
-    """The layout with ``initial_rank`` in every layer."""
+    """Return the layout with ``initial_rank`` in every layer."""
     return {
         name: LayerLayout(
             rank=settings.initial_rank,
@@ -67,21 +68,27 @@ def factored_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSetting
 
 
 class StartValues:
-    """Start value of every parameter, by name; the same in every process, drawn from the seed and the name alone.
+    """Initial values of the parameters by name. They depend only on the seed and the name.
 
-    Dense parameters follow the model's own rules. They are drawn the same way whatever the mode, so that a full-rank
-    and a low-rank run with one seed share all that they have in common.
+    Dense parameters are initialised by the rules of the model, independent of the mode. A full-rank and a low-rank run
+    with the same seed therefore have equal initial values for all parameters that they have in common.
+
+    Args:
+        dense: initial values of the dense model.
+        shapes: layer to factor -> ``(out, in)``.
+        settings: section ``lowrank``.
+        seed: seed of the run.
     """
 
     def __init__(
         self, dense: InitialValues, shapes: dict[str, tuple[int, int]], settings: LowRankSettings, seed: int
     ) -> None:
         self.dense, self.shapes, self.settings, self.seed = dense, shapes, settings, seed
-        # U and V of a layer come from one draw and are asked for one after the other.
+        # One draw gives both U and V of a layer, which are requested one after the other.
         self.factors = functools.lru_cache(maxsize=1)(self._factors)
 
     def __call__(self, name: str) -> Tensor:
-        """The whole value of a parameter of the converted model, float32 on CPU."""
+        """Return the whole initial value of a parameter of the converted model, float32 on the CPU."""
         layer, _, leaf = name.rpartition(".")
         if leaf == "base" and layer in self.shapes:
             generator = generator_for(self.seed, layer, "base")
@@ -91,7 +98,7 @@ class StartValues:
         return self.dense.parameter(name)
 
     def _factors(self, layer: str) -> Factors:
-        """Both factors of a layer at initialisation."""
+        """Draw both factors of a layer."""
         out_features, in_features = self.shapes[layer]
         modes = self.settings.rule.modes(self.settings.initial_rank, min(out_features, in_features))
         init = self.settings.init if self.settings.base == "none" else None
@@ -99,5 +106,5 @@ class StartValues:
         return start_factors(out_features, in_features, modes, init, self.std(layer), generator)
 
     def std(self, layer: str) -> float:
-        """Standard deviation with which the model starts the dense weight of a layer."""
+        """Return the standard deviation of the dense weight of a layer at initialisation."""
         return self.dense.std(f"{layer}.weight")

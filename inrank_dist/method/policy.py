@@ -1,4 +1,4 @@
-"""When to look and what to do: pure decisions on step numbers."""
+"""The schedule of rank events."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,17 @@ Action = Literal["factorise", "grow", "freeze"]
 
 @dataclass(frozen=True)
 class RankPolicy:
-    """The calendar of rank events, in optimizer steps (never in forward passes).
+    """The schedule of rank events, in optimizer steps (not forward passes).
 
     Attributes:
-        interval: steps between decisions, or None: the rank never changes.
-        freeze_step: after this many steps the rank is frozen at the latest, or None: it may grow to the end.
-        decay_steps: the base's factor ``a`` goes linearly from 1 to 0 over this many steps, or None: no decaying base.
-        patience: the rank is also frozen after this many decisions in a row in which no layer grew, or None. Not while
-            the base fades: it would be left without its weight.
-        dense_steps: dense layers are factorised after this many steps; 0: they start as factors.
+        interval: steps between two decisions. None if the rank never changes.
+        freeze_step: latest step at which the rank is frozen. None if it may grow to the end.
+        decay_steps: number of steps over which the base scale ``a`` decays linearly from 1 to 0. None without a
+            decaying base.
+        patience: number of consecutive decisions without growth after which the rank is frozen early. None: only
+            ``freeze_step`` freezes it. The rank is not frozen before the base has decayed, because the frozen factors
+            could not grow to replace the rest of the base.
+        dense_steps: number of steps after which dense layers are factorised. 0 if they start as factors.
     """
 
     interval: int | None
@@ -26,10 +28,11 @@ class RankPolicy:
     dense_steps: int = 0
 
     def action(self, step: int, checks_without_growth: int = 0) -> Action | None:
-        """What is due after ``step`` optimizer steps, as long as the rank is not frozen yet.
+        """Return the action due after ``step`` optimizer steps, or None. The rank must not be frozen yet.
 
         Args:
-            checks_without_growth: decisions in a row, up to now, in which no layer grew.
+            step: number of completed optimizer steps.
+            checks_without_growth: number of consecutive decisions, up to now, in which no layer grew.
         """
         if self.freeze_step is not None and step >= self.freeze_step:
             return "freeze"
@@ -41,11 +44,11 @@ class RankPolicy:
         return "freeze" if is_settled and step >= (self.decay_steps or 0) else "grow"
 
     def base_scale(self, step: int) -> float:
-        """``a`` for the forward passes of the step that follows ``step`` completed ones."""
+        """Return the base scale ``a`` for the forward passes that follow ``step`` completed steps."""
         if self.decay_steps is None:
             return 1.0
         return max(0.0, 1.0 - step / self.decay_steps)
 
     def removes_base(self, step: int) -> bool:
-        """Whether the base is gone after ``step`` optimizer steps."""
+        """Return whether the base has decayed to zero after ``step`` optimizer steps."""
         return self.decay_steps is not None and step >= self.decay_steps

@@ -1,4 +1,4 @@
-"""What a method decides: when ranks change, to what, and what the same rule finds where nothing was learned."""
+"""Rank methods: they decide when ranks change and to what, and track the null ranks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,23 +16,24 @@ from .settings import LowRankSettings
 
 
 class RankMethod:
-    """Decides when ranks change and to what, by the explained ratio (arXiv 2306.11250), and keeps the null ranks.
+    """Decides when ranks change and to what, based on the explained ratio (arXiv 2306.11250).
 
-    Subclasses set ``grows`` and ``freezes``. A new method is a subclass and a line in ``METHODS``. It sees numbers
-    only; ``RankController`` measures, lets the processes agree, and reshapes.
+    A method works only with singular values and step numbers. ``RankController`` measures the spectra, checks that the
+    processes agree, and reshapes the model. To add a method, write a subclass, set ``grows`` and ``freezes``, and
+    register it in ``METHODS``.
 
     Args:
         settings: section ``lowrank``.
         shapes: layer -> ``(out, in)``.
-        seed: of the run.
-        steps: optimizer steps of the run.
-        multiple: ranks are rounded to a multiple of this at the freeze.
+        seed: seed of the run.
+        steps: number of optimizer steps of the run.
+        multiple: at the freeze, ranks are rounded to a multiple of this.
 
     Attributes:
-        rule: from singular values to a rank.
-        policy: the calendar.
+        rule: derives a rank from singular values.
+        policy: the schedule.
         null: the null ranks so far.
-        measures_update: whether ``sigma`` is the spectrum of what was learned since the start, not of the product.
+        measures_update: whether the rule uses the spectrum of the update since initialisation, not of the product.
     """
 
     grows, freezes = True, False
@@ -47,7 +48,7 @@ class RankMethod:
         at_initialisation: Callable[[int, int, int], Factors] | None = None
         if starts_random and not self.measures_update:
             at_initialisation = partial(untrained_factors, settings, seed)
-            if settings.init in ("spectral", "spectral_ones"):  # a dense SVD a draw: drawn once and kept
+            if settings.init in ("spectral", "spectral_ones"):  # cached because each draw takes a dense SVD
                 at_initialisation = cache(at_initialisation)
         opens_at_random = settings.growth_init == "published"
         self.null = NullRanks(
@@ -55,11 +56,13 @@ class RankMethod:
         )
 
     def due(self, step: int, checks_without_growth: int, *, dense: bool) -> Action | None:
-        """What is due after ``step`` optimizer steps, as long as the ranks are not frozen.
+        """Return the action due after ``step`` optimizer steps, or None. The ranks must not be frozen yet.
 
         Args:
-            checks_without_growth: in a row, up to now.
-            dense: whether the layers are dense; also where a resumed run has fewer dense steps than it had.
+            step: number of completed optimizer steps.
+            checks_without_growth: number of consecutive decisions, up to now, in which no layer grew.
+            dense: whether the layers are dense. They can still be dense after the scheduled step if the run was resumed
+                with a smaller ``dense_fraction``.
         """
         action = self.policy.action(step, checks_without_growth)
         if dense:
@@ -67,11 +70,13 @@ class RankMethod:
         return None if action == "factorise" else action
 
     def decide(self, layer: str, sigma: Tensor, rank: int | None, action: Action) -> Decision:
-        """The rank of one layer.
+        """Decide the rank of one layer.
 
         Args:
-            sigma: ``(R,)`` float64 singular values, descending, the same bits on every process.
-            rank: present active rank; None: the layer is dense.
+            layer: name of the layer.
+            sigma: ``(R,)`` float64 singular values, descending, bitwise equal on all processes.
+            rank: current active rank. None if the layer is dense.
+            action: the action that is due.
         """
         dimension = min(self.shapes[layer])
         if rank is not None:
@@ -80,11 +85,11 @@ class RankMethod:
         return decision if self.settings.grows else self.with_rank(decision, self.settings.initial_rank, layer, sigma)
 
     def final_ranks(self, product: Mapping[str, Tensor], decisions: Mapping[str, Decision]) -> dict[str, int]:
-        """Ranks after the freeze.
+        """Return the ranks after the freeze.
 
         Args:
-            product: singular values of the products of the factors, which the freeze truncates.
-            decisions: of ``decide``.
+            product: layer -> ``(R,)`` singular values of the product of the factors, which the freeze truncates.
+            decisions: layer -> result of ``decide``.
         """
         spectra = {
             name: Spectrum(sigma, self.shapes[name], self.rule.cap(min(self.shapes[name])), decisions[name].after)
@@ -94,20 +99,20 @@ class RankMethod:
         return allocation.ranks(spectra, self.multiple, self.settings.final_budget, self.seed)
 
     def modes(self, layer: str, rank: int, action: Action) -> int:
-        """Columns that a layer of this rank has: with a buffer, until the freeze."""
+        """Return the number of modes of a layer with this rank. The freeze removes the buffer."""
         return rank if action == "freeze" else self.rule.modes(rank, min(self.shapes[layer]))
 
     def may_shrink(self, action: Action | None) -> bool:
-        """Whether a decision may lower ranks."""
+        """Return whether a decision may lower ranks."""
         return action == "freeze" and self.settings.shrinks
 
     def with_rank(self, decision: Decision, rank: int, layer: str, sigma: Tensor) -> Decision:
-        """A decision with another rank than the rule's."""
+        """Return a copy of a decision with another rank and its explained ratio."""
         ratio = explained_ratio(sigma, min(self.shapes[layer]), self.rule.criterion)
         return dataclasses.replace(decision, after=rank, reached=float(ratio[min(rank, len(ratio) - 1)]))
 
     def advance_null(self, action: Action, *, was_dense: bool) -> None:
-        """Apply the rule to untrained factors as well."""
+        """Apply the rule to untrained factors, or to untrained dense weights if the layers were dense."""
         shapes = set(self.shapes.values())
         if not was_dense:
             self.null.advance(shapes, may_shrink=self.may_shrink(action))
@@ -116,7 +121,7 @@ class RankMethod:
 
 
 def untrained_factors(settings: LowRankSettings, seed: int, out_features: int, in_features: int, modes: int) -> Factors:
-    """Factors of a shape at initialisation; the explained ratio does not see their scale."""
+    """Draw factors of a shape at initialisation, with ``std`` 1 because the explained ratio is scale-invariant."""
     generator = generator_for(seed, "null born", out_features, in_features)
     return start_factors(out_features, in_features, modes, settings.init, 1.0, generator)
 
@@ -128,11 +133,11 @@ class FixedMethod(RankMethod):
 
 
 class GrowingMethod(RankMethod):
-    """The rank may grow to the end."""
+    """Factors whose rank may grow until the end."""
 
 
 class GrowThenFreezeMethod(RankMethod):
-    """The rank grows during the warm-up and is then frozen."""
+    """Factors whose rank grows during the warm-up and is then frozen."""
 
     freezes = True
 
@@ -142,4 +147,4 @@ METHODS: dict[str, type[RankMethod]] = {
     "inrank": GrowingMethod,
     "efficient": GrowThenFreezeMethod,
 }
-"""``lowrank.mode`` -> method; ``full`` has none."""
+"""Value of the setting ``lowrank.mode`` -> method. ``full`` has none."""

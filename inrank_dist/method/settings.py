@@ -13,18 +13,17 @@ from ..runtime.resume import OnResume
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}
-"""What suits the arithmetic units of a device: tiles of tensor cores, vectors of 8 floats (190 rounded to 192 took 4 %
-off a step of GPT-2 small on CPU)."""
+"""Device type -> multiple that suits its hardware: tiles of tensor cores, or SIMD vectors of 8 floats."""
 
 
 def _modes() -> list[str]:
-    from .rank_method import METHODS  # which needs the settings
+    from .rank_method import METHODS  # avoids a circular import
 
     return ["full", *METHODS]
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The texts that a setting of this type can have; empty: any value of another type."""
+    """Return the strings that a setting of this type accepts; empty if the type does not list its values."""
     if get_origin(annotation) is Annotated:
         return list(annotation.__metadata__[0].names())
     return list(get_args(annotation)) if get_origin(annotation) is Literal else []
@@ -47,72 +46,75 @@ Base = Literal["frozen", "none", "decay"]
 
 @dataclass(kw_only=True)
 class LowRankSettings:
-    """Which layers are factored, how the factors start, when and how far their rank grows."""
+    """Settings of the factored layers, of their initialisation and of the growth of their rank."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse",), fixed=("targets",))
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
-    """full: dense model; fixed: factors of constant rank; inrank: the rank may grow to the end; efficient: it grows
-    during the warm-up and is then frozen, at the smallest rank that reaches the threshold."""
+    """full: dense model. fixed: factors of constant rank. inrank: the rank may grow until the end. efficient: the rank
+    grows during the warm-up and is then frozen at the smallest value that reaches the threshold."""
     targets: list[str] = field(default_factory=lambda: ["mlp"])
-    """Layers to factor: mlp, attention, all, inner (all but those of the first block), or regular expressions searched
-    in the layer's name."""
+    """Layers to factor: mlp, attention, all (both), inner (both, except in the first block), or regular expressions
+    that are searched in the layer name."""
     initial_rank: int = 8
-    """Active rank r at the start (in mode fixed: the rank)."""
+    """Initial active rank r. In mode fixed, the constant rank."""
     dense_fraction: float = 0.0
-    """Fraction of train.steps that the layers are trained dense before the best approximation of each takes its place
-    (arXiv 2305.02538): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in its spectrum.
-    0: they start as factors."""
+    """Fraction of train.steps during which the layers are dense. Each is then replaced by its best low-rank
+    approximation (arXiv 2305.02538): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in
+    its spectrum. 0: the layers start as factors."""
     buffer: int = 8
-    """Modes b trained beyond the active rank; the most that one decision can add."""
+    """Number b of modes trained beyond the active rank. One decision raises the rank by at most b."""
     threshold: float = 0.9
-    """Explained ratio below which the rank is raised."""
+    """The rank is raised if its explained ratio is below this threshold."""
     criterion: Annotated[str, OneOf(lambda: RESIDUALS)] = "energy"
-    """Explained ratio by energy (sum of squared singular values) or by variance (as published)."""
+    """Definition of the explained ratio: energy (sum of squared singular values) or variance (as published)."""
     measure: Literal["update", "product"] = "update"
-    """Spectrum of what was learned since the start, or of the product of the factors, random start included (as
-    published)."""
+    """Matrix whose spectrum determines the rank: update (the change since initialisation) or product (the product of
+    the factors, including their random initial values, as published)."""
     base: Base = "decay"
-    """Dense base W0 under the factors: frozen, none (the factors are the weight), or decay (fades out over
-    warmup_steps)."""
+    """Dense base W0 that is added to the product of the factors: frozen, none (the product is the whole weight), or
+    decay (scaled linearly to zero over warmup_steps)."""
     init: Init = "orthogonal"
-    """How the base starts, or without a base how the factors start (spectral and spectral_ones need base none)."""
+    """Initialisation of the base, or of the factors without a base. spectral and spectral_ones need base none."""
     interval: int = 25
-    """Optimizer steps between two decisions."""
+    """Number of optimizer steps between two decisions."""
     warmup_steps: int = 200
-    """Optimizer steps over which a decaying base fades; also the default of freeze_step, unless there is a
-    dense_fraction."""
+    """With base decay: number of optimizer steps over which the base decays to zero. Also the default of freeze_step if
+    dense_fraction is 0."""
     freeze_step: int | Literal["auto"] | None = None
-    """Optimizer step at which mode efficient freezes the rank; null: warmup_steps, or the end of
-    dense_fraction where there is one; auto: at the decision after freeze_patience decisions without growth, at the
-    latest after freeze_fraction of train.steps."""
+    """Optimizer step at which mode efficient freezes the rank. null: warmup_steps, or the end of the dense steps if
+    dense_fraction is not 0. auto: the decision after freeze_patience decisions without growth, at the latest after
+    freeze_fraction of train.steps."""
     freeze_patience: int = 3
-    """With freeze_step auto: decisions in a row without growth in any layer after which the rank is frozen."""
+    """With freeze_step auto: number of consecutive decisions without growth in any layer after which the rank is
+    frozen."""
     freeze_fraction: float = 0.5
     """With freeze_step auto: fraction of train.steps after which the rank is frozen at the latest."""
     final: Annotated[str, OneOf(lambda: ALLOCATIONS)] = "per_layer"
-    """Ranks at the freeze: per_layer as the rule found them; uniform: one rank of about as many parameters; budget: the
-    ranks that discard the least energy within final_budget; random: ranks drawn by the seed within final_budget, the
-    control of the others."""
+    """Ranks after the freeze. per_layer: the ranks that the rule found. uniform: the same rank in all layers, with
+    about as many parameters in total. budget: the ranks that discard the least energy within final_budget. random:
+    random ranks within final_budget, drawn from the seed, as a control."""
     final_budget: float = 0.25
-    """With final budget or random: at most this many parameters in the factors after the freeze, as a fraction of the
-    dense layers'; ranks are rounded to less than multiple_of where it would not be kept otherwise."""
+    """With final budget or random: maximum number of parameters in the factors after the freeze, as a fraction of those
+    of the dense layers. If multiples of multiple_of exceed the budget, ranks are rounded to smaller multiples."""
     growth_init: Annotated[str, OneOf(_growths)] = "random"
-    """Where new modes look: in random directions, or along the top singular directions of the present gradient outside
-    the span of the factors (costs two more backward passes a growth); neither changes the function. published: both
-    factors random as at the start, as in the published code, so that the function jumps; only to reproduce it."""
+    """Initialisation of new modes. random: random directions. gradient: the top singular directions of the current
+    gradient outside the span of the factors, at the cost of two more backward passes per growth. Neither changes the
+    function of the model. published: both factors random as at the start, which changes the function; only to reproduce
+    the published code."""
     max_rank_fraction: float = 0.5
-    """Largest active rank as a fraction of min(in, out)."""
+    """Maximum active rank as a fraction of min(in, out)."""
     multiple_of: int | None = None
-    """Ranks are raised to a multiple of this, and rounded to one at the freeze, where the least energy is discarded.
-    null: they are raised by any number and rounded to a multiple of 64 on GPUs, of 8 on CPU."""
+    """Growth raises ranks to a multiple of this. The freeze rounds ranks up or down to a multiple such that the least
+    energy is discarded. null: growth raises ranks to any value, and the freeze rounds to a multiple of 64 on GPUs and
+    of 8 on CPUs."""
     fuse: bool = True
-    """Factors that read the same input (q, k, v; gate, up) run as one product; the same function."""
+    """Compute factors that read the same input (q, k, v; gate, up) as one product. The result is the same."""
     activation: Activation = "none"
-    """Between the factors, as in CoLA (arXiv 2502.10940). silu: only in mode fixed with base none, because the product
-    of the factors is then no weight, whose spectrum could be measured, truncated or decayed."""
+    """Activation between the factors, as in CoLA (arXiv 2502.10940). silu needs mode fixed and base none: the product
+    of the factors is then not the weight of a linear layer, so it cannot be measured, truncated or decayed."""
     frobenius_decay: float = 0.0
-    """Decoupled decay of the Frobenius norm of the product U V^T, in place of weight decay on the factors; 0: off."""
+    """Decoupled decay of the Frobenius norm of the product U V^T, instead of weight decay of the factors. 0: off."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -198,22 +200,22 @@ class LowRankSettings:
             raise UserError(f"{start} but lowrank.growth_init is published; write lowrank.growth_init: random")
 
     total_steps: ClassVar[int | None] = None
-    """Optimizer steps of the run, where a method was made for a certain length (``library.PretrainThenFactorise``)."""
+    """Number of optimizer steps of the run if the settings are made for a certain length
+    (``library.PretrainThenFactorise``), otherwise None."""
 
     @property
     def start_rank(self) -> int | None:
-        """Active rank of every layer at the start; None: they are dense then."""
+        """Initial active rank of every layer. None if the layers are dense at the start."""
         return None if self.dense_fraction else self.initial_rank
 
     @property
     def measures_update(self) -> bool:
-        """Whether the rule looks at what was learned where that is not the product of the factors."""
+        """Whether the rule needs the spectrum of the update separately. With a base, the product is the update."""
         return self.base == "none" and self.measure == "update" and not self.dense_fraction
 
     @property
     def shrinks(self) -> bool:
-        """Whether the freeze may lower a rank: to the smallest that reaches the threshold. The published one never
-        does."""
+        """Whether the freeze may lower ranks to the smallest that reach the threshold. The published code does not."""
         return self.freezes and self.growth_init != "published"
 
     @property
@@ -227,21 +229,21 @@ class LowRankSettings:
         return self.mode != "full" and _method(self.mode).freezes
 
     def freeze_at(self, steps: int) -> int:
-        """Latest step of the freeze in mode ``efficient``, in a run of ``steps``."""
+        """Return the latest step of the freeze in a run of ``steps`` optimizer steps."""
         if self.freeze_step == "auto":
             latest = max(round(self.freeze_fraction * steps), 1)
             return max(latest, self.warmup_steps if self.base == "decay" else self.dense_steps(steps))
         return (self.dense_steps(steps) or self.warmup_steps) if self.freeze_step is None else self.freeze_step
 
     def dense_steps(self, steps: int) -> int:
-        """Optimizer steps that the layers are trained dense, in a run of ``steps``."""
+        """Return the number of optimizer steps with dense layers in a run of ``steps``."""
         if self.mode == "full" or not self.dense_fraction:
             return 0
         return max(round(self.dense_fraction * steps), 1)
 
     @property
     def rule(self) -> RankRule:
-        """The rule; without growth there is no buffer."""
+        """The rule that derives ranks from spectra. Without growth there is no buffer."""
         return RankRule(
             threshold=self.threshold,
             criterion=self.criterion,
@@ -252,15 +254,15 @@ class LowRankSettings:
 
     @property
     def has_budget(self) -> bool:
-        """Whether final ranks spend a budget of parameters, whatever ranks the rule found."""
+        """Whether the final ranks depend on ``final_budget`` and not on the ranks that the rule found."""
         return ALLOCATIONS[self.final].uses_budget
 
     def final_multiple(self, device_type: str) -> int:
-        """What final ranks are rounded to a multiple of, on ``cuda`` or ``cpu``."""
+        """Return the multiple to which final ranks are rounded on a device type such as ``cuda`` or ``cpu``."""
         return self.multiple_of or FINAL_MULTIPLES.get(device_type, 8)
 
     def policy(self, steps: int) -> RankPolicy:
-        """The calendar of a run of ``steps``."""
+        """Return the schedule of a run of ``steps`` optimizer steps."""
         return RankPolicy(
             interval=self.interval if self.grows else None,
             freeze_step=self.freeze_at(steps) if self.freezes else None,
@@ -270,7 +272,7 @@ class LowRankSettings:
         )
 
     def without_effect(self) -> list[tuple[str, str]]:
-        """Keys that do nothing in this mode, each with the reason."""
+        """Return the settings that have no effect in combination with the others, each with the reason."""
         if self.mode == "full":
             return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name != "mode"]
         idle = []
