@@ -93,7 +93,7 @@ class LowRankRun:
     ) -> None:
         total_steps = _check_method(method, total_steps)
         self._method, self._make_scheduler = method, scheduler
-        self._groups: list[dict[str, Any]] = []  # of the optimizer that an event replaces
+        self._groups: list[dict[str, Any]] = []  # options of the optimizer replaced by an event
         self._schedule: dict[str, Any] = {}
         with torch.device("meta"):
             self._dense = model()
@@ -212,8 +212,6 @@ class LowRankRun:
             for name, parameter in model.named_parameters():
                 parameter.copy_(whole[name])
         return merge(model, self._dense)
-
-    # State.
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the parameters, persistent buffers, optimizer state and ranks, by name.

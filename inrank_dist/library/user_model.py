@@ -94,8 +94,6 @@ class UserModel(ReshapableModel):
         """Set the scale of every dense base in ``model`` to that of this model."""
         set_base_scale(model, self._base_scale)
 
-    # State.
-
     def state(self) -> dict[str, Tensor]:
         """Return the parameters, persistent buffers and optimizer state by name. They share memory with the model."""
         saved: dict[str, Tensor] = {}

@@ -217,7 +217,7 @@ class HuggingFaceValues:
                     value.normal_(std=0.02)  # as in the constructor of Conv1D
                 for module in modules:
                     model._init_weights(module)
-        except NotImplementedError:  # a rule that reads other parameters, which are on meta
+        except NotImplementedError:  # the rule reads other parameters, which are on meta
             value.fill_(torch.nan)
         finally:
             owner._parameters[leaf] = original

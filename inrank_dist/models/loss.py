@@ -94,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
             counted = target != IGNORED_TARGET
             target = target.masked_fill(~counted, 0)
             logits = F.linear(part, weight, bias).float()
-            # The following operations are in place, so that a chunk needs the memory of its logits only once.
+            # In place, so that a chunk needs the memory of its logits only once.
             logits -= logits.amax(1, keepdim=True)
             chosen = logits.gather(1, target)
             total = logits.exp_().sum(1, keepdim=True)

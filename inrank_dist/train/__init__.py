@@ -1,4 +1,4 @@
-"""The trainer: ``build`` makes a run from settings, as the command ``train`` does."""
+"""The trainer. ``build`` creates a run from its configuration, as the command ``train`` does."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ __all__ = ["Callback", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when used: the settings of this package are read by those who train nothing.
+    # Imported on first use, because config.py imports the settings of this package without training anything.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     place = {"Callback": ".callbacks", "build": ".session"}[name]

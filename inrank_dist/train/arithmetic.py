@@ -6,16 +6,16 @@ from ..models import LanguageModel, flops_per_token
 
 
 class FlopCounter:
-    """Counts forward and backward operations over all processes.
+    """Counter of the forward and backward operations of all processes.
 
     Args:
-        engine: its model changes its shape.
-        seq_len: tokens of a sequence.
-        before: operations of the run that is continued; None: it began with a version that did not count them.
+        engine: engine of the model, whose shapes may change during training.
+        seq_len: sequence length in tokens.
+        before: operations counted before the checkpoint that the run resumes from. None if the number is unknown.
 
     Attributes:
-        since_start: of all steps since the start of this process.
-        dense_per_token: of the dense model.
+        since_start: operations since the start of this process.
+        dense_per_token: operations per token of the dense model.
     """
 
     def __init__(self, engine: Engine, seq_len: int, before: int | None = 0) -> None:
@@ -25,7 +25,11 @@ class FlopCounter:
         self.dense_per_token = flops_per_token(engine.skeleton, seq_len)
 
     def count(self, tokens: int) -> None:
-        """Add a step with the model as it is now."""
+        """Count a step with the current model.
+
+        Args:
+            tokens: tokens of the global batch.
+        """
         layout, flops = self._counted
         if layout is not self._engine.layout:
             flops = flops_per_token(self.unsharded, self._seq_len)
@@ -34,10 +38,10 @@ class FlopCounter:
 
     @property
     def unsharded(self) -> LanguageModel:
-        """The model as it is now, on ``meta``."""
+        """An unsharded copy of the current model on ``meta``."""
         return convert(self._engine.skeleton, self._engine.layout)
 
     @property
     def of_run(self) -> int | None:
-        """Of all steps so far; None: unknown."""
+        """Operations of the whole run so far, or None if unknown."""
         return None if self._before is None else self._before + self.since_start

@@ -1,4 +1,4 @@
-"""From settings to a model at its start: skeleton, layout, start values."""
+"""Construction of the dense model and the engine from the configuration."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from ..runtime.context import Context
 
 
 def dense_skeleton(settings: ModelSettings, vocab_size: int) -> LanguageModel:
-    """The dense model on ``meta``: shapes and names, no values."""
+    """Build the dense model on ``meta``, for its names and shapes."""
     with torch.device("meta"):
         return build_model(settings, vocab_size)
 
@@ -27,7 +27,15 @@ def dense_skeleton(settings: ModelSettings, vocab_size: int) -> LanguageModel:
 def build_engine(
     config: Config, context: Context, skeleton: LanguageModel, layout: Layout, values: Values | None
 ) -> Engine:
-    """The engine that ``parallel.engine`` names, with the model in it. The process group is up (``context.start``)."""
+    """Build the engine selected by ``parallel.engine``.
+
+    Args:
+        config: the configuration.
+        context: context with an initialised process group (``context.start``).
+        skeleton: the dense model on ``meta``.
+        layout: layout of the low-rank layers.
+        values: initial values, or None if a checkpoint is loaded afterwards.
+    """
     options = BuildOptions(
         bf16=config.train.precision == "bf16",
         compile=config.train.compile,
@@ -48,10 +56,10 @@ def build_engine(
 
 
 def cost_setup(config: Config, world_size: int) -> Setup:
-    """What the formulas of ``engine.cost`` need beside the model.
+    """Return the inputs of the formulas in ``engine.cost``, except the model.
 
     Raises:
-        UserError: the batch sizes or the engine do not fit the number of processes.
+        UserError: if the batch sizes or the engine do not fit the number of processes.
     """
     train = config.train
     check_batch_sizes(train.global_batch_size, train.micro_batch_size, world_size)
@@ -75,12 +83,12 @@ def _zero(stage: int, config: Config, context: Context) -> Callable[..., Engine]
 
 
 def zero_config(stage: int, config: Config, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is told.
+    """Return the configuration for DeepSpeed.
 
     Raises:
-        UserError: ``parallel.deepspeed`` holds something that DeepSpeed does not know.
+        UserError: if ``parallel.deepspeed`` contains something that DeepSpeed does not know.
     """
-    from ..engine.zero_config import deepspeed_config  # imports DeepSpeed, which takes seconds and may not be there
+    from ..engine.zero_config import deepspeed_config  # DeepSpeed is optional and slow to import
 
     return deepspeed_config(
         stage,

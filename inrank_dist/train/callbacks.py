@@ -1,4 +1,4 @@
-"""What happens beside the training itself: hooks that see a run."""
+"""Callbacks of the trainer."""
 
 import logging
 from collections.abc import Mapping
@@ -15,39 +15,40 @@ log = logging.getLogger("inrank_dist")
 
 
 class Callback:
-    """Sees a run at its start, after each optimizer step and at its end; all processes call it alike.
+    """Base class of callbacks. Every process calls the same hooks.
 
     Attributes:
-        name: under which its state is saved in checkpoints; empty: it has none.
+        name: key of the callback's state in checkpoints. Empty if it has no state.
     """
 
     name = ""
 
     def on_start(self, trainer: "Trainer") -> None:
-        """Before the first step of this process."""
+        """Called before the first step of this process."""
 
     def on_step_end(self, trainer: "Trainer", verdict: Verdict, rate: float, records: list[dict[str, Any]]) -> None:
-        """After an optimizer step and its rank event.
+        """Called after an optimizer step and its rank event.
 
         Args:
-            verdict: what was found of the step.
-            rate: its learning rate.
-            records: of the rank event, none where nothing was due.
+            trainer: the trainer.
+            verdict: verdict on the step.
+            rate: learning rate of the step.
+            records: records of the rank event. Empty if none was due.
         """
 
     def on_end(self, trainer: "Trainer") -> None:
-        """After the last step, before the last checkpoint."""
+        """Called after the last step and before the last checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state, from which ``load_state_dict`` continues."""
+        """Return the state to save in checkpoints, which must be JSON-serializable."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state in a checkpoint."""
+        """Restore the state from a checkpoint."""
 
 
 class Sample(Callback):
-    """Writes a sample of text at the end."""
+    """Callback that writes a text sample at the end of training."""
 
     def on_end(self, trainer: "Trainer") -> None:
         config, tokenizer = trainer.config, trainer.data.tokenizer
@@ -63,7 +64,7 @@ class Sample(Callback):
                 generator=generator_for(config.run.seed, "sample", trainer.step),
                 pad=config.train.compile,
             )
-        except NotFinite as error:  # in every process; the weights are, so they are saved
+        except NotFinite as error:  # in every process; the weights are finite, so the run still saves them
             log.warning("warning: no sample: %s", error)
             return
         text = tokenizer.decode(tokens)

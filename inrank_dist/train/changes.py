@@ -1,4 +1,4 @@
-"""What may change when a run goes on, and what that does to it."""
+"""Changes of settings when a run resumes."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .schedule import decay_begins, learning_rate
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not what it was when the checkpoint was written; values as YAML writes them."""
+    """A setting that differs from the one in the checkpoint. Values are in YAML notation."""
 
     key: str
     was: str
@@ -27,13 +27,19 @@ class Change:
 
 
 def refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str]) -> list[Change]:
-    """Compare the settings with those that a checkpoint was written with, and with what is in it.
+    """Check that the configuration is compatible with the settings and the tensors of a checkpoint.
+
+    Args:
+        config: the current configuration.
+        checkpoint: the checkpoint to resume from.
+        allowed: dotted keys that the user allows to change (``--allow-change``).
 
     Returns:
-        What has changed.
+        All settings that have changed.
 
     Raises:
-        UserError: something that changes the mathematics and is not allowed to, or that cannot change at all.
+        UserError: if a setting has changed that cannot change within a run, or that affects training and is not in
+            ``allowed``, or if the tensors do not fit the model.
     """
     run_folder, changes = checkpoint.run_folder, []
     before, now = load_config(checkpoint.config_file)[0].to_dict(), config.to_dict()
@@ -60,7 +66,7 @@ def refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str
 
 
 def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
-    """Whatever the settings are called, the tensors must be those of the model that they make; none is loaded."""
+    """Raise UserError unless the shapes in the checkpoint are those of the configured model. Loads no tensors."""
     state = checkpoint.state
     skeleton = dense_skeleton(config.model, state.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
@@ -75,7 +81,7 @@ def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence[Change]) -> str | None:
-    """What changed settings do to the learning rate at once, and how to avoid it; None where it goes on as planned."""
+    """Return a warning if changed settings make the learning rate jump, with advice if there is any, else None."""
     before, step = load_config(checkpoint.config_file)[0], checkpoint.state.step
     steps_before, steps = before.train.steps, config.train.steps
     if step == 0 or step >= steps:

@@ -1,4 +1,4 @@
-"""Training time."""
+"""Measurement of training time."""
 
 import time
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Training time in seconds, without validation and checkpoints.
+    """Clock for training time in seconds, excluding validation and checkpoints.
 
     Args:
-        seconds: so far, in the run that is continued.
-        tokens: so far.
+        seconds: training time before the checkpoint that the run resumes from.
+        tokens: tokens processed before that checkpoint.
     """
 
     def __init__(self, seconds: float = 0.0, tokens: int = 0) -> None:
@@ -22,14 +22,17 @@ class Clock:
         return time.perf_counter() - self._began
 
     def rates(self, *totals: float) -> list[float]:
-        """How much each total has grown per second since the last call."""
+        """Return the increase per second of each total since the last call.
+
+        The totals are the processed tokens and two others that start at 0.
+        """
         now, (then, before) = self.seconds, self._mark
         self._mark = (now, totals)
         return [(total - was) / max(now - then, 1e-9) for total, was in zip(totals, before, strict=True)]
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """The clock stands still meanwhile."""
+        """Stop the clock during the context."""
         stopped = time.perf_counter()
         yield
         self._began += time.perf_counter() - stopped

@@ -1,4 +1,4 @@
-"""Validation loss, the same number for any engine and any number of processes."""
+"""Validation loss, independent of the engine and the number of processes."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,15 +21,17 @@ def validation_loss(
     max_sequences: int | None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss in nats per token; every token counts once.
+    """Return the mean loss in nats per token, with every token counted once.
 
     Args:
+        engine: engine of the model.
+        dataset: the validation data.
         batch_size: sequences per forward pass of one process.
-        max_sequences: so many sequences, spread evenly; None: all.
-        interrupted: asked before every batch, the same answer in all processes.
+        max_sequences: number of sequences to use, spread evenly over the dataset. None for all.
+        interrupted: called before every batch; returns True to stop. Must return the same value in all processes.
 
     Returns:
-        The loss, or None where it was interrupted.
+        The loss, or None if interrupted.
     """
     context = engine.context
     engine.model.eval()

@@ -1,4 +1,4 @@
-"""Is this step fit to be taken? All processes answer together, with one small all-reduce a step."""
+"""Detection of non-finite losses and gradients and of loss spikes, with one small all-reduce per step."""
 
 import math
 import statistics
@@ -13,21 +13,22 @@ from ..runtime.errors import UserError
 from .settings import TrainSettings
 
 WINDOW = 64
-"""Losses of the steps before, to which a step's loss is compared."""
+"""Number of previous losses that a loss is compared with."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all processes found about a step, the same in each.
+    """The verdict on a step, which is the same in all processes.
 
     Attributes:
-        loss: mean over the tokens of the global batch, in nats.
-        norm: of the gradient, before clipping.
-        reason: why the optimizer must not move; None: it may.
-        processes: those whose local_nonfinite loss or gradient is no number.
-        spike: how many standard deviations the loss lies above the last ones, where that is too many.
-        stop: whether any process was asked to stop.
-        failed: whether a checkpoint could not be written behind the training in any process.
+        loss: mean loss over the tokens of the global batch, in nats.
+        norm: norm of the gradient before clipping.
+        reason: why the optimizer step must be skipped, or None.
+        processes: global ranks of the processes whose loss or gradient is not finite.
+        spike: number of standard deviations by which the loss exceeds the mean of previous losses, if it is a spike,
+            else None.
+        stop: whether any process received a stop request.
+        failed: whether an asynchronous checkpoint failed in any process.
     """
 
     loss: float
@@ -40,15 +41,15 @@ class Verdict:
 
 
 class Health:
-    """Judges every step, and remembers what it needs for that.
-
-    Attributes:
-        skipped: steps skipped so far.
+    """Checks every step and keeps a history of losses and skipped steps.
 
     Args:
-        context: all processes.
-        settings: section ``train``.
-        lr: peak learning rate, for the message.
+        context: context of all processes.
+        settings: settings of the section ``train``.
+        lr: peak learning rate, for error messages.
+
+    Attributes:
+        skipped: number of steps skipped so far.
     """
 
     def __init__(self, context: Context, settings: TrainSettings, lr: float) -> None:
@@ -67,15 +68,18 @@ class Health:
         stop: bool,
         failed: bool,
     ) -> Verdict:
-        """One all-reduce of 40 bytes, and the step's one synchronisation with the device.
+        """Return the verdict on a step.
+
+        This takes one all-reduce of 40 bytes and the only synchronisation with the device in a step.
 
         Args:
-            loss: this process's summed loss.
-            norm: of the whole gradient.
-            local_norm: norm of the rows of the gradient that this process holds.
-            local_nonfinite: whether this process itself computed a gradient that is not finite; bool.
-            tokens: of the global batch.
-            stop, failed: whether this process was asked to stop; whether it knows of a failed save.
+            loss: summed loss of this process in nats, a scalar.
+            norm: norm of the global gradient, a scalar.
+            local_norm: norm of the rows of the gradient that this process holds, a scalar.
+            local_nonfinite: whether this process computed a non-finite gradient, a bool scalar.
+            tokens: number of tokens in the global batch.
+            stop: whether this process received a stop request.
+            failed: whether an asynchronous checkpoint failed in this process.
         """
         bad_loss, bad_rows = ~torch.isfinite(loss), ~torch.isfinite(local_norm)
         bad_gradient = local_nonfinite | bad_rows | ~torch.isfinite(norm)
@@ -87,7 +91,7 @@ class Health:
         reason, processes, spike = None, [], None
         if losses or gradients:
             reason = "the loss is not finite" if losses else "the gradient is not finite"
-            # Who computed it, if anyone; else who holds it: a sum over processes spreads it to all.
+            # Prefer the processes that computed the value. After the reduction other processes hold it, too.
             marks = self.context.gather((bool(bad_loss), bool(local_nonfinite), bool(bad_rows)))
             signs = [[rank for rank, mark in enumerate(marks) if mark[sign]] for sign in range(3)]
             processes = next((found for found in signs if found), [])
@@ -98,13 +102,14 @@ class Health:
         return Verdict(mean, norm_, reason, processes, spike, stops > 0, failures > 0)
 
     def count(self, verdict: Verdict, step: int) -> None:
-        """Remember a judged step.
+        """Record the verdict on a step.
 
         Args:
-            step: steps completed, this one included.
+            verdict: the verdict.
+            step: number of completed steps, including this one.
 
         Raises:
-            UserError: too many steps in a row were skipped.
+            UserError: if too many consecutive steps were skipped.
         """
         if verdict.reason is None:
             self._in_a_row = 0
@@ -127,7 +132,7 @@ class Health:
         return above if above > self.settings.spike_deviations else None
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state; ``load_state_dict`` continues from it."""
+        """Return the JSON-serializable state."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "losses": self._losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -35,32 +35,35 @@ from .schedule import learning_rate
 
 
 class Trainer:
-    """One run to its last step. All processes do the same. ``session.build`` makes it from settings.
-
-    Attributes:
-        step, tokens, seconds: so far.
-        train_loss: the last one that was logged; None: none yet.
-        validation: the last one in this process; None: none yet.
-        evaluation_due: whether the validation of this step has not been done yet.
-        monitors: are told of everything worth writing down.
+    """The training loop of a run, executed by all processes. ``session.build`` creates it from a configuration.
 
     Args:
-        config: all settings.
-        context: with its process group up.
+        config: the configuration.
+        context: context with an initialised process group.
         data: the prepared data.
-        loader: of the training data.
-        engine: holds the model.
-        ranks: follows the calendar of rank events.
-        health: judges steps.
-        writer: of checkpoints.
-        profiler: of chosen steps.
-        flops: counts operations.
-        callbacks: see the run, in this order.
-        state: of the checkpoint that the run continues from, or None.
-        branched_from: the run folder of that checkpoint, where it is another one.
-        stop: asks this process to stop.
-        heartbeat: told what is done next, how many seconds that may take, and by which setting (``Watch.heartbeat``).
-        before_save: called by process 0 before each checkpoint; what it raises is raised by all.
+        loader: loader of the training data.
+        engine: engine of the model and its optimizer.
+        ranks: controller of the rank events.
+        health: checks for non-finite values and loss spikes.
+        writer: writer of checkpoints.
+        profiler: profiler of selected steps.
+        flops: counter of floating-point operations.
+        callbacks: callbacks, called in this order.
+        state: state in the checkpoint that the run resumes from, or None.
+        branched_from: run folder of that checkpoint if it belongs to another run, else None.
+        stop: stop request of this process.
+        heartbeat: called before each activity with its name, its timeout in seconds and the setting of the timeout; see
+            ``Watch.heartbeat``.
+        before_save: called in process 0 before each checkpoint. All processes raise its exceptions.
+
+    Attributes:
+        step: number of completed optimizer steps.
+        tokens: number of tokens processed.
+        seconds: training time in seconds.
+        train_loss: last logged training loss, or None.
+        validation: last validation loss in this process, or None.
+        evaluation_due: whether the validation after this step is still to be done.
+        monitors: destinations of the run's records.
     """
 
     def __init__(
@@ -94,18 +97,18 @@ class Trainer:
         if state:
             self.step, self.tokens, self.seconds = state.step, state.tokens, state.seconds
             self.train_loss, self.evaluation_due = state.train_loss, state.evaluation_due
-        self._resumed_at = self.step if state and not branched_from else None  # a checkpoint is there already
+        self._resumed_at = self.step if state and not branched_from else None  # the checkpoint of this step exists
         self.clock = Clock(self.seconds, self.tokens)
 
     def run(self, monitors: Monitors) -> None:
-        """Train to the last step.
+        """Train until the last step.
 
         Args:
-            monitors: told of everything worth writing down; empty on all processes but the first.
+            monitors: destinations of the run's records. Empty on all processes except process 0.
 
         Raises:
-            UserError: the loss is no longer finite, or a checkpoint could not be written.
-            Stopped: on request; a checkpoint of the last step is complete.
+            UserError: if training has diverged, or a checkpoint cannot be written.
+            Stopped: after a stop request, once the checkpoint of the last completed step is written.
         """
         self.monitors = monitors
         with closing(self.loader):
@@ -116,7 +119,7 @@ class Trainer:
         patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
         for callback in self.callbacks:
             callback.on_start(self)
-        if self.branched_from:  # from here on the parent run is no longer needed
+        if self.branched_from:  # makes this run independent of its parent
             self.save()
             self._resumed_at = self.step
         self._between_steps(stop=False)
@@ -130,7 +133,7 @@ class Trainer:
             stop, reshaped = self._step_and_events()
             seconds = time.perf_counter() - began
             self._between_steps(stop)
-            # The first step after a start or a reshape may compile; where steps take long, so may the next.
+            # The step timeout follows the longest step since the last start or reshape, which may have compiled.
             if not is_profiled:
                 longest, settled = max(longest, seconds) if settled else seconds, True
             settled = settled and not reshaped
@@ -138,7 +141,7 @@ class Trainer:
             if reshaped and patience < self.config.parallel.timeout_seconds:
                 patience, setting = float(self.config.parallel.timeout_seconds), TIMEOUT
         self.heartbeat("the end of the run", float(self.config.parallel.timeout_seconds))
-        self._refuse_lost()  # no text comes out of such a model, and no summary describes it
+        self._refuse_lost()  # before the callbacks sample text and write a summary
         for callback in self.callbacks:
             callback.on_end(self)
         self.save()
@@ -146,10 +149,10 @@ class Trainer:
         self.writer.close()
 
     def _step_and_events(self) -> tuple[bool, bool]:
-        """One optimizer step, its rank event and the callbacks.
+        """Run an optimizer step, its rank event and the callbacks.
 
         Returns:
-            Whether any process was asked to stop, and whether layers changed their shapes.
+            Whether any process received a stop request, and whether any layer changed its shape.
         """
         (batches, verdict, rate), write = self.profiler.run(self.step + 1, self.take_step)
         if write:
@@ -159,11 +162,11 @@ class Trainer:
         if verdict.reason or verdict.spike is not None:
             self.monitors.write(notice(verdict, self.step, self.health.skipped))
         if verdict.failed:
-            self.writer.finish()  # raises
+            self.writer.finish()  # raises the error of the failed save
         before = self.engine.layout
         if self.ranks.due(self.step):
             self.heartbeat(f"the rank event after step {self.step}", self.config.parallel.timeout_seconds)
-        # A gradient that is not finite shows no direction.
+        # A non-finite gradient provides no direction for new modes.
         gradients = None if verdict.reason else partial(self.engine.factor_gradients, batches, self._tokens_per_step)
         records = self.ranks.after_step(self.step, gradients)
         self.seconds = self.clock.seconds
@@ -175,7 +178,7 @@ class Trainer:
         return verdict.stop, self.engine.layout != before
 
     def take_step(self) -> tuple[Batches, Verdict, float]:
-        """The next optimizer step alone: its batches, the verdict on it, the learning rate."""
+        """Run the next optimizer step. Return its micro-batches, the verdict on it and its learning rate."""
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         self.flops.count(self._tokens_per_step)
         verdict, rate = self._update(batches)
@@ -183,7 +186,14 @@ class Trainer:
         return batches, verdict, rate
 
     def _between_steps(self, stop: bool) -> None:
-        """Validation and checkpoint, where they are due; or the end, where it was asked for."""
+        """Validate and save a checkpoint if they are due.
+
+        Args:
+            stop: whether any process received a stop request.
+
+        Raises:
+            Stopped: after a stop request.
+        """
         last = self.step == self.config.train.steps
         permanent_due = self._saves(self.config.checkpoint.interval)
         ephemeral_due = self._saves(self.config.checkpoint.ephemeral_interval)
@@ -202,7 +212,7 @@ class Trainer:
         return interval > 0 and self.step > 0 and self.step % interval == 0
 
     def _update(self, batches: Batches) -> tuple[Verdict, float]:
-        """Forward, backward and update; no update where the verdict is against it."""
+        """Run the forward and backward passes, and the optimizer unless the verdict is to skip the step."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
         self.ranks.before_step(self.step)
@@ -224,7 +234,7 @@ class Trainer:
         return self.config.train.global_batch_size * self.data.block_length
 
     def is_due(self, interval: int) -> bool:
-        """Whether something that is done every ``interval`` steps, and at the last one, is due now."""
+        """Return whether an action that runs every ``interval`` steps and at the last step is due."""
         return self.step == self.config.train.steps or (interval > 0 and self.step % interval == 0)
 
     def _tell_profile(self, profile: Profile | None) -> None:
@@ -235,9 +245,9 @@ class Trainer:
         self.monitors.write({"kind": "profile", "step": self.step, "trace": str(profile.trace), "memory": memory})
 
     def _evaluate(self) -> bool:
-        """Validate; False where someone asked to stop meanwhile, and it is still to be done."""
+        """Compute the validation loss. Return False if it was interrupted by a stop request."""
         batches = self.config.eval.batches
-        self.ranks.before_step(self.step)  # the model as the next step would use it
+        self.ranks.before_step(self.step)  # sets the scale of the dense base for this step
         loss = validation_loss(
             self.engine,
             self.data.validation,
@@ -258,10 +268,14 @@ class Trainer:
         return bool(asked)
 
     def save(self, *, ephemeral: bool = False) -> None:
-        """Write a checkpoint of the present step; with ``checkpoint.async`` behind the training.
+        """Write a checkpoint of the current step, in the background with ``checkpoint.async``.
+
+        Args:
+            ephemeral: remove the checkpoint once a newer one is complete.
 
         Raises:
-            UserError: it could not be written, or the model is lost: a checkpoint of it would push out the sound ones.
+            UserError: if it cannot be written, or the weights are not finite. Such a checkpoint would replace a valid
+                one.
         """
         self._refuse_lost()
         self.heartbeat(f"saving the checkpoint of step {self.step}", self.config.parallel.timeout_seconds)
@@ -289,7 +303,7 @@ class Trainer:
         self.writer.save(self.engine, state, ephemeral=ephemeral)
 
     def _refuse_lost(self) -> None:
-        """Raise ``UserError`` on every process if any process holds a weight or moment that is not finite."""
+        """Raise UserError on every process if any process holds a weight or moment that is not finite."""
         lost = self.engine.is_lost()
         self.context.sum(lost)
         if lost:

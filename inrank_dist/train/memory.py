@@ -1,4 +1,4 @@
-"""Memory of a computation, and its trace: the most bytes that it held at once beyond what was there before."""
+"""Measurement of peak memory, and allocator settings for training on CPU."""
 
 import ctypes
 import json
@@ -18,15 +18,18 @@ from torch.profiler import ProfilerActivity, profile
 Result = TypeVar("Result")
 
 MALLOPT = {-4: 0, -1: -1, -2: 64 * 2**20}
-"""glibc's M_MMAP_MAX: map no piece by itself; M_TRIM_THRESHOLD: never shrink the heap; M_TOP_PAD: grow it by this."""
+"""Options of glibc's ``mallopt``.
+
+``M_MMAP_MAX`` 0 never maps an allocation separately. ``M_TRIM_THRESHOLD`` -1 never shrinks the heap. ``M_TOP_PAD`` is
+the number of additional bytes to request when the heap grows.
+"""
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On CPU, have glibc keep what is freed for the next step instead of giving it back to the system.
+    """Make glibc keep freed memory for the next step when training on CPU.
 
-    A step allocates and frees gigabytes in large pieces, each of which glibc would map anew, and the kernel fill with
-    zeros page by page: a tenth of the step of GPT-2 small on two cores (README). Nothing is done where an environment
-    variable ``MALLOC_...`` shows that the user has ideas of their own, or without glibc.
+    By default glibc maps every large allocation anew, and the kernel fills its pages with zeros. A training step makes
+    many such allocations. Does nothing without glibc, or if the user has set a ``MALLOC_...`` environment variable.
     """
     if device.type != "cpu" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -38,19 +41,20 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory of the machine that this process has held so far."""
+    """Return the peak resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Peak of bytes allocated through PyTorch's allocator while ``work`` runs, its result included.
+    """Return the peak of additional bytes that PyTorch allocates on ``device`` while ``work`` runs.
 
-    That counts the tensors and the copies and workspaces that PyTorch hands to LAPACK or cuSOLVER, on ``device`` alone;
-    it does not count what the libraries allocate by themselves. Too slow to be timed.
+    The result of ``work`` is included, and so are the copies and workspaces that PyTorch passes to LAPACK and cuSOLVER.
+    Memory that these libraries allocate themselves is not counted. ``work`` runs much slower than usual on CPU, because
+    it is profiled.
 
     Args:
-        work: should have run once before, so that caches are filled.
-        device: where to count.
+        work: function to measure. It should have run before, so that caches are filled.
+        device: device whose allocations are counted.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -58,7 +62,7 @@ def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:
             work()
         return peak() - before
     result, profiler = profiled(work, device)
-    del result  # only now: what is freed is no longer in use
+    del result  # not earlier, so that the result counts as allocated memory
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -66,10 +70,10 @@ def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def profiled(work: Callable[[], Result], device: torch.device) -> tuple[Result, profile]:
-    """Run under torch's profiler, on CPU with every allocation.
+    """Run ``work`` under the PyTorch profiler. On CPU the profiler records every allocation.
 
     Returns:
-        What ``work`` returned, and the profiler, which can export its trace.
+        The result of ``work``, and the profiler, which can export a trace.
     """
     on_cpu = device.type == "cpu"
     activities = [ProfilerActivity.CPU] if on_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -83,7 +87,7 @@ def profiled(work: Callable[[], Result], device: torch.device) -> tuple[Result, 
 
 @contextmanager
 def cuda_peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """What it yields says, afterwards, how many bytes were allocated on a GPU at most."""
+    """Yield a function that returns the peak of allocated bytes on a GPU. Call it after the context."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     yield partial(torch.cuda.max_memory_allocated, device)
@@ -91,18 +95,18 @@ def cuda_peak(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def peak_in(trace: Path) -> int:
-    """Most bytes that were allocated and not yet freed at any moment of a trace, on CPU."""
+    """Return the peak of allocated bytes in a trace recorded on CPU."""
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     sizes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     held, peak = 0, 0
-    for _, size in sorted(sizes, key=lambda each: each[0]):  # stable: events of one moment keep their order
+    for _, size in sorted(sizes, key=lambda each: each[0]):  # stable, so simultaneous events keep their order
         held += size
         peak = max(peak, held)
     return peak
 
 
 def _quietly(call: Callable[[], object]) -> None:
-    """Call without what the profiler's C++ writes about itself to stderr."""
+    """Call a function with stderr redirected, which hides messages of the profiler's C++ code."""
     sys.stderr.flush()
     kept = os.dup(2)
     nothing = os.open(os.devnull, os.O_WRONLY)

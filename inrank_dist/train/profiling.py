@@ -1,4 +1,4 @@
-"""``train.profile``: a trace of chosen steps, and what the memory was taken up by."""
+"""Profiling of selected steps (``train.profile``)."""
 
 import gzip
 import logging
@@ -20,30 +20,40 @@ Result = TypeVar("Result")
 
 
 class Profile(NamedTuple):
-    """A trace, and the most bytes that its step held: on CPU beyond those at its start, on a GPU in all."""
+    """Profile of a step.
+
+    Attributes:
+        trace: path of the trace.
+        most: peak of allocated bytes. On CPU, memory allocated before the step is not included.
+    """
 
     trace: Path
     most: int
 
 
 class StepProfiler:
-    """Profiles the optimizer steps that it was told to.
+    """Profiler of selected optimizer steps.
 
     Args:
-        steps: their numbers, from 1 on.
-        folder: where traces go, ``step-00000020-process-0.json.gz``; readable by Perfetto and chrome://tracing.
-        context: who this process is.
+        steps: numbers of the steps to profile, starting at 1.
+        folder: folder for traces, such as ``step-00000020-process-0.json.gz``, which Perfetto and chrome://tracing can
+            display.
+        context: context of this process.
     """
 
     def __init__(self, steps: Collection[int], folder: Path, context: Context) -> None:
         self.steps, self.folder, self.context = frozenset(steps), folder, context
 
     def run(self, step: int, work: Callable[[], Result]) -> tuple[Result, Callable[[], Profile | None] | None]:
-        """Do a step.
+        """Run a step, under the profiler if it is selected.
+
+        Args:
+            step: number of the step, starting at 1.
+            work: function that runs the step.
 
         Returns:
-            What ``work`` returned; where it was profiled, what writes the trace, which takes longer than the step. It
-            gives None where that failed, and says so: the training goes on.
+            The result of ``work``, and a function that writes the trace, or None if the step was not profiled. Writing
+            takes longer than the step. If it fails, the function logs a warning and returns None.
         """
         if step not in self.steps:
             return work(), None
@@ -75,12 +85,14 @@ class StepProfiler:
 
 
 def memory_split(held: Held, most: int, *, on_gpu: bool) -> dict[str, Any]:
-    """Bytes of this process at its peak in a step: parameters, gradients, moments, and the rest, which is activations,
-    what was gathered, and workspaces.
+    """Return the peak memory of this process in a step, by kind, in bytes.
+
+    ``activations`` is the remainder: activations, gathered parameters and workspaces.
 
     Args:
-        held: by the formulas, which the tests hold against what is allocated.
-        most: ``Profile.most``.
+        held: bytes of parameters, gradients and moments according to ``engine.cost``.
+        most: peak of allocated bytes, from ``Profile.most``.
+        on_gpu: whether the step ran on a GPU.
     """
     peak = most + held.host if on_gpu else most + held.parameters + held.moments
     rest = max(peak - held.total, 0)

@@ -1,4 +1,4 @@
-"""The random state of a step, which dropout draws from."""
+"""Random state of a training step, which dropout uses."""
 
 import torch
 
@@ -6,23 +6,23 @@ from ..lowrank.init import seed_for
 
 
 def seed_step(seed: int, step: int, process_rank: int, device: torch.device) -> None:
-    """Seed torch's default generators of this process for one optimizer step.
+    """Seed the default generators of PyTorch for one optimizer step.
 
-    What is drawn depends on the arguments alone, so a resumed run needs no saved random state. The default generators
-    are what activation checkpointing, compiled graphs and CUDA graphs save and replay.
+    The random numbers depend only on the arguments, so a resumed run needs no saved random state. The default
+    generators are used because activation checkpointing, compiled graphs and CUDA graphs save and replay their state.
 
-    The same draws as after ``torch.manual_seed``, which also visits every other backend, and where a backend is not
-    initialised formats a stack trace (some ten ``stat`` calls) to say later who asked.
+    The result is the same as that of ``torch.manual_seed``, which is slower: it also seeds all other backends, and
+    formats a stack trace for each one that is not initialised.
 
     Args:
-        seed: of the run.
-        step: completed optimizer steps.
+        seed: seed of the run.
+        step: number of completed optimizer steps.
         process_rank: global rank of this process.
-        device: the device it computes on.
+        device: device that this process uses.
     """
     value = seed_for(seed, "step", step, process_rank)
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
-        torch.cuda.init()  # the generators exist from then on
+        torch.cuda.init()  # creates the generators
         index = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.default_generators[index].manual_seed(value)

@@ -1,4 +1,4 @@
-"""What a run writes down: a record at its start, of its steps and rank events, and at its end."""
+"""Records of a run: start, steps, rank events and summary."""
 
 import math
 import time
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Records(Callback):
-    """Writes ``metrics.jsonl``'s records to the monitors of the trainer.
+    """Callback that writes records to the trainer's monitors, and through them to ``metrics.jsonl``.
 
     Args:
-        peak: of the arithmetic of a process; None: not known.
-        parameters_dense: of the dense model.
-        parameters_start: of the model before the first step.
+        peak: peak floating-point operations per second of the device of a process, or None if unknown.
+        parameters_dense: number of parameters of the dense model.
+        parameters_start: number of parameters of the model before the first step.
     """
 
     def __init__(self, peak: Peak | None, parameters_dense: int, parameters_start: int) -> None:
         self.peak, self.parameters_dense, self.parameters_start = peak, parameters_dense, parameters_start
-        self._peak_memory = 0  # bytes of the GPU, as far as logged
+        self._peak_memory = 0  # bytes on the GPU, up to the last logged step
 
     def on_start(self, trainer: "Trainer") -> None:
         config, context, data, engine = trainer.config, trainer.context, trainer.data, trainer.engine
@@ -56,7 +56,7 @@ class Records(Callback):
                 "train_tokens": data.train_tokens,
                 "validation_tokens": data.validation_tokens,
                 "ranks": {name: layer.rank for name, layer in engine.layout.items()},
-                "rank_table": trainer.ranks.table(),  # after a resume, as it was at the last decision
+                "rank_table": trainer.ranks.table(),  # after a resume, the table of the last decision
                 "initial_rank": config.lowrank.start_rank,
                 "threshold": config.lowrank.threshold,
                 "shrinks": trainer.ranks.shrinks,
@@ -121,7 +121,7 @@ class Records(Callback):
 
 
 def notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:
-    """The record of a step that was skipped, or of a loss that stands out."""
+    """Return the record of a skipped step or a loss spike."""
     if verdict.reason is None:
         return {"kind": "spike", "step": step, "loss": verdict.loss, "deviations": verdict.spike}
     return {
@@ -134,7 +134,7 @@ def notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``; infinite where that overflows."""
+    """Return ``exp(loss)``, or infinity if it overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -1,4 +1,4 @@
-"""The run folder: one job at a time in it, and nothing written before there is nothing left to complain of."""
+"""The run folder, which one job at a time can use. It is created only after all checks have passed."""
 
 import logging
 import os
@@ -17,23 +17,24 @@ log = logging.getLogger("inrank_dist")
 LOCK, METRICS = ".lock", "metrics.jsonl"
 
 WAIT_SECONDS = 10.0
-"""How long to wait for a job that is just leaving the folder."""
+"""How long to wait for a job that is about to release the folder."""
 
 
 class RunFolder:
-    """A run folder and the lock on it, which process 0 holds and the others never ask for.
+    """A run folder and its lock, which only process 0 acquires.
 
-    It is the first of the monitors, so that no record goes into a folder that another job has taken over.
+    It is also the first monitor and checks the lock, so that no record is written after another job has taken over the
+    folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._lock = folder, Lock(folder / LOCK)
 
     def take_if_present(self) -> None:
-        """Lock a folder that exists, before its checkpoints are looked at; one that does not holds none.
+        """Lock the folder if it exists. This must happen before its checkpoints are read.
 
         Raises:
-            UserError: another job is in it, or it cannot be read or written.
+            UserError: if another job uses the folder, or it cannot be read or written.
         """
         try:
             self.folder.stat()
@@ -44,10 +45,14 @@ class RunFolder:
             raise _unusable(self.folder, error) from None
 
     def open(self, config: Config, checkpoint: Checkpoint | None) -> Monitors:
-        """Make the folder, unless it exists, and open the files of a run that goes on from ``checkpoint``.
+        """Create the folder if it does not exist, write the configuration, and open the monitors.
+
+        Args:
+            config: the configuration.
+            checkpoint: the checkpoint that the run resumes from, or None. Later records are removed.
 
         Raises:
-            UserError: another job is, or was meanwhile, in it, or it cannot be written.
+            UserError: if another job uses the folder or has trained in it in the meantime, or it cannot be written.
         """
         folder, state = self.folder, checkpoint.state if checkpoint else None
         step = state.step if state else 0
@@ -71,10 +76,10 @@ class RunFolder:
         return Monitors([self, metrics, curves, ConsoleMonitor(config.train.steps)])
 
     def check(self) -> None:
-        """Make sure that the folder is still this job's.
+        """Check that this job still holds the folder.
 
         Raises:
-            UserError: another job took it over, since this one was silent for too long.
+            UserError: if another job has taken it over, because this job showed no heartbeat for too long.
         """
         try:
             self._lock.check()
@@ -87,14 +92,14 @@ class RunFolder:
             raise _unusable(self.folder, error) from None
 
     def write(self, record: dict[str, Any]) -> None:
-        """As a monitor: check the lock before the others write."""
+        """Check the lock before the other monitors write the record."""
         self.check()
 
     def close(self) -> None:
-        """As a monitor: nothing; the folder is this job's until ``release``."""
+        """Do nothing. The job holds the folder until ``release``."""
 
     def release(self) -> None:
-        """Give the folder back, if it was taken."""
+        """Release the lock if this job holds it."""
         self._lock.release()
 
     def _take(self) -> None:
@@ -111,10 +116,10 @@ class RunFolder:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Find out whether a run folder can be made and written, before the data is prepared; nothing is made yet.
+    """Check that a run folder can be created and written, without creating it. Called before the data is prepared.
 
     Raises:
-        UserError: it cannot.
+        UserError: if it cannot be created or written.
     """
     present = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not present.is_dir():
@@ -124,7 +129,7 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def _copy_history(source: Path, target: Path) -> None:
-    """The records of the run that this one branches off, if it has any; those after the branch are cut later."""
+    """Copy the records of the parent run, if it has any. Records after the checkpoint are removed later."""
     try:
         records = source.read_bytes()
     except FileNotFoundError:

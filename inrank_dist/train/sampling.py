@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Autoregressive sampling of tokens."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from ..runtime.errors import UserError
 
 
 class NotFinite(UserError):
-    """The model's logits are not finite, so that there is nothing to draw from."""
+    """The logits of the model are not finite, so no token can be sampled."""
 
 
 @torch.no_grad()
@@ -25,23 +25,27 @@ def sample_tokens(
     end: int | None = None,
     pad: bool = False,
 ) -> list[int]:
-    """Continue a prompt.
+    """Sample a continuation of a prompt.
+
+    In a sharded run all processes must call it with generators in the same state. They then sample the same tokens.
 
     Args:
-        logits_of: ``(1, T) int64 -> (1, T, vocabulary)``; in a sharded run all processes call it together and, with
-            equal generators, draw the same tokens.
-        prompt: at least one token; only the last ``max_seq_len`` are seen.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among this many likeliest; 0: all.
-        end: token that ends the text early.
-        pad: always pass ``max_seq_len`` tokens (the causal mask hides the rest), so that a compiled model sees one
-            shape.
+        logits_of: function from token ids ``(1, T)`` int64 to logits ``(1, T, vocab_size)``.
+        prompt: token ids, at least one. The model sees the last ``max_seq_len`` tokens.
+        count: maximum number of new tokens.
+        max_seq_len: maximum sequence length of the model.
+        generator: random number generator on the CPU.
+        temperature: sampling temperature. 0 selects the most likely token.
+        top_k: sample from this many most likely tokens. 0 for all.
+        end: token id at which sampling stops.
+        pad: pad the input to ``max_seq_len`` tokens, so that a compiled model sees only one shape. The causal mask
+            hides the padding.
 
     Returns:
-        The new tokens, without ``end``.
+        The new token ids, without ``end``.
 
     Raises:
-        NotFinite: the logits hold inf or nan.
+        NotFinite: if the logits contain inf or nan.
     """
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count:
@@ -67,6 +71,6 @@ def sample_tokens(
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """``logits / temperature`` but for a constant, finite or ``-inf`` at any temperature above zero."""
+    """Return ``logits / temperature`` up to an additive constant, without overflow to ``inf`` or ``nan``."""
     below = (logits - logits.max()).double()
     return torch.where(below < 0, below / temperature, 0.0).float()

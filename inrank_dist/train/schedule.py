@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step."""
+"""Learning rate schedules."""
 
 import math
 
@@ -6,10 +6,17 @@ from .settings import ScheduleSettings
 
 
 def learning_rate(settings: ScheduleSettings, peak: float, step: int, steps: int) -> float:
-    """Learning rate of the optimizer step that follows ``step`` completed ones, of ``steps`` in all.
+    """Return the learning rate of the next optimizer step.
 
-    Linear warm-up reaches the peak at step ``warmup_steps``; cosine, linear and wsd end at ``min_lr_ratio * peak``
-    after the last step. wsd (warm-up, stable, decay) is linear over the last ``decay_fraction`` of the steps.
+    The warmup is linear and reaches the peak at step ``warmup_steps``. The schedules cosine, linear and wsd decay to
+    ``min_lr_ratio * peak`` after the last step. wsd (warmup, stable, decay) is constant after the warmup and decays
+    linearly over the last ``decay_fraction`` of the steps.
+
+    Args:
+        settings: settings of the schedule.
+        peak: peak learning rate.
+        step: number of completed optimizer steps.
+        steps: number of optimizer steps of the whole run.
     """
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
@@ -22,7 +29,7 @@ def learning_rate(settings: ScheduleSettings, peak: float, step: int, steps: int
 
 
 def decay_begins(settings: ScheduleSettings, steps: int) -> int:
-    """Completed steps up to which the learning rate does not fall."""
+    """Return the number of completed steps after which the learning rate begins to decay."""
     if settings.name == "wsd":
         return max(settings.warmup_steps, steps - round(settings.decay_fraction * steps))
     return settings.warmup_steps

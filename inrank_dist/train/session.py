@@ -1,4 +1,4 @@
-"""From settings to a run that is ready to train, as the command ``train`` builds it."""
+"""Construction of a trainer from a configuration."""
 
 from collections.abc import Callable, Sequence
 
@@ -32,18 +32,19 @@ def build(
     heartbeat: Callable[..., None] = lambda *activity: None,
     before_save: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """A run, from its start or from a checkpoint.
+    """Build a trainer for a new run, or for a run that resumes from a checkpoint.
 
     Args:
-        config: all settings.
-        context: with its process group up.
+        config: the configuration.
+        context: context with an initialised process group.
         data: the prepared data, from ``inrank_dist.data.prepare``.
-        checkpoint: where to continue, or None.
-        callbacks: yours; they see the run before ours do.
-        stop, heartbeat, before_save: as of ``Trainer``.
+        checkpoint: the checkpoint to resume from, or None.
+        callbacks: additional callbacks, called before the built-in ones.
+        stop, heartbeat, before_save: as in ``Trainer``.
 
     Raises:
-        UserError: the settings do not fit the model, the data, the checkpoint or the number of processes.
+        UserError: if the settings do not fit the model, the data, the checkpoint or the number of processes.
+        ValueError: if two callbacks have the same name.
     """
     saved = checkpoint.state if checkpoint else None
     loader = Loader(

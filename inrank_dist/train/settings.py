@@ -1,4 +1,4 @@
-"""Settings of the training loop, the optimizer and the files of a run."""
+"""Settings of the training loop, the schedule, checkpoints, validation and logs."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -23,7 +23,7 @@ def _at_most(section: str, settings: object, most: int, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class TrainSettings:
-    """The loop. Batch sizes count sequences, steps are optimizer steps."""
+    """Settings of the training loop. Batch sizes count sequences, steps are optimizer steps."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(
         free=(
@@ -38,39 +38,41 @@ class TrainSettings:
     )
 
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     global_batch_size: int = 32
-    """Sequences per optimizer step over all processes; does not depend on their number."""
+    """Sequences per optimizer step over all processes, independent of their number."""
     micro_batch_size: int = 8
-    """Sequences per forward pass of one process; the rest of its share is accumulated."""
+    """Sequences per forward pass of one process. Gradients are accumulated up to global_batch_size."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes in bfloat16; weights and moments stay in fp32."""
+    """Precision of the computation. With bf16, weights and optimizer moments stay in fp32."""
     grad_clip: float = 1.0
-    """Largest gradient norm over all parameters; 0: no clipping (the norm is logged all the same)."""
+    """Maximum gradient norm over all parameters. 0: no clipping; the norm is still logged."""
     compile: bool = False
-    """torch.compile each block and the loss: one graph for all ranks while they grow, static shapes once they are
-    final."""
+    """Apply torch.compile to each block and the loss. While ranks grow one graph serves all ranks; once they are final
+    shapes are static."""
     cuda_graph: bool = False
-    """Replay compiled blocks as CUDA graphs once shapes are final, which saves the launching of kernels where blocks
-    are small (GPUs; engines local and ddp; needs compile)."""
+    """Replay compiled blocks as CUDA graphs once shapes are final, which reduces the kernel launch overhead of small
+    blocks. Requires a GPU, compile, and engine local or ddp."""
     profile: list[int] = field(default_factory=list)
-    """Steps to profile, such as [20,21]: a trace of torch.profiler from every process in profile/ of the run folder,
-    and what the memory was taken up by in the log. They are slower than others."""
+    """Steps to profile, such as [20,21]. Every process writes a torch.profiler trace to profile/ in the run folder, and
+    peak memory by kind is logged. Profiled steps are slower."""
     peak_tflops: float | None = None
-    """What one device can do at best in the precision used, for the MFU in the log; null: the vendor's figure for known
-    GPUs in bf16, elsewhere that of a large matrix product measured at the start."""
+    """Peak TFLOPS of one device in the precision used, for the MFU in the log. null: the vendor's figure for known GPUs
+    in bf16, otherwise on a GPU the measured speed of a large matrix product; on CPU no MFU is logged."""
     activation_checkpointing: bool = False
     """Recompute the activations of each block in the backward pass to save memory."""
     max_skipped: int = 10
-    """Consecutive skipped steps, whose loss or gradient is not finite (inf or nan), after which the run stops."""
+    """Stop the run after this many consecutive skipped steps. A step is skipped if its loss or gradient is not finite
+    (inf or nan), or with skip_spikes if its loss is a spike."""
     spike_deviations: float = 6.0
-    """A loss this many standard deviations above the mean of the last 64 steps is reported as a spike; 0: none is."""
+    """Report a loss as a spike if it is more than this many standard deviations above the mean of the last 64 losses.
+    0: never."""
     skip_spikes: bool = False
-    """Skip the steps of such losses, too."""
+    """Also skip the optimizer steps of loss spikes."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, 1, "steps", "global_batch_size", "micro_batch_size", "max_skipped")
-        _at_most("train", self, 1 << 20, "global_batch_size")  # whose tokens of one step are held in memory
+        _at_most("train", self, 1 << 20, "global_batch_size")  # the tokens of a step are held in memory
         _at_least("train", self, 0, "grad_clip", "spike_deviations")
         _at_least("train", self, 1e-3, "peak_tflops")
         for step in self.profile:
@@ -82,19 +84,19 @@ class TrainSettings:
 
 @dataclass(kw_only=True)
 class ScheduleSettings:
-    """Learning rate over the steps: linear warm-up to the peak, then a decay."""
+    """Settings of the learning rate schedule: linear warmup to the peak, then decay."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume()
 
     name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Decay after the warm-up; wsd (warm-up, stable, decay) stays at the peak until the last decay_fraction of the
+    """Decay after the warmup. wsd (warmup, stable, decay) stays at the peak until the last decay_fraction of the
     steps."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warmup."""
     min_lr_ratio: float = 0.0
-    """Learning rate that the decay reaches after the last step, as a fraction of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     decay_fraction: float = 0.2
-    """Part of the steps over which wsd decays (linearly)."""
+    """Fraction of the steps over which wsd decays linearly."""
 
     def __post_init__(self) -> None:
         _at_least("schedule", self, 0, "warmup_steps")
@@ -105,22 +107,24 @@ class ScheduleSettings:
 
 @dataclass(kw_only=True)
 class CheckpointSettings:
-    """Checkpoints of a run."""
+    """Settings of checkpoints."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     interval: int = 1000
-    """Optimizer steps between checkpoints; 0: only at the end."""
+    """Optimizer steps between checkpoints. 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of most recent checkpoints to keep."""
     keep_every: int = 0
-    """Keep for good those of every so many steps; 0: none."""
+    """Keep permanently the checkpoints whose step is a multiple of this. 0: none."""
     ephemeral_interval: int = 0
-    """Optimizer steps between checkpoints that remove themselves when a newer one is complete; 0: none."""
+    """Optimizer steps between ephemeral checkpoints, which are removed when a newer one is complete. 0: none."""
     async_: bool = False
-    """Copy to memory and write behind the training; needs memory for one more copy of the local shards."""
+    """Write checkpoints in the background from a copy in host memory. Needs memory for one more copy of the local
+    shards."""
     grace_seconds: float = 120.0
-    """After SIGTERM, SIGINT or SIGUSR1 the run saves and leaves within so many seconds, or leaves without saving."""
+    """Time limit in seconds for saving after SIGTERM, SIGINT or SIGUSR1. If saving takes longer, the run exits without
+    saving."""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint", self, 0, "interval", "keep_every", "ephemeral_interval")
@@ -129,16 +133,16 @@ class CheckpointSettings:
 
 @dataclass(kw_only=True)
 class EvalSettings:
-    """Validation during training."""
+    """Settings of validation during training."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 
     interval: int = 500
-    """Optimizer steps between validations; 0: never."""
+    """Optimizer steps between validations. 0: never."""
     batches: int | None = None
-    """Validate on this many global batches; null: on the whole validation split."""
+    """Number of global batches to validate on. null: the whole validation split."""
     sample_tokens: int = 64
-    """Length of the sample of text that the finished model writes; 0: none."""
+    """Length in tokens of the text sample generated at the end of the run. 0: none."""
 
     def __post_init__(self) -> None:
         _at_least("eval", self, 0, "interval", "sample_tokens")
@@ -148,7 +152,7 @@ class EvalSettings:
 
 @dataclass(kw_only=True)
 class LogSettings:
-    """What is written while training."""
+    """Settings of the log."""
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))
 

@@ -1,4 +1,4 @@
-"""How fast a device can be, and what share of that a run makes use of."""
+"""Peak floating-point performance of devices, for model FLOPs utilization (MFU)."""
 
 import re
 import time
@@ -20,25 +20,26 @@ VENDOR_TFLOPS = {
     "A40": 149.7,
     "A10": 125.0,
 }
-"""Dense bf16 tensor-core peak from the vendors' data sheets, by words in the device's name; the longer name first."""
+"""Peak dense bf16 tensor-core TFLOPS from vendor data sheets, by part of the device name. Longer names come first."""
 
 
 class Peak(NamedTuple):
-    """The most floating-point operations per second of one device, and where the figure is from."""
+    """Peak floating-point operations per second of a device, and the source of the figure."""
 
     flops: float
     source: str
 
 
 def known_peak(device: torch.device, *, bf16: bool, tflops: float | None = None) -> Peak | None:
-    """The peak that the MFU of a run is counted against.
+    """Return the peak that the MFU of a run refers to.
 
-    None on CPU unless ``train.peak_tflops`` is given: what is measured there before a run depends fourfold on what else
-    the machine does at that moment, and stands in every line of the log from then on.
+    On CPU it is None unless ``train.peak_tflops`` is set, because a measurement depends too much on the current load of
+    the machine.
 
     Args:
+        device: device of the process.
         bf16: whether the run computes in bfloat16.
-        tflops: ``train.peak_tflops``, which goes before all else.
+        tflops: value of ``train.peak_tflops``, which takes precedence.
     """
     if tflops is not None:
         return Peak(tflops * 1e12, "train.peak_tflops")
@@ -46,11 +47,11 @@ def known_peak(device: torch.device, *, bf16: bool, tflops: float | None = None)
 
 
 def peak_of(device: torch.device, *, bf16: bool) -> Peak:
-    """The peak of a device: the vendor's figure where there is one, else measured now."""
+    """Return the vendor's peak of a device if known, otherwise the measured speed of a large matrix product."""
     if device.type == "cuda" and bf16:
         name = torch.cuda.get_device_name(device)
         for key, known in VENDOR_TFLOPS.items():
-            if re.search(rf"\b{key}\b", name) and "MIG" not in name:  # a part of a GPU is measured
+            if re.search(rf"\b{key}\b", name) and "MIG" not in name:  # a slice of a GPU has no vendor figure
                 return Peak(known * 1e12, f"vendor's figure for {key}")
     return _measured(device, torch.bfloat16 if bf16 else torch.float32)
 
