@@ -369,6 +369,20 @@ def test_a_model_that_is_refused(model_type: str, changes: dict[str, Any], said:
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_sizes_that_do_not_fit_are_found_before_the_first_step(capfd: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "gptj", **SIZES, "rotary_dim": 64}
+    with pytest.raises(UserError, match=r"the gptj of model.config cannot run: .*; write sizes that fit each other"):
+        dense_skeleton(ModelSettings(name="hf", config=config, max_seq_len=16), VOCAB)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_initial_values_that_cannot_be_drawn() -> None:
+    config = {"model_type": "xlstm", "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2}
+    values = dense_skeleton(ModelSettings(name="hf", config=config, max_seq_len=16), VOCAB).initial_values(0)
+    with pytest.raises(UserError, match=r"_init_weights of xLSTMForCausalLM fails .*; write another model_type"):
+        values.parameter("model.backbone.embeddings.weight")
+
+
 @pytest.mark.parametrize("key", ["num_layers", "hidden_size", "dropout", "tie_embeddings"])
 def test_sizes_belong_into_the_config(key: str) -> None:
     value: Any = {"dropout": 0.5, "tie_embeddings": True}.get(key, 4)

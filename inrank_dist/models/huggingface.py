@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -26,6 +33,14 @@ from .settings import ModelSettings
 from .values import InitialValues, named_buffers
 
 logging.set_verbosity_error()
+
+NEEDS_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""Errors of models whose forward pass depends on values, which fake tensors do not have."""
 
 PREFIX = "model."
 """Prefix of the names of all parameters and buffers of the ``transformers`` model."""
@@ -135,25 +150,36 @@ def _ends_in_head(model: Any) -> bool:
     """Return whether the logits are the unchanged output of an ``nn.Linear``.
 
     Some models scale or cap the logits. This is checked in a forward pass on two fake tokens.
+
+    Raises:
+        UserError: if the forward pass fails, because the sizes do not fit each other.
     """
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
     outputs: list[tuple[Tensor, int]] = []
-    hook = head.register_forward_hook(lambda module, inputs, output: outputs.append((output, output._version)))
-    training = model.training
+    watched = model if head is None else head
+    hook = watched.register_forward_hook(lambda module, inputs, output: outputs.append((output, output._version)))
+    training, logger = model.training, getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True  # it would print a traceback beside the error
     try:
         with FakeTensorMode(), torch.device("cpu"):
             tensors = (*model.named_parameters(), *model.named_buffers())
             fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors}
             inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "use_cache": False, "return_dict": True}
             logits = functional_call(model.eval(), fake, kwargs=inputs).logits
-    except Exception:  # the forward pass needs real values; computing all logits at once is always correct
+    except NEEDS_VALUES:  # computing all logits at once is always correct
         return False
+    except Exception as error:  # any operator can fail on sizes that do not fit
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"the {model.config.model_type} of model.config cannot run: {said}; write sizes that fit each other"
+        ) from None
     finally:
+        logger.disabled = was_disabled
         hook.remove()
         model.train(training)
-    return len(outputs) == 1 and outputs[0][0] is logits and outputs[0][1] == logits._version
+    return (
+        type(head) is nn.Linear and len(outputs) == 1 and outputs[0][0] is logits and outputs[0][1] == logits._version
+    )
 
 
 class HuggingFaceValues:
@@ -219,6 +245,11 @@ class HuggingFaceValues:
                     model._init_weights(module)
         except NotImplementedError:  # the rule reads other parameters, which are on meta
             value.fill_(torch.nan)
+        except Exception as error:
+            raise UserError(
+                f"_init_weights of {type(model).__name__} fails ({type(error).__name__}: {error}); write another "
+                "model_type"
+            ) from None
         finally:
             owner._parameters[leaf] = original
         return value.data
