@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .hub.factors import load as load
     from .library import FixedRank as FixedRank
     from .library import InRank as InRank
     from .library import LowRankRun as LowRankRun
@@ -48,6 +49,7 @@ _PLACES = {
     "convert": "lowrank.convert",
     "find_targets": "lowrank.convert",
     "register_layer_kind": "lowrank.kinds",
+    "load": "hub.factors",
     "merge": "lowrank.merge",
     "ModelPlan": "models.plan",
     "UserError": "runtime.errors",

@@ -12,6 +12,7 @@ BELOW: dict[str, set[str]] = {
     "runtime": set(),
     "lowrank": set(),  # torch and nothing of ours
     "models": {"lowrank", "runtime"},
+    "hub": {"models", "lowrank", "runtime"},
     "optim": {"lowrank", "runtime"},
     "data": {"runtime"},
     "method": {"models", "lowrank", "runtime"},
@@ -25,6 +26,7 @@ BELOW: dict[str, set[str]] = {
     "commands": {
         "report",
         "bench",
+        "hub",
         "study",
         "train",
         "config",

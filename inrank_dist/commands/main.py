@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "tokenizer and packed dataset only",
     "eval": "validation loss and perplexity of a checkpoint",
     "generate": "samples of text from a checkpoint",
+    "export": "a trained model as a folder of transformers, or with its factors",
     "inspect": "table of layers: shape, rank, null rank, explained ratio, effective rank, parameters",
     "plan": "parameters, FLOPs, memory and communication of a config, without the hardware",
     "verify": "whether the checkpoints of a run are complete and can be resumed from",

@@ -81,6 +81,11 @@ class Tokenizer:
         """The smallest dtype used for packed data that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
 
+    @property
+    def eos_piece(self) -> str:
+        """The separator as it is written in the vocabulary."""
+        return self._processor.id_to_piece(self.eos_id)
+
     @functools.cached_property
     def neighbours(self) -> frozenset[str]:
         """Pairs of adjacent characters within a piece of the vocabulary."""

@@ -9,7 +9,7 @@ from .folder import list_checkpoints
 from .listing import Damaged, Unreadable, check_run_folder, folder_of, named_folders, step_of
 from .reading import branch_point, find_checkpoint, open_checkpoint, peek_checkpoint, resumable
 from .state import TrainState
-from .tensors import load_parameters, load_tensors, stored_tensors
+from .tensors import TensorReader, load_parameters, load_tensors, stored_tensors
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointWriter",
     "Damaged",
     "Finding",
+    "TensorReader",
     "TrainState",
     "Unreadable",
     "branch_point",

@@ -12,16 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...engine.checkpointable import SavedRows
+from ...runtime.safetensors_file import content, header
 from .folder import FileEntry
-
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""torch dtype -> safetensors name."""
 
 BLOCK = 8 << 20
 """Bytes to hash and write at a time, in parallel."""
@@ -76,9 +73,9 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
     digest = hashlib.sha256()
     with path.open("xb") as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as hasher:
 
-        def write(content: memoryview) -> None:
-            for start in range(0, len(content), BLOCK):
-                block = content[start : start + BLOCK]
+        def write(view: memoryview) -> None:
+            for start in range(0, len(view), BLOCK):
+                block = view[start : start + BLOCK]
                 hashed = hasher.submit(digest.update, block)  # hashlib and write both release the GIL
                 file.write(block)
                 hashed.result()
@@ -87,7 +84,7 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
         for each in fetches:
             tensor = each.fetch()
             if each.count:
-                write(_bytes_of(tensor))
+                write(content(tensor))
             del tensor  # free it before the next one is fetched
         file.flush()
         os.fsync(file.fileno())
@@ -95,23 +92,8 @@ def _write(path: Path, held: Sequence[SavedRows], fetches: Iterator[SavedRows]) 
     return FileEntry(size, digest.hexdigest())
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's bytes. They share its memory if it is contiguous and on the CPU."""
-    flat = tensor.detach().cpu().contiguous()
-    # In a contiguous tensor, a dimension of size 1 may have any stride, which would prevent a view as bytes.
-    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data.cast("B")
-
-
 def _header(held: Sequence[SavedRows]) -> bytes:
-    """The start of a safetensors file: the length of the JSON in 8 bytes, then the JSON, padded to 8 bytes."""
+    """Return the start of the file, with the position of each part in its whole tensor."""
     offsets = {each.name: {"saved_offsets": [each.first, *[0] * (len(each.shape) - 1)]} for each in held}
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for each in held:
-        start, end = end, end + each.nbytes
-        shape = [each.count, *each.shape[1:]]
-        entries[each.name] = {"dtype": DTYPES[each.dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return header(((each.name, (each.count, *each.shape[1:]), each.dtype) for each in held), metadata)

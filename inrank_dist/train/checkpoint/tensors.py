@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -56,6 +57,35 @@ def load_parameters(folder: Path, parameters: dict[str, Tensor]) -> None:
 
 def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **options)
+
+
+class TensorReader:
+    """Reads whole tensors of a checkpoint one at a time, in a single process.
+
+    Raises:
+        Damaged: see ``stored_tensors``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.stored = folder, stored_tensors(folder)
+        self._parts: dict[str, list[tuple[int, str]]] = {}
+        for index, place in HuggingFaceStorageReader(str(folder)).read_metadata().storage_data.items():
+            first = index.offset[0] if index.offset else 0
+            self._parts.setdefault(index.fqn, []).append((first, place.relative_path))
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a tensor on the CPU.
+
+        Raises:
+            Damaged: the checkpoint has no such tensor.
+        """
+        if name not in self._parts:
+            raise Damaged(f"{self._folder} holds no {name}")
+        parts = []
+        for _, file in sorted(self._parts[name]):
+            with safe_open(self._folder / file, "pt") as opened:
+                parts.append(opened.get_tensor(name))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

@@ -1,0 +1,190 @@
+"""``inrank export``: a trained model as a folder of ``transformers``, or with its factors."""
+
+import argparse
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..config import Config, load_config
+from ..data import Tokenizer
+from ..hub.card import Card, CardLayer
+from ..hub.weights import Cut, Weights
+from ..lowrank.kinds import matrix_shape
+from ..lowrank.null import NullRanks
+from ..report.history import History
+from ..report.reading import reading
+from ..runtime.errors import UserError
+from ..runtime.files import flush_path
+from ..runtime.home import path_argument
+from ..train.building import dense_skeleton
+from ..train.checkpoint import Checkpoint, TensorReader, find_checkpoint
+from ..train.monitors.jsonl import read_metrics
+from .common import add_run_arguments, no_overrides
+
+log = logging.getLogger("inrank_dist")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--run DIR --out FOLDER`` and the options of the format."""
+    add_run_arguments(parser)
+    parser.add_argument("--out", metavar="FOLDER", type=path_argument, required=True, help="new folder to write")
+    parser.add_argument(
+        "--format",
+        choices=("hf", "factors"),
+        default="hf",
+        help="hf: the dense model for transformers, with the factors merged (default); factors: for inrank_dist.load",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default float32)")
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file of format hf (default 5GB)"
+    )
+    parser.add_argument("--rank", metavar="R", type=int, help="truncate the factors to this rank")
+    parser.add_argument("--energy", metavar="E", type=float, help="keep this share of the energy of each layer")
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Write the folder and print what it holds."""
+    no_overrides(rest)
+    cut, max_shard_bytes, out = _cut(arguments), _bytes(arguments.max_shard_size), arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out is {out}, which exists; write a new folder")
+    checkpoint = find_checkpoint(arguments.run, arguments.step)
+    config, _ = load_config(checkpoint.config_file)
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    skeleton, layout = dense_skeleton(config.model, tokenizer.vocab_size), checkpoint.state.layout
+    if cut is not None and not layout:
+        raise UserError(f"{arguments.run} has no low-rank layers, so there is nothing to truncate; leave out the cut")
+    base_scale = config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step)
+    weights = Weights(skeleton, layout, TensorReader(checkpoint.folder), base_scale, cut)
+    dtype, activation = DTYPES[arguments.dtype], config.lowrank.activation
+    if arguments.format == "hf" and activation != "none" and layout:
+        raise UserError(f"lowrank.activation is {activation}, so the factors cannot be merged; write --format factors")
+    if cut is not None and activation != "none":
+        raise UserError(f"lowrank.activation is {activation}, so the product of the factors cannot be truncated")
+    work = out.parent / f".{out.name}.tmp-{uuid.uuid4().hex}"
+    try:
+        work.mkdir(parents=True)
+        if arguments.format == "hf":
+            _write_transformers(work, config, tokenizer, weights, dtype, max_shard_bytes)
+        else:
+            from ..hub.factors import write_factors
+
+            write_factors(work, config.model, tokenizer.vocab_size, layout, weights, activation, dtype=dtype)
+            tokenizer.save(work / "tokenizer.model")
+        card = _card(out.name, arguments.format, checkpoint, config, tokenizer, weights)
+        (work / "README.md").write_text(card.text(), encoding="utf-8")
+        for path in (*work.rglob("*"), work):
+            flush_path(path)
+        if out.is_dir():
+            out.rmdir()
+        os.rename(work, out)
+    except OSError as error:
+        raise UserError(
+            f"--out is {out}, and it cannot be written ({error.strerror or error}); write another"
+        ) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _show(out, arguments.format, checkpoint, weights)
+
+
+def _cut(arguments: argparse.Namespace) -> Cut | None:
+    if arguments.rank is not None and arguments.energy is not None:
+        raise UserError("--rank and --energy are both given; write one of them")
+    if arguments.rank is not None and arguments.rank < 1:
+        raise UserError(f"--rank is {arguments.rank}; write a whole number of at least 1")
+    if arguments.energy is not None and not 0 < arguments.energy <= 1:
+        raise UserError(f"--energy is {arguments.energy}; write a share above 0 and at most 1, such as 0.99")
+    if arguments.rank is None and arguments.energy is None:
+        return None
+    return Cut(arguments.rank, arguments.energy)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*(KB|MB|GB|)", text.strip(), re.IGNORECASE)
+    if not found or not int(found[1]):
+        raise UserError(f"--max-shard-size is {text}; write a size such as 500MB or 5GB")
+    return int(found[1]) * UNITS[found[2].upper()]
+
+
+def _write_transformers(
+    work: Path, config: Config, tokenizer: Tokenizer, weights: Weights, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    try:
+        from ..hub.tokenizer import write_tokenizer
+        from ..hub.transformers_model import write_transformers
+    except ImportError as error:
+        raise UserError(
+            f"--format hf needs transformers, which cannot be imported ({error}); pip install 'inrank_dist[hf]', or "
+            "write --format factors"
+        ) from None
+    write_transformers(
+        work,
+        config.model,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+        weights,
+        weights.skeleton.initial_values(0).buffer,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    write_tokenizer(work, tokenizer.model, config.model.max_seq_len)
+
+
+def _card(name: str, form: str, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, weights: Weights) -> Card:
+    state = checkpoint.state
+    try:
+        records = read_metrics(checkpoint.run_folder / "metrics.jsonl")
+    except UserError as error:  # the model does not depend on them
+        log.warning("the model card lacks the results of the run: %s", error)
+        records = []
+    history = History(record for record in records if record.get("step", 0) <= state.step)
+    null = NullRanks(config.lowrank.rule, config.lowrank.initial_rank, config.run.seed)
+    null.load_state_dict(state.ranks["null"])
+    layers = {}
+    for layer, shape_of in state.layout.items():
+        shape = matrix_shape(weights.skeleton.get_submodule(layer))
+        layers[layer] = CardLayer(shape, shape_of.rank, null.of(shape) if null.checks else None)
+    facts = {"step": f"{state.step:,} of {config.train.steps:,}", "tokens": f"{state.tokens:,}"}
+    if history.validation_loss is not None:
+        facts["validation loss"] = f"{history.validation_loss:.4f} nats per token"
+        facts["unigram entropy"] = f"{state.unigram_entropy:.4f} nats per token"
+    facts |= {"vocabulary": f"{tokenizer.vocab_size:,}", "context": f"{config.model.max_seq_len:,} tokens"}
+    facts |= {"optimizer": config.optimizer.name, "seed": str(config.run.seed)}
+    facts |= {library: version for library, version in state.versions.items()}
+    return Card(
+        name=name,
+        architecture=config.model.architecture,
+        mode=config.lowrank.mode,
+        facts=facts,
+        sentences=reading(history, dataclasses.asdict(config)) if history.count else [],
+        layers=layers,
+        kept=dict(weights.kept),
+        start=tokenizer.eos_piece,
+        for_transformers=form == "hf",
+    )
+
+
+def _show(out: Path, form: str, checkpoint: Checkpoint, weights: Weights) -> None:
+    if weights.kept:
+        discarded = sum(kept.discarded for kept in weights.kept.values())
+        energy = sum(kept.energy for kept in weights.kept.values())
+        ranks = [kept.rank for kept in weights.kept.values()]
+        before = sum(layer.modes for layer in weights.layout.values()) / len(weights.layout)
+        print(
+            f"truncated {len(ranks)} layers from {before:.1f} modes in the mean to {sum(ranks) / len(ranks):.1f}, "
+            f"which discards {discarded / energy if energy else 0:.4%} of the energy of the products"
+        )
+    use = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    if form == "factors":
+        use = f"inrank_dist.load({str(out)!r})"
+    print(f"wrote {out}, the model of step {checkpoint.state.step}; load it with {use}")

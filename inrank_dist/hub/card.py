@@ -1,0 +1,68 @@
+"""The README.md of an exported model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .weights import Kept
+
+
+@dataclass(frozen=True)
+class CardLayer:
+    """A low-rank layer: ``(out, in)``, the rank in the run, and its null rank if it is known."""
+
+    shape: tuple[int, int]
+    rank: int
+    null_rank: int | None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Attributes:
+        name: name of the model.
+        architecture: such as ``gpt2``.
+        mode: ``lowrank.mode`` of the run.
+        facts: name -> value.
+        sentences: what can and cannot be concluded from the run.
+        layers: by name.
+        kept: results of a further truncation, by layer name.
+        start: the token that starts a document.
+    """
+
+    name: str
+    architecture: str
+    mode: str
+    facts: Mapping[str, str]
+    sentences: Sequence[str]
+    layers: Mapping[str, CardLayer]
+    kept: Mapping[str, Kept]
+    start: str
+    for_transformers: bool
+
+    def text(self) -> str:
+        """Return the card in Markdown."""
+        lines = ["---", "pipeline_tag: text-generation", "tags: [inrank, low-rank]"]
+        lines += ["library_name: transformers"] if self.for_transformers else []
+        lines += ["---", "", f"# {self.name}", ""]
+        lines += [f"A {self.architecture} language model, trained by inrank_dist with `lowrank.mode: {self.mode}`.", ""]
+        lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.facts.items()), ""]
+        lines += [f"In training, documents started after `{self.start}`. The tokenizer does not add it.", ""]
+        lines += [f"- {sentence}" for sentence in self.sentences] + [""]
+        if self.layers:
+            lines += ["## Ranks", ""]
+            lines += ["The null rank is what the same rule finds in factors that have learned nothing.", ""]
+            lines += self._table()
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _table(self) -> list[str]:
+        headings = ["layer", "shape", "rank", "null rank"] + (["exported rank", "discarded"] if self.kept else [])
+        lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+        for name, layer in self.layers.items():
+            null = "-" if layer.null_rank is None else str(layer.null_rank)
+            cells = [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), null]
+            if self.kept:
+                kept = self.kept[name]
+                cells += [str(kept.rank), f"{kept.discarded / kept.energy if kept.energy else 0:.2%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        return lines

@@ -1,0 +1,178 @@
+"""Model folders that keep the factors: safetensors, JSON and the tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..lowrank.convert import LayerLayout, Layout, convert
+from ..lowrank.kinds import kind_of, matrix_shape
+from ..lowrank.layer import Activation, set_activation, set_base_scale
+from ..lowrank.materialize import assign_buffers, assign_parameters
+from ..lowrank.spectrum import Factors
+from ..models import LanguageModel, ModelSettings, build_model
+from ..runtime.errors import UserError
+from .weights import Weights
+from .writer import Planned, write_tensors
+
+DESCRIPTION = "inrank.json"
+"""File that describes the model: its settings, its vocabulary, and the rank of each low-rank layer."""
+
+TENSORS = "model.safetensors"
+
+LARGEST_DESCRIPTION = 64 << 20
+"""Bytes. A description has about 100 bytes for each layer."""
+
+
+def write_factors(
+    folder: Path,
+    settings: ModelSettings,
+    vocab_size: int,
+    layout: Layout,
+    weights: Weights,
+    activation: Activation,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Write the model with its factors. At most one layer is in memory at a time.
+
+    Args:
+        folder: an existing folder.
+        layout: the low-rank layers before a cut of ``weights``.
+        dtype: floating dtype of all tensors.
+    """
+    if weights.cut is not None:
+        layout = {name: _cut(layer, weights.factors(name)) for name, layer in layout.items()}
+    skeleton = weights.skeleton
+    description = {
+        "format": 1,
+        "model": dataclasses.asdict(settings),
+        "vocab_size": vocab_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "activation": activation,
+        "base_scale": weights.base_scale,
+        "layers": {
+            name: {"shape": list(matrix_shape(skeleton.get_submodule(name))), **dataclasses.asdict(layer)}
+            for name, layer in layout.items()
+        },
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    planned = []
+    for name, parameter in convert(skeleton, layout).named_parameters():
+        planned.append(Planned(name, tuple(parameter.shape), dtype, partial(_value, name, layout, weights)))
+    write_tensors(folder, planned, max_shard_bytes=1 << 62)
+
+
+def _cut(layer: LayerLayout, factors: Factors) -> LayerLayout:
+    rank = factors.U.shape[1]
+    return dataclasses.replace(layer, rank=min(layer.rank, rank), modes=rank)
+
+
+def _value(name: str, layout: Layout, weights: Weights) -> Tensor:
+    layer, _, leaf = name.rpartition(".")
+    if weights.cut is not None and layer in layout and leaf in ("U", "V"):
+        return getattr(weights.factors(layer), leaf)
+    return weights.read(name)
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
+    """Load a model that ``inrank export --format factors`` wrote, with its factors, in evaluation mode.
+
+    Nothing in the folder is executed, and no tensor is read before all names, shapes and dtypes have been checked.
+
+    Args:
+        folder: the folder.
+        device: device of the model.
+
+    Returns:
+        A module with ``forward(input_ids)``, from int64 ``(B, T)`` to logits ``(B, T, vocab_size)``. Its parameters
+        have the dtype of the files.
+
+    Raises:
+        UserError: the folder has no such model, or a file is damaged.
+    """
+    folder = Path(folder)
+    description = _read_description(folder / DESCRIPTION)
+    settings, layout, dtype = _parse(folder / DESCRIPTION, description)
+    with torch.device("meta"):
+        skeleton = build_model(settings, description["vocab_size"])
+    for name, layer in layout.items():
+        module = dict(skeleton.named_modules()).get(name)
+        if module is None or kind_of(module) is None or not layer.rank <= layer.modes <= min(matrix_shape(module)):
+            raise UserError(f"{folder / DESCRIPTION} has a rank of {name} that its model cannot have; export it again")
+    model = convert(skeleton, layout)
+    _fill(model, folder / TENSORS, dtype, torch.device(device))
+    assign_buffers(model, skeleton.initial_values(0).buffer, torch.device(device))
+    set_activation(model, description["activation"])
+    set_base_scale(model, description["base_scale"])
+    return model.eval()
+
+
+def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            for name in sorted(wanted.keys() | found.keys()):
+                if wanted.get(name) != found.get(name):
+                    raise UserError(
+                        f"{path} holds {name} as {found.get(name, 'nothing')}, where {DESCRIPTION} makes "
+                        f"{wanted.get(name, 'nothing')}; export the model again"
+                    )
+            assign_parameters(model, lambda name, _: file.get_tensor(name))
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); export the model again") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror or error}); write a folder of --format factors"
+        ) from None
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:
+            raise UserError(f"{path} holds {name} as {parameter.dtype}, not {dtype}; export the model again")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    advice = "write a folder that inrank export --format factors made"
+    try:
+        too_large = path.stat().st_size > LARGEST_DESCRIPTION
+        description = None if too_large else json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not JSON; {advice}") from None
+    if too_large:
+        raise UserError(f"{path} is larger than {LARGEST_DESCRIPTION >> 20} MiB; {advice}")
+    return description if isinstance(description, dict) else {}
+
+
+def _parse(path: Path, description: Mapping[str, Any]) -> tuple[ModelSettings, Layout, torch.dtype]:
+    try:
+        if description["format"] != 1:
+            raise ValueError(f"format {description['format']!r}")
+        settings = ModelSettings(**description["model"])
+        layout = {
+            name: LayerLayout(_whole(layer["rank"]), _whole(layer["modes"]), layer["base"] is True)
+            for name, layer in description["layers"].items()
+        }
+        _whole(description["vocab_size"])
+        if description["activation"] not in get_args(Activation):
+            raise ValueError(f"activation {description['activation']!r}")
+        float(description["base_scale"])
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[description["dtype"]]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); export the model again") from None
+    return settings, layout, dtype
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{value!r} is not a whole number of at least 1")
+    return value
