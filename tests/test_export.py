@@ -76,7 +76,7 @@ def loaded(run: Path, step: int | None = None) -> Any:
 
 
 def export(run: Path, out: Path, *words: object) -> Path:
-    assert main(["export", "--run", str(run), "--out", str(out), *(str(word) for word in words)]) == 0
+    assert main(["export", "--run", str(run), "--output", str(out), *(str(word) for word in words)]) == 0
     return out
 
 
@@ -193,6 +193,21 @@ def test_a_cut_is_the_best_approximation(
     assert f"discards {discarded / total:.4%} of the energy" in said
 
 
+@pytest.mark.parametrize("step", [WARM_UP, LAST])
+def test_the_lines_of_the_readme_read_the_factors(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    ours = loaded(run_folder, step)
+    export(run_folder, tmp_path / "my-factors", "--format", "factors", "--step", step)
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "my-factors" in block)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    dense = inrank_dist.merge(ours.model, ours.skeleton)
+    assert all(torch.equal(variables["state"][name], parameter) for name, parameter in dense.named_parameters())
+
+
 def test_factors_load_in_another_dtype(gpt2_run: Path, tmp_path: Path) -> None:
     model = inrank_dist.load(export(gpt2_run, tmp_path / "out", "--format", "factors", "--dtype", "bfloat16"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -253,20 +268,20 @@ def edit(folder: Path, change: Any) -> None:
     ],
 )
 def test_mistakes(gpt2_run: Path, tmp_path: Path, fails: Fails, words: list[object], said: str) -> None:
-    assert said in fails("export", "--run", gpt2_run, "--out", tmp_path / "out", *words)
+    assert said in fails("export", "--run", gpt2_run, "--output", tmp_path / "out", *words)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_exists_is_not_touched(gpt2_run: Path, tmp_path: Path, fails: Fails) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    assert "which exists; write a new folder" in fails("export", "--run", gpt2_run, "--out", tmp_path / "out")
+    assert "which exists; write a new folder" in fails("export", "--run", gpt2_run, "--output", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
 def test_models_that_transformers_does_not_have(corpus: Path, tmp_path: Path, fails: Fails) -> None:
     train(small_config(corpus, run__dir=tmp_path / "run", checkpoint__interval=30, model__layer_crossing="true"))
-    said = fails("export", "--run", tmp_path / "run", "--out", tmp_path / "out")
+    said = fails("export", "--run", tmp_path / "run", "--output", tmp_path / "out")
     assert said.startswith("model.layer_crossing is true, and transformers has no such model; write --format factors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     ours = loaded(tmp_path / "run")

@@ -35,9 +35,9 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--run DIR --out FOLDER`` and the options of the format."""
+    """``--run DIR --output FOLDER`` and the options of the format."""
     add_run_arguments(parser)
-    parser.add_argument("--out", metavar="FOLDER", type=path_argument, required=True, help="new folder to write")
+    parser.add_argument("--output", metavar="FOLDER", type=path_argument, required=True, help="new folder to write")
     parser.add_argument(
         "--format",
         choices=("hf", "factors"),
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the folder and print what it holds."""
     no_overrides(rest)
-    cut, max_shard_bytes, out = _cut(arguments), _bytes(arguments.max_shard_size), arguments.out
+    cut, max_shard_bytes, out = _cut(arguments), _bytes(arguments.max_shard_size), arguments.output
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out is {out}, which exists; write a new folder")
+        raise UserError(f"--output is {out}, which exists; write a new folder")
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     config, _ = load_config(checkpoint.config_file)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         os.rename(work, out)
     except OSError as error:
         raise UserError(
-            f"--out is {out}, and it cannot be written ({error.strerror or error}); write another"
+            f"--output is {out}, and it cannot be written ({error.strerror or error}); write another"
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..lowrank.convert import Layout
@@ -60,7 +61,8 @@ class Weights:
     def __init__(
         self, skeleton: LanguageModel, layout: Layout, read: Read, base_scale: float, cut: Cut | None = None
     ) -> None:
-        self.skeleton, self.layout, self.read, self.base_scale, self.cut = skeleton, layout, read, base_scale, cut
+        self.skeleton, self.layout, self.read, self.cut = skeleton, layout, read, cut
+        self.base_scale = torch.tensor(base_scale, dtype=torch.float32).item()  # as layers apply it
         self.kept: dict[str, Kept] = {}
 
     def factors(self, layer: str) -> Factors:
