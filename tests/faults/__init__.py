@@ -82,7 +82,7 @@ def injector(fault: Fault) -> Any:
     """A callback that puts the fault into the parts of a run when it starts."""
     import torch
 
-    from inrank_dist.engine import sharded
+    from inrank_dist.engine import reshapable
     from inrank_dist.method import controller
     from inrank_dist.train import Callback
     from inrank_dist.train.checkpoint import folder, shard
@@ -104,7 +104,7 @@ def injector(fault: Fault) -> Any:
             elif fault.phase == "decision":
                 self.around(controller, "measure_spectra", self.tilt)
             elif fault.phase == "reshape":
-                self.around(sharded, "map_factors")
+                self.around(reshapable, "map_factors")
             elif fault.phase == "save-data":
                 self.around(shard, "write_shard", self.flip)
             elif fault.phase == "save-commit":
