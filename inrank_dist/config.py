@@ -99,7 +99,22 @@ class Config:
                 f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "
                 f"write at most {steps}, or lowrank.base: frozen"
             )
+        self._check_loaded()
         self._check_optimizer()
+
+    def _check_loaded(self) -> None:
+        low, folder = self.lowrank, self.model.init_from
+        if low.mode == "full" or low.dense_fraction:
+            return
+        if folder is None and low.init == "loaded":
+            raise UserError(
+                "lowrank.init is loaded but model.init_from is null; write a folder, or lowrank.init: orthogonal"
+            )
+        if folder is not None and low.init != "loaded":
+            raise UserError(
+                f"model.init_from is {folder} but lowrank.init {low.init} replaces the weights of the low-rank layers; "
+                "write lowrank.init: loaded"
+            )
 
     def _check_optimizer(self) -> None:
         name, engine = self.optimizer.name, self.parallel.engine

@@ -104,6 +104,11 @@ def show_plan(
         f"{train.micro_batch_size} a step; per process:"
     )
     screen.print(_table(config, skeleton, stages, setup, device))
+    if config.lowrank.initial_energy is not None:
+        say(
+            f"lowrank.initial_energy finds the rank of each layer when the run starts; counted is rank "
+            f"{rank or config.lowrank.initial_rank} (--rank R)"
+        )
     for line in NOTES.splitlines():
         say(line)
     if device is not None:

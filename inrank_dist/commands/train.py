@@ -27,6 +27,7 @@ from ..runtime.watch import Watch, request_stop
 from ..train.building import cost_setup, dense_skeleton, zero_config
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
+from ..train.initial import initial_values
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable
@@ -98,6 +99,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     refuse_unwritable(config.run.folder)
     start = _start_of(config, arguments)
     seen = peek_checkpoint(config.run.folder) or start.peek()
+    if not seen and context.is_main:
+        initial_values(config, skeleton)  # raises
     if seen:
         changes = refuse_changes(config, seen, arguments.allow_change)
         start.refuse_finished(config, seen)

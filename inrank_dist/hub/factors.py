@@ -81,6 +81,47 @@ def _value(name: str, layout: Layout, weights: Weights) -> Tensor:
     return weights.read(name)
 
 
+def read_factors(folder: Path, settings: ModelSettings, skeleton: LanguageModel) -> Weights:
+    """Return the parameters of an exported model as those of its dense model, without loading them.
+
+    Args:
+        settings, skeleton: the model that they are meant for.
+
+    Raises:
+        UserError: the folder has another model, or a file is damaged.
+    """
+    description = _read_description(folder / DESCRIPTION)
+    theirs, layout, _ = _parse(folder / DESCRIPTION, description)
+    refuse_other_model(folder, theirs, description["vocab_size"], settings, skeleton.vocab_size)
+    if layout and description["activation"] != "none":
+        raise UserError(
+            f"{folder} has an activation between its factors, so they are not a weight; write another folder"
+        )
+    check_tensors(folder / TENSORS, convert(skeleton, layout))
+
+    def read(name: str) -> Tensor:
+        with safe_open(folder / TENSORS, "pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value
+
+    return Weights(skeleton, layout, read, description["base_scale"])
+
+
+def refuse_other_model(
+    folder: Path, theirs: ModelSettings, their_vocab_size: int, ours: ModelSettings, vocab_size: int
+) -> None:
+    """Raise ``UserError`` unless both settings make the same model."""
+    for field in dataclasses.fields(ours):
+        found, wanted = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name not in ("init_from", "dropout") and found != wanted:
+            raise UserError(f"{folder} has model.{field.name} {found}, not {wanted}; write model.{field.name}: {found}")
+    if their_vocab_size != vocab_size:
+        raise UserError(
+            f"{folder} has {their_vocab_size} tokens and the tokenizer {vocab_size}; write a tokenizer.path with its "
+            "tokenizer.model"
+        )
+
+
 def load(folder: Path | str, device: torch.device | str = "cpu") -> LanguageModel:
     """Load a model that ``inrank export --format factors`` wrote, with its factors, in evaluation mode.
 
@@ -114,9 +155,10 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> LanguageMode
     return model.eval()
 
 
-def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+def check_tensors(path: Path, model: nn.Module) -> None:
+    """Raise ``UserError`` unless a file holds exactly the parameters of a model, which may be on ``meta``."""
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with safe_open(path, "pt") as file:
             wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             for name in sorted(wanted.keys() | found.keys()):
@@ -125,13 +167,18 @@ def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device
                         f"{path} holds {name} as {found.get(name, 'nothing')}, where {DESCRIPTION} makes "
                         f"{wanted.get(name, 'nothing')}; export the model again"
                     )
-            assign_parameters(model, lambda name, _: file.get_tensor(name))
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); export the model again") from None
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror or error}); write a folder of --format factors"
         ) from None
+
+
+def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+    check_tensors(path, model)
+    with safe_open(path, "pt", device=str(device)) as file:
+        assign_parameters(model, lambda name, _: file.get_tensor(name))
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtype:
             raise UserError(f"{path} holds {name} as {parameter.dtype}, not {dtype}; export the model again")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .spectrum import Factors
 
-Init = Literal["orthogonal", "kaiming", "spectral", "spectral_ones"]
+Init = Literal["orthogonal", "kaiming", "spectral", "spectral_ones", "loaded"]
 
 
 def seed_for(seed: int, *names: object) -> int:

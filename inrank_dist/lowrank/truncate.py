@@ -32,14 +32,22 @@ def truncated(factors: Factors, *, rank: int | None = None, energy: float | None
     """
     Q_U, R_U = torch.linalg.qr(factors.U.double())
     Q_V, R_V = torch.linalg.qr(factors.V.double())
-    P, sigma, Q_t = torch.linalg.svd(R_U @ R_V.T)
+    inner = truncated_weight(R_U @ R_V.T, rank=rank, energy=energy)
+    return Truncated(Factors(Q_U @ inner.factors.U, Q_V @ inner.factors.V), inner.sigma)
+
+
+def truncated_weight(weight: Tensor, *, rank: int | None = None, energy: float | None = None) -> Truncated:
+    """Return the best approximation of a dense matrix in the Frobenius norm as balanced factors.
+
+    Args:
+        weight: ``(out, in)``.
+        rank, energy: as for ``truncated``.
+    """
+    left, sigma, right = torch.linalg.svd(weight.double(), full_matrices=False)
     keep = len(sigma)
     if energy is not None:
-        left = sigma.square().flip(0).cumsum(0).flip(0)  # energy of each mode and all smaller ones, smallest first
-        discardable = left <= (1 - energy) * left[:1]
-        keep = int((~discardable).sum())
-    if rank is not None:
-        keep = min(keep, rank)
-    keep = max(keep, 1)
+        tail = sigma.square().flip(0).cumsum(0).flip(0)  # energy of each mode and all smaller ones, smallest first
+        keep = int((tail > (1 - energy) * tail[:1]).sum())
+    keep = max(keep if rank is None else min(keep, rank), 1)
     root = sigma[:keep].sqrt()
-    return Truncated(Factors(Q_U @ P[:, :keep] * root, Q_V @ Q_t[:keep].T * root), sigma)
+    return Truncated(Factors(left[:, :keep] * root, right[:keep].T * root), sigma)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.init import generator_for, start_base, start_factors
 from ..lowrank.kinds import matrix_shape
 from ..lowrank.spectrum import Factors
+from ..lowrank.truncate import truncated_weight
 from ..models.values import InitialValues
 from ..runtime.errors import UserError
 from .settings import LowRankSettings
@@ -45,9 +47,11 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
     return shapes
 
 
-def start_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
+def start_layout(
+    shapes: dict[str, tuple[int, int]], settings: LowRankSettings, ranks: Mapping[str, int] | None = None
+) -> Layout:
     """Return the layout before the first step; empty if the layers are dense at the start."""
-    return {} if settings.dense_fraction else factored_layout(shapes, settings)
+    return {} if settings.dense_fraction else factored_layout(shapes, settings, ranks)
 
 
 def fits(layout: Layout, shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> bool:
@@ -55,15 +59,18 @@ def fits(layout: Layout, shapes: dict[str, tuple[int, int]], settings: LowRankSe
     return layout.keys() == shapes.keys() or (settings.dense_fraction > 0 and not layout)
 
 
-def factored_layout(shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> Layout:
-    """Return the layout with ``initial_rank`` in every layer."""
+def factored_layout(
+    shapes: dict[str, tuple[int, int]], settings: LowRankSettings, ranks: Mapping[str, int] | None = None
+) -> Layout:
+    """Return the layout with low-rank layers.
+
+    Args:
+        ranks: layer -> rank. Default: ``initial_rank`` in every layer.
+    """
     return {
-        name: LayerLayout(
-            rank=settings.initial_rank,
-            modes=settings.rule.modes(settings.initial_rank, min(shape)),
-            base=settings.base != "none",
-        )
+        name: LayerLayout(rank, settings.rule.modes(rank, min(shape)), base=settings.base != "none")
         for name, shape in shapes.items()
+        for rank in [settings.initial_rank if ranks is None else ranks[name]]
     }
 
 
@@ -78,7 +85,12 @@ class StartValues:
         shapes: layer to factor -> ``(out, in)``.
         settings: section ``lowrank``.
         seed: seed of the run.
+
+    Attributes:
+        ranks: layer -> rank at the start, or None for ``initial_rank``.
     """
+
+    ranks: Mapping[str, int] | None = None
 
     def __init__(
         self, dense: InitialValues, shapes: dict[str, tuple[int, int]], settings: LowRankSettings, seed: int
@@ -91,6 +103,8 @@ class StartValues:
         """Return the whole initial value of a parameter of the converted model, float32 on the CPU."""
         layer, _, leaf = name.rpartition(".")
         if leaf == "base" and layer in self.shapes:
+            if self.settings.init == "loaded":
+                return self._loaded(layer)
             generator = generator_for(self.seed, layer, "base")
             return start_base(*self.shapes[layer], self.settings.init, self.std(layer), generator)
         if leaf in ("U", "V") and layer in self.shapes:
@@ -100,10 +114,28 @@ class StartValues:
     def _factors(self, layer: str) -> Factors:
         """Draw both factors of a layer."""
         out_features, in_features = self.shapes[layer]
-        modes = self.settings.rule.modes(self.settings.initial_rank, min(out_features, in_features))
+        rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]
+        modes = self.settings.rule.modes(rank, min(out_features, in_features))
         init = self.settings.init if self.settings.base == "none" else None
-        generator = generator_for(self.seed, layer, "factors")
-        return start_factors(out_features, in_features, modes, init, self.std(layer), generator)
+        if init == "loaded":
+            best = truncated_weight(self._loaded(layer), rank=modes).factors
+            return Factors(best.U.float(), best.V.float())
+        generator, std = generator_for(self.seed, layer, "factors"), 0.0 if init is None else self.std(layer)
+        return start_factors(out_features, in_features, modes, init, std, generator)
+
+    def _loaded(self, layer: str) -> Tensor:
+        """Return the loaded weight of a layer as its matrix ``(out, in)``, float32."""
+        return self.dense.parameter(f"{layer}.weight").reshape(self.shapes[layer])
+
+    def ranks_of_energy(self) -> dict[str, int]:
+        """Return the rank of each loaded weight that keeps ``initial_energy``.
+
+        Each layer takes an SVD. Processes may round differently, so one of them should decide for all.
+        """
+        return {
+            layer: truncated_weight(self._loaded(layer), energy=self.settings.initial_energy).factors.U.shape[1]
+            for layer in self.shapes
+        }
 
     def std(self, layer: str) -> float:
         """Return the standard deviation of the dense weight of a layer at initialisation."""

@@ -75,7 +75,12 @@ class LowRankSettings:
     """Dense base W0 that is added to the product of the factors: frozen, none (the product is the whole weight), or
     decay (scaled linearly to zero over warmup_steps)."""
     init: Init = "orthogonal"
-    """Initialisation of the base, or of the factors without a base. spectral and spectral_ones need base none."""
+    """Initialisation of the base, or of the factors without a base. spectral and spectral_ones need base none. loaded:
+    the weights of model.init_from become the base, which must be frozen, or are replaced by their best approximation of
+    rank initial_rank or initial_energy, with base none."""
+    initial_energy: float | None = None
+    """With init loaded, base none and mode fixed: share of the squared singular values of each weight to keep, which
+    determines the rank of each layer instead of initial_rank. null: initial_rank."""
     interval: int = 25
     """Number of optimizer steps between two decisions."""
     warmup_steps: int = 200
@@ -151,6 +156,7 @@ class LowRankSettings:
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
+        self._check_loaded()
         if self.dense_fraction:
             self._check_dense_start()
         if self.activation != "none":
@@ -191,6 +197,31 @@ class LowRankSettings:
                     f"lowrank.activation is {self.activation} but lowrank.{name} is {getattr(self, name)}; write "
                     f"lowrank.{name}: {value}, or lowrank.activation: none"
                 )
+
+    def _check_loaded(self) -> None:
+        if self.initial_energy is not None:
+            if not 0 < self.initial_energy <= 1:
+                raise UserError(
+                    f"lowrank.initial_energy is {self.initial_energy}; write a share above 0 and at most 1, like 0.95"
+                )
+            for name, value in (("init", "loaded"), ("base", "none"), ("mode", "fixed")):
+                if getattr(self, name) != value:
+                    raise UserError(
+                        f"lowrank.initial_energy is {self.initial_energy} but lowrank.{name} is {getattr(self, name)}; "
+                        f"write lowrank.{name}: {value}, or leave out initial_energy"
+                    )
+        if self.init != "loaded" or self.dense_fraction:
+            return
+        if self.base == "decay":
+            raise UserError(
+                "lowrank.init is loaded but lowrank.base is decay, which would scale the loaded weights to zero; write "
+                "lowrank.base: frozen, or none"
+            )
+        if self.base == "none" and self.grows:
+            raise UserError(
+                f"lowrank.init is loaded but lowrank.mode {self.mode} with base none would grow the rank of the loaded "
+                "weights; write lowrank.base: frozen to grow an update, or lowrank.mode: fixed"
+            )
 
     def _check_dense_start(self) -> None:
         start = f"lowrank.dense_fraction is {self.dense_fraction}"

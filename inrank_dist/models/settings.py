@@ -67,6 +67,10 @@ class ModelSettings:
     """Add to the output of each linear layer the output of the same layer in the previous block (after LaX, arXiv
     2505.21732). Adds no parameters and almost no computation. Improves dense layers, and low-rank layers more. With
     train.activation_checkpointing these outputs are kept in memory as well."""
+    init_from: str | None = None
+    """Folder that provides the initial weights: a dense model of transformers with safetensors, a run, or the output of
+    export --format factors. With low-rank layers, see lowrank.init: loaded. null: random weights. A run that resumes
+    does not read it."""
     norm_eps: float = 1e-5
     """Epsilon added to the variance (gpt2) or the mean square (llama) in every norm."""
 
@@ -111,7 +115,7 @@ class ModelSettings:
 
     def _check_hf(self) -> None:
         for setting in fields(self):
-            if setting.name in ("name", "config", "max_seq_len"):
+            if setting.name in ("name", "config", "max_seq_len", "init_from"):
                 continue
             if getattr(self, setting.name) != setting.default:
                 raise UserError(

@@ -1,6 +1,6 @@
 """Initial values of a dense model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -38,6 +38,28 @@ class ModelValues:
 
     def buffer(self, name: str) -> Tensor:
         return self._buffers[name].detach()
+
+
+class LoadedValues:
+    """Initial values that a dense model provides by name.
+
+    Args:
+        weights: parameter name -> parameter.
+        constructed: values of the same model from scratch, which provide the buffers.
+    """
+
+    def __init__(self, weights: Callable[[str], Tensor], constructed: InitialValues) -> None:
+        self._weights, self._constructed = weights, constructed
+
+    def parameter(self, name: str) -> Tensor:
+        return self._weights(name).float()
+
+    def std(self, name: str) -> float:
+        """Return the root mean square of the weight."""
+        return float(self.parameter(name).square().mean().sqrt())
+
+    def buffer(self, name: str) -> Tensor:
+        return self._constructed.buffer(name)
 
 
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from .building import build_engine, dense_skeleton
 from .callbacks import Callback, Sample
 from .checkpoint import Checkpoint, CheckpointWriter, load_tensors
 from .health import Health
+from .initial import initial_values
 from .loop import Trainer
 from .profiling import StepProfiler
 from .records import Records
@@ -59,8 +60,13 @@ def build(
     )
     skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
-    values = StartValues(skeleton.initial_values(config.run.seed), shapes, config.lowrank, config.run.seed)
-    start = start_layout(shapes, config.lowrank)
+    # A run that resumes does not read what it was loaded from.
+    dense_values = skeleton.initial_values(config.run.seed) if saved else initial_values(config, skeleton)
+    values = StartValues(dense_values, shapes, config.lowrank, config.run.seed)
+    if config.lowrank.initial_energy is not None and not saved:
+        values.ranks = context.gather(context.on_rank_zero(values.ranks_of_energy))[0]
+    found_ranks = saved is not None and config.lowrank.initial_energy is not None
+    start = saved.layout if saved and found_ranks else start_layout(shapes, config.lowrank, values.ranks)
     layout = saved.layout if saved else start
     if not fits(layout, shapes, config.lowrank):
         first = sorted(layout.keys() ^ shapes.keys())[0]

@@ -1,0 +1,172 @@
+"""Weights of a dense ``transformers`` folder as initial values of our models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..lowrank.kinds import kind_of
+from ..models import LanguageModel, ModelSettings
+from ..models.huggingface_config import OF_A_FILE, make_config
+from ..runtime.errors import UserError
+from .architectures import module_names
+from .transformers_model import build_target
+
+INDEX = "model.safetensors.index.json"
+LARGEST_JSON = 64 << 20
+"""Bytes of a config.json or an index."""
+
+IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Ends of the names of constant buffers that older versions of ``transformers`` saved."""
+
+WITHOUT_EFFECT = {
+    *OF_A_FILE, "architectures", "attn_pdrop", "embd_pdrop", "initializer_range", "pretraining_tp", "attention_dropout",
+    "resid_pdrop", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "max_position_embeddings", "n_ctx", "name_or_path",
+}  # fmt: skip
+"""Keys of a configuration that do not change what a model computes."""
+
+
+class TransformersWeights:
+    """Parameters of a ``transformers`` folder under our names, read from safetensors one at a time.
+
+    Nothing in the folder is executed. Names and shapes are checked before any tensor is read.
+
+    Args:
+        folder: the folder, with ``config.json`` and safetensors files.
+        settings: settings of our model.
+        skeleton: our dense model on ``meta``.
+
+    Raises:
+        UserError: the folder holds another model than the settings describe, or a file cannot be used.
+    """
+
+    def __init__(self, folder: Path, settings: ModelSettings, skeleton: LanguageModel) -> None:
+        self._folder, self._target = folder, build_target(settings, skeleton.vocab_size)
+        _compare_configs(folder, self._target.config, settings)
+        self._files = _files(folder)
+        self._places: dict[str, tuple[str, int, int]] = {}
+        self._locate(settings, skeleton)
+
+    def __call__(self, name: str) -> Tensor:
+        """Return a parameter of our dense model in its dtype in the files."""
+        theirs, first, end = self._places[name]
+        path, _, leaf = theirs.rpartition(".")
+        module = self._target.get_submodule(path)
+        with safe_open(self._files[self._stored(theirs)], "pt") as file:
+            value: Tensor = file.get_tensor(self._stored(theirs))
+        kind = kind_of(module)
+        matrix = kind.matrix(value) if kind is not None and leaf == "weight" else value
+        return matrix[first:end].contiguous()
+
+    def _stored(self, name: str) -> str:
+        """Return the name of a parameter in the files, which may lack the prefix of the base model."""
+        return name if name in self._files else name.removeprefix(f"{self._target.base_model_prefix}.")
+
+    def _locate(self, settings: ModelSettings, skeleton: LanguageModel) -> None:
+        """Find each of our parameters in the files and compare the shapes."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        known = set()
+        for name, parameter in self._target.named_parameters():
+            stored = self._stored(name)
+            known.add(stored)
+            if stored not in self._files:
+                raise UserError(
+                    f"{self._folder} holds no {name}, which its config.json describes; write a complete folder"
+                )
+            found = _shape(self._files[stored], stored)
+            if found != tuple(parameter.shape):
+                raise UserError(
+                    f"{self._folder} holds {stored} as {list(found)}, where the settings make {list(parameter.shape)}; "
+                    "write the sizes, and a tokenizer.path with the vocabulary, of that model"
+                )
+            path, _, leaf = name.rpartition(".")
+            first = 0
+            for ours in module_names(settings, path):
+                rows = shapes[f"{ours}.{leaf}"][0]
+                self._places[f"{ours}.{leaf}"] = (name, first, first + rows)
+                first += rows
+        tied = {self._stored(name) for name, _ in self._target.named_parameters(remove_duplicate=False)}
+        surplus = sorted(name for name in self._files.keys() - known - tied if not name.endswith(IGNORED))
+        if surplus:
+            raise UserError(
+                f"{self._folder} holds {surplus[0]}, which the settings do not make; write those of its model"
+            )
+
+
+def _compare_configs(folder: Path, ours: Any, settings: ModelSettings) -> None:
+    written = read_json(folder / "config.json")
+    model_type = written.get("model_type")
+    if model_type != ours.model_type:
+        raise UserError(
+            f"{folder} holds a {model_type}, where the settings make a {ours.model_type}; write model.name: hf and "
+            f"model.config: {folder}"
+        )
+    known = {key: value for key, value in written.items() if key not in WITHOUT_EFFECT}
+    theirs = make_config({"model_type": model_type, **known}, 1).to_dict()
+    mine = ours.to_dict()
+    for key in sorted(theirs.keys() & mine.keys() - WITHOUT_EFFECT - {"vocab_size"}):
+        if theirs[key] != mine[key]:
+            raise UserError(
+                f"{folder / 'config.json'} has {key} {theirs[key]!r}, where the settings make {mine[key]!r}; write the "
+                f"settings of that model, or model.name: hf and model.config: {folder}"
+            )
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Return the file of each stored tensor."""
+    index = folder / INDEX
+    if index.exists():
+        entries = read_json(index).get("weight_map")
+        if not isinstance(entries, dict) or not entries:
+            raise UserError(f"{index} has no weight_map; write a complete folder")
+        names = {str(name): str(file) for name, file in entries.items()}
+        for file in names.values():
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise UserError(f"{index} names the file {file!r}, which is not a safetensors file of this folder")
+        files = {folder / file for file in names.values()}
+    else:
+        files = {folder / "model.safetensors"}
+        if not (folder / "model.safetensors").exists():
+            pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+            why = f"only {pickled.name}, a pickle that could execute code" if pickled else "no model.safetensors"
+            raise UserError(f"{folder} holds {why}; write a folder with weights in safetensors")
+    return {name: file for file in sorted(files) for name in _names(file)}
+
+
+def _names(file: Path) -> list[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); write a complete folder") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); write a complete folder") from None
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    with safe_open(file, "pt") as opened:
+        part = opened.get_slice(name)
+        if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{file} holds {name} as {part.get_dtype()}; write a folder with floating-point weights")
+        return tuple(part.get_shape())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of bounded size.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        if path.stat().st_size <= LARGEST_JSON:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                return content
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); write a folder of transformers") from None
+    except (ValueError, RecursionError):
+        pass
+    raise UserError(f"{path} is not a JSON object of at most {LARGEST_JSON >> 20} MiB; write a folder of transformers")

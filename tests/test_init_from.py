@@ -1,0 +1,258 @@
+"""Runs that start from the weights of another model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+from runs import Fails, assert_same_run, small_config, train, trained_once, trainer_of
+from safetensors.torch import load_file, save_file
+from test_export import GROUPED, HF_GPT2, OF_HF, QWEN3, export, loaded, prompts
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from inrank_dist.commands.main import main
+from inrank_dist.config import Config
+from inrank_dist.lowrank.layer import LowRankLayer
+from inrank_dist.runtime.context import Context
+
+RUNS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": GROUPED | {"model__tie_embeddings": "true"},
+    "qwen3": OF_HF | {"model__config": QWEN3},
+    "gpt2 of transformers": OF_HF | {"model__config": HF_GPT2},
+}
+LOADED = {"lowrank__init": "loaded"}
+FIXED = LOADED | {"lowrank__mode": "fixed", "lowrank__base": "none"}
+FROZEN = LOADED | {"lowrank__base": "frozen"}
+
+
+class Source:
+    """A run, its changes of the small settings, and its exports."""
+
+    def __init__(self, folder: Path, corpus: Path, changes: dict[str, Any]) -> None:
+        self.corpus, self.changes, self.run = corpus, changes, folder / "run"
+        train(small_config(corpus, run__dir=self.run, checkpoint__interval=30, **changes))
+        self.folders = {
+            "transformers": export(self.run, folder / "hf"),
+            "split": export(self.run, folder / "split", "--max-shard-size", "50KB"),
+            "factors": export(self.run, folder / "factors", "--format", "factors"),
+            "run": self.run,
+        }
+        trained = loaded(self.run)
+        self.vocab_size, self.model = trained.tokenizer.vocab_size, trained.model
+
+    def config(self, kind: str, run: Path, **changes: Any) -> Config:
+        return small_config(self.corpus, run__dir=run, model__init_from=self.folders[kind], **self.changes | changes)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def source(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source(tmp_path_factory.mktemp("source"), corpus, RUNS[request.param])
+
+
+@pytest.fixture(scope="module")
+def gpt2(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return Source(tmp_path_factory.mktemp("gpt2"), corpus, {})
+
+
+@torch.no_grad()
+def logits_at_the_start(config: Config, ids: Tensor) -> tuple[Tensor, Any]:
+    context = Context()
+    context.start(60)
+    try:
+        trainer = trainer_of(config, context)
+        trainer.engine.model.eval()
+        return trainer.engine.logits(ids), trainer.engine
+    finally:
+        context.stop()
+
+
+@pytest.mark.parametrize("kind", ["transformers", "split", "factors", "run"])
+def test_full_rank_goes_on_with_the_same_function(source: Source, tmp_path: Path, kind: str) -> None:
+    ids = prompts(source.vocab_size, 50)
+    found, _ = logits_at_the_start(source.config(kind, tmp_path / "run", lowrank__mode="full"), ids)
+    torch.testing.assert_close(found, source.model(ids), rtol=0, atol=2e-6)
+
+
+def test_the_validation_loss_is_the_same(gpt2: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After a step with a rate that moves nothing, as ``inrank eval`` measures it."""
+
+    def validation(run: Path) -> float:
+        capsys.readouterr()
+        assert main(["eval", "--run", str(run)]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss"))
+        return float(line.split()[2])
+
+    still = {"lowrank__mode": "full", "train__steps": 1, "checkpoint__interval": 1, "optimizer__lr": 1e-12}
+    train(gpt2.config("transformers", tmp_path / "full", **still))
+    assert validation(tmp_path / "full") == validation(gpt2.run)
+    fixed = FIXED | still | {"lowrank__mode": "fixed", "lowrank__initial_rank": 32}
+    train(gpt2.config("transformers", tmp_path / "fixed", **fixed))
+    assert validation(tmp_path / "fixed") == pytest.approx(validation(gpt2.run), abs=1e-4)
+
+
+def test_a_rank_is_the_best_approximation(source: Source, tmp_path: Path) -> None:
+    ids = prompts(source.vocab_size, 50)
+    whole, _ = logits_at_the_start(
+        source.config("transformers", tmp_path / "a", **FIXED, lowrank__initial_energy=1.0), ids
+    )
+    torch.testing.assert_close(whole, source.model(ids), rtol=0, atol=1e-4)
+    cut, engine = logits_at_the_start(
+        source.config("transformers", tmp_path / "b", **FIXED | {"lowrank__initial_rank": 2}), ids
+    )
+    assert not torch.allclose(cut, whole, atol=1e-3)
+    for name, layer in engine.module.named_modules():
+        if isinstance(layer, LowRankLayer):
+            trained = source.model.get_submodule(name).weight(torch.float64)
+            U, sigma, Vh = torch.linalg.svd(trained)
+            torch.testing.assert_close(layer.weight(torch.float64), (U[:, :2] * sigma[:2]) @ Vh[:2], rtol=0, atol=1e-6)
+
+
+def test_an_energy_finds_the_rank_of_each_layer(pool: Pool, gpt2: Source, tmp_path: Path) -> None:
+    config = gpt2.config("transformers", tmp_path / "run", **FIXED, lowrank__initial_energy=0.8, train__steps=4)
+    reference = trained_once(config)
+    for name, (rank, _, _) in reference.table.items():
+        energy = torch.linalg.svdvals(gpt2.model.get_submodule(name).weight(torch.float64)).square().cumsum(0)
+        assert rank == int((energy < 0.8 * energy[-1]).sum()) + 1
+    assert len({rank for rank, _, _ in reference.table.values()}) > 1
+    sharded = gpt2.config(
+        "run", tmp_path / "sharded", **FIXED, lowrank__initial_energy=0.8, train__steps=4, parallel__engine="fsdp"
+    )
+    assert_same_run(pool.run("runs:train_in_worker", sharded, world_size=2), reference, 2)
+
+
+def test_a_frozen_base_grows_an_update(pool: Pool, gpt2: Source, tmp_path: Path) -> None:
+    """The function starts as the loaded one; then the update grows and is frozen, sharded as in one process."""
+    ids = prompts(gpt2.vocab_size, 50)
+    found, _ = logits_at_the_start(gpt2.config("transformers", tmp_path / "start", **FROZEN), ids)
+    torch.testing.assert_close(found, gpt2.model(ids), rtol=0, atol=2e-6)
+    reference = trained_once(gpt2.config("transformers", tmp_path / "run", **FROZEN))
+    assert any(rank > 1 for rank, _, _ in reference.table.values())
+    for kind in ("transformers", "factors"):
+        config = gpt2.config(kind, tmp_path / kind, **FROZEN, parallel__engine="fsdp")
+        assert_same_run(pool.run("runs:train_in_worker", config, world_size=2), reference, 2)
+
+
+def test_a_resumed_run_does_not_read_the_folder(gpt2: Source, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(gpt2.folders["transformers"], copy)
+    config = gpt2.config("transformers", tmp_path / "run", **FROZEN, checkpoint__interval=8, checkpoint__keep=9)
+    config.model.init_from = str(copy)
+    straight, _ = train(config)
+    for step in (24, 30):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}", ignore_errors=True)
+    shutil.rmtree(copy)
+    resumed, _ = train(config, resume=True)
+    assert resumed.losses() == straight.losses()[-len(resumed.losses()) :]
+
+
+def test_weights_without_the_prefix_of_the_base_model(gpt2: Source, tmp_path: Path) -> None:
+    """As in the published GPT-2, which also holds masks."""
+    folder = tmp_path / "published"
+    shutil.copytree(gpt2.folders["transformers"], folder)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 16, 16)}, folder / "model.safetensors")
+    ids = prompts(gpt2.vocab_size, 20)
+    config = gpt2.config("transformers", tmp_path / "run", lowrank__mode="full")
+    config.model.init_from = str(folder)
+    torch.testing.assert_close(logits_at_the_start(config, ids)[0], gpt2.model(ids), rtol=0, atol=2e-6)
+
+
+def test_a_model_that_transformers_saved_in_bfloat16(gpt2: Source, tmp_path: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(gpt2.folders["transformers"]).bfloat16()
+    theirs.save_pretrained(tmp_path / "bf16")
+    config = gpt2.config("transformers", tmp_path / "run", lowrank__mode="full")
+    config.model.init_from = str(tmp_path / "bf16")
+    ids = prompts(gpt2.vocab_size, 20)
+    with torch.no_grad():
+        expected = theirs.float()(ids).logits
+    torch.testing.assert_close(logits_at_the_start(config, ids)[0], expected, rtol=0, atol=2e-6)
+
+
+def edited(folder: Path, name: str = "config.json", **changes: Any) -> None:
+    content = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "said"),
+    [
+        ("transformers", lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+        ("transformers", lambda f: (f / "config.json").write_text("{"), "is not a JSON object of at most 64 MiB"),
+        ("transformers", lambda f: os.truncate(f / "config.json", 1 << 40), "is not a JSON object of at most 64 MiB"),
+        (
+            "transformers",
+            lambda f: edited(f, model_type="llama"),
+            "holds a llama, where the settings make a gpt2; write",
+        ),
+        ("transformers", lambda f: edited(f, layer_norm_epsilon=0.1), "has layer_norm_epsilon 0.1, where the settings"),
+        (
+            "transformers",
+            lambda f: edited(f, n_head=4),
+            "has n_head 4, where the settings make 2; write the settings of",
+        ),
+        ("transformers", lambda f: os.truncate(f / "model.safetensors", 9999), "model.safetensors is damaged"),
+        ("transformers", lambda f: torch.save({}, f / "model.safetensors"), "model.safetensors is damaged"),
+        (
+            "transformers",
+            lambda f: os.rename(f / "model.safetensors", f / "pytorch_model.bin"),
+            "holds only pytorch_model.bin, a pickle that could execute code; write a folder with weights in",
+        ),
+        ("transformers", lambda f: lacks(f, "transformer.h.1.ln_1.bias"), "holds no transformer.h.1.ln_1.bias, which"),
+        ("transformers", lambda f: more(f, "evil", torch.zeros(2)), "holds evil, which the settings do not make"),
+        ("transformers", lambda f: more(f, "transformer.ln_f.bias", torch.zeros(2)), "as [2], where the settings make"),
+        (
+            "transformers",
+            lambda f: more(f, "transformer.ln_f.bias", torch.zeros(32).int()),
+            "as I32; write a folder with",
+        ),
+        ("split", lambda f: edited(f, "model.safetensors.index.json", weight_map={"a": "../evil"}), "names the file"),
+        ("split", lambda f: edited(f, "model.safetensors.index.json", weight_map=[]), "has no weight_map"),
+        ("split", lambda f: next(f.glob("*-00002-*")).unlink(), "cannot be read"),
+        ("factors", lambda f: os.truncate(f / "model.safetensors", 9999), "model.safetensors is damaged"),
+        ("factors", lambda f: edited(f, "inrank.json", vocab_size=300), "has 300 tokens and the tokenizer 301"),
+        ("run", lambda f: shutil.rmtree(f / "checkpoints"), "config.json cannot be read"),
+    ],
+)
+def test_a_folder_that_is_refused(
+    gpt2: Source, tmp_path: Path, fails: Fails, kind: str, damage: Any, said: str
+) -> None:
+    """Before anything is prepared or written."""
+    shutil.copytree(gpt2.folders[kind], tmp_path / "copy")
+    damage(tmp_path / "copy")
+    config = gpt2.config(kind, tmp_path / "run", lowrank__mode="full")
+    config.model.init_from = str(tmp_path / "copy")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    error = fails("train", "--config", tmp_path / "config.yaml")
+    assert error.startswith("model.init_from: ") and said in error
+    assert not (tmp_path / "run").exists()
+
+
+def lacks(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def more(folder: Path, name: str, tensor: Tensor) -> None:
+    save_file(load_file(folder / "model.safetensors") | {name: tensor}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__num_layers": 3}, "has model.num_layers 2, not 3; write model.num_layers: 2"),
+        ({"lowrank__mode": "full", "model__layer_crossing": "true"}, "has model.layer_crossing False, not True"),
+    ],
+)
+def test_settings_of_another_model(
+    gpt2: Source, tmp_path: Path, fails: Fails, changes: dict[str, Any], said: str
+) -> None:
+    config = gpt2.config("run", tmp_path / "run", **FROZEN | changes)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert said in fails("train", "--config", tmp_path / "config.yaml")
