@@ -12,13 +12,15 @@ from pool import Pool
 from runs import Fails, assert_same_run, small_config, train, trained_once, trainer_of
 from safetensors.torch import load_file, save_file
 from test_export import GROUPED, HF_GPT2, OF_HF, QWEN3, export, loaded, prompts
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import inrank_dist
 from inrank_dist.commands.main import main
 from inrank_dist.config import Config
 from inrank_dist.lowrank.layer import LowRankLayer
 from inrank_dist.runtime.context import Context
+from inrank_dist.runtime.errors import UserError
 
 RUNS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -241,6 +243,31 @@ def lacks(folder: Path, name: str) -> None:
 
 def more(folder: Path, name: str, tensor: Tensor) -> None:
     save_file(load_file(folder / "model.safetensors") | {name: tensor}, folder / "model.safetensors")
+
+
+@torch.no_grad()
+def test_the_library_cuts_a_loaded_model_or_grows_an_update() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"mlp": nn.Linear(12, 8)})
+
+    def started(method: inrank_dist.LowRankSettings) -> nn.Module:
+        return inrank_dist.LowRankRun(model, method, torch.optim.AdamW, initial=trained).merge()
+
+    trained = model()
+    weight = trained["mlp"].weight  # type: ignore[index]
+    U, sigma, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = ((U[:, :3] * sigma[:3]) @ Vh[:3]).float()
+    cut, grown = (
+        started(method)["mlp"].weight  # type: ignore[index]
+        for method in (
+            inrank_dist.FixedRank(3, ["mlp$"], init="loaded"),
+            inrank_dist.InRank(["mlp$"], base="frozen", init="loaded", initial_rank=1, buffer=2),
+        )
+    )
+    torch.testing.assert_close(cut, best)
+    assert torch.equal(grown, weight)
+    with pytest.raises(UserError, match="initial_energy is a setting of the trainer; write initial_rank"):
+        started(inrank_dist.FixedRank(3, ["mlp$"], init="loaded", initial_energy=0.9))
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def show_plan(
     screen.print(_table(config, skeleton, stages, setup, device))
     if config.lowrank.initial_energy is not None:
         say(
-            f"lowrank.initial_energy finds the rank of each layer when the run starts; counted is rank "
-            f"{rank or config.lowrank.initial_rank} (--rank R)"
+            "lowrank.initial_energy finds the rank of each layer when the run starts; this plan counts "
+            f"lowrank.initial_rank {config.lowrank.initial_rank}"
         )
     for line in NOTES.splitlines():
         say(line)

@@ -34,6 +34,7 @@ def InRank(
             for ``freeze_patience`` checks, or after ``freeze_fraction`` of the run. With None they can grow until the
             end of training.
         base: dense base weight added to the product of the factors: ``decay`` (fades to zero), ``frozen`` or ``none``.
+            To fine-tune ``LowRankRun(initial=...)``, write ``frozen`` and ``init="loaded"``.
         warmup_steps: number of optimizer steps over which a decaying base fades. Defaults to ``freeze_step`` if that is
             a number, otherwise 200.
         options: any other field of ``LowRankSettings``.
@@ -62,7 +63,8 @@ def FixedRank(
         rank: rank of every factored layer.
         targets: as in ``InRank``.
         init: initialisation of the factors: ``spectral`` (best approximation of a dense initial weight),
-            ``spectral_ones`` (its singular vectors, with equal singular values), ``orthogonal`` or ``kaiming``.
+            ``spectral_ones`` (its singular vectors, with equal singular values), ``orthogonal``, ``kaiming``, or
+            ``loaded`` (best approximation of the weight in ``LowRankRun(initial=...)``).
         options: any other field of ``LowRankSettings``.
     """
     return _settings(mode="fixed", targets=list(targets), initial_rank=rank, base="none", init=init, **options)

@@ -293,6 +293,8 @@ def _check_method(method: LowRankSettings, total_steps: int | None) -> int:
         raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
     if method.frobenius_decay:
         raise UserError("frobenius_decay is a setting of the trainer's engines; write 0 and decay in your optimizer")
+    if method.initial_energy is not None:
+        raise UserError("initial_energy is a setting of the trainer; write initial_rank")
     if method.total_steps and total_steps and method.total_steps != total_steps:
         raise UserError(f"total_steps is {total_steps}, but the method is for {method.total_steps}; write it once")
     needs_total = method.dense_fraction or (method.freezes and method.freeze_step == "auto")

@@ -307,6 +307,8 @@ class LowRankSettings:
         if self.mode == "full":
             return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name != "mode"]
         idle = []
+        if self.initial_energy is not None:
+            idle.append(("initial_rank", "lowrank.initial_energy finds the rank of each layer"))
         freezing = ("freeze_step", "freeze_patience", "freeze_fraction", "final", "final_budget")
         if not self.grows:
             growth = ["buffer", "threshold", "criterion", "measure", "interval"]
