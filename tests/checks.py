@@ -232,7 +232,7 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
     changed: list[str] = []
 
     def hook(trainer: Trainer) -> None:
-        engine, train_step = trainer.engine, trainer._train_step
+        engine, train_step = trainer.engine, trainer._update
         accumulate, gradient_norm, micro_loss = engine.accumulate, engine.gradient_norm, engine.loss
 
         def bad() -> bool:
@@ -262,7 +262,7 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
                 assert all(p.grad is None for p in engine.parameters().values())
             return verdict
 
-        engine.accumulate, engine.gradient_norm, trainer._train_step = loss, norm, observed  # type: ignore
+        engine.accumulate, engine.gradient_norm, trainer._update = loss, norm, observed  # type: ignore
         engine.loss = forward  # type: ignore[method-assign]
 
     recorder, _ = train(config, hook=hook)

@@ -20,8 +20,9 @@ from inrank_dist.data.hashing import hash_file
 from inrank_dist.engine.checkpointable import SavedRows
 from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
+from inrank_dist.runtime.safetensors_file import content
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
-from inrank_dist.train.checkpoint.shard import _bytes_of, shard_name, stage, write_shard
+from inrank_dist.train.checkpoint.shard import shard_name, stage, write_shard
 from inrank_dist.train.loop import Trainer
 
 
@@ -238,8 +239,8 @@ def test_a_disk_that_fails_one_process_is_told_by_all(
 )
 def test_any_layout_in_memory_gives_the_same_bytes(tensor: torch.Tensor) -> None:
     expected = tensor.clone(memory_format=torch.contiguous_format).flatten().tolist()
-    assert _values(_bytes_of(tensor), tensor.dtype) == expected
+    assert _values(content(tensor), tensor.dtype) == expected
 
 
-def _values(content: memoryview, dtype: torch.dtype) -> list[float]:
-    return torch.frombuffer(bytearray(content), dtype=dtype).tolist() if content.nbytes else []
+def _values(view: memoryview, dtype: torch.dtype) -> list[float]:
+    return torch.frombuffer(bytearray(view), dtype=dtype).tolist() if view.nbytes else []

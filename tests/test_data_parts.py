@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+from sharing import slow
 
 from inrank_dist.data import parts
 from inrank_dist.data.parts import META_SPACE, Cutter, neighbours
@@ -156,7 +157,7 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, t
 """
 
 
-@pytest.mark.parametrize("line", ["some words of a line\n", "some words without an end ", "noends"])
+@pytest.mark.parametrize("line", [slow("some words of a line\n"), slow("some words without an end "), "noends"])
 def test_memory_does_not_depend_on_the_document(tmp_path: Path, line: str) -> None:
     """One document of 16 MB, from a source that never holds it: a few MB above one of 1 MB, whatever its lines."""
     train_tokenizer([SOURCE], TokenizerSettings(vocab_size=600)).save(tmp_path / "m.model")

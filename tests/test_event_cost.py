@@ -366,7 +366,7 @@ def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypa
 @pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp", slow("ddp"), *(nightly(f"zero{stage}") for stage in range(4))],
+    [slow("fsdp"), slow("ddp"), *(nightly(f"zero{stage}") for stage in range(4))],
 )
 def test_twenty_reshapes_leave_no_memory_behind(pool: Pool, corpus: Path, engine: str) -> None:
     """Hooks, buckets and graphs of a model that was let go can keep all of it; a leak of 20 models would be 150 MB."""

@@ -211,7 +211,7 @@ def test_killed_and_resumed(corpus: Path, straight: Path, tmp_path: Path) -> Non
         pytest.param("evaluation", 10, {}, marks=pytest.mark.slow),
         ("reshape", 12, {}),
         pytest.param("save-data", None, {"checkpoint__async_": True}, marks=pytest.mark.slow),
-        ("prepare", None, {"data__cache_dir": "cache"}),
+        pytest.param("prepare", None, {"data__cache_dir": "cache"}, marks=pytest.mark.slow),
         nightly("evaluation", STEPS, {}),
         nightly("backward", 8, {"parallel__engine": "zero2"}),
         nightly("reshape", 12, {"parallel__engine": "zero3"}),

@@ -224,7 +224,7 @@ def hf_config(corpus: Path, model_type: str, short: bool = True, **changes: Any)
 @pytest.mark.parametrize(
     ("model_type", "engine"),
     [
-        ("gpt2", "fsdp"), ("llama", "ddp"), ("qwen3", "fsdp"),
+        slow("gpt2", "fsdp"), ("llama", "ddp"), ("qwen3", "fsdp"),
         slow("gpt2", "zero1"), slow("gpt2", "zero3"), slow("llama", "fsdp"), slow("llama", "zero2"),
         slow("qwen3", "zero3"), slow("gpt_neox", "fsdp"), slow("mistral", "zero3"), slow("gemma", "fsdp"),
         nightly("qwen3", "zero1"), nightly("gemma", "zero3"),
@@ -276,7 +276,7 @@ def test_a_llama_of_transformers_trains_as_ours(pool: Pool, corpus: Path, engine
         assert {ours_of(name): layer for name, layer in run.table.items()} == expected.table
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", slow("gpt2"), slow("llama")])
+@pytest.mark.parametrize("model_type", [slow("qwen3"), slow("gpt2"), slow("llama")])
 def test_all_commands_know_it(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from pool import Pool
 from runs import Fails, assert_same_run, small_config, train, trained_once, trainer_of
 from safetensors.torch import load_file, save_file
+from sharing import slow
 from test_export import GROUPED, HF_GPT2, OF_HF, QWEN3, export, loaded, prompts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -52,7 +53,7 @@ class Source:
         return small_config(self.corpus, run__dir=run, model__init_from=self.folders[kind], **self.changes | changes)
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=["gpt2", slow("llama"), "qwen3", slow("gpt2 of transformers")])
 def source(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     return Source(tmp_path_factory.mktemp("source"), corpus, RUNS[request.param])
 
@@ -115,6 +116,7 @@ def test_a_rank_is_the_best_approximation(source: Source, tmp_path: Path) -> Non
             torch.testing.assert_close(layer.weight(torch.float64), (U[:, :2] * sigma[:2]) @ Vh[:2], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_energy_finds_the_rank_of_each_layer(pool: Pool, gpt2: Source, tmp_path: Path) -> None:
     config = gpt2.config("transformers", tmp_path / "run", **FIXED, lowrank__initial_energy=0.8, train__steps=4)
     reference = trained_once(config)
@@ -128,6 +130,7 @@ def test_an_energy_finds_the_rank_of_each_layer(pool: Pool, gpt2: Source, tmp_pa
     assert_same_run(pool.run("runs:train_in_worker", sharded, world_size=2), reference, 2)
 
 
+@pytest.mark.slow
 def test_a_frozen_base_grows_an_update(pool: Pool, gpt2: Source, tmp_path: Path) -> None:
     """The function starts as the loaded one; then the update grows and is frozen, sharded as in one process."""
     ids = prompts(gpt2.vocab_size, 50)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from library_checks import MODELS, alone, make_run, train
 from pool import Pool
+from sharing import slow
 
 import inrank_dist as inrank
 
@@ -44,11 +45,11 @@ def test_growth_changes_no_logit_and_the_merged_model_is_the_same(name: str, cho
     ("name", "how", "world_size", "choice"),
     [
         ("gpt2", "fsdp", 2, "no base"),
-        ("llama", "fsdp", 3, "decaying base"),
+        slow("llama", "fsdp", 3, "decaying base"),
         ("qwen3", "ddp", 2, "gradient"),
         ("own", "fsdp", 3, "no base"),
         ("own", "ddp", 2, "decaying base"),
-        ("llama", "hybrid", 4, "gradient"),
+        slow("llama", "hybrid", 4, "gradient"),
     ],
 )
 def test_every_sharding_gives_the_run_of_one_process(

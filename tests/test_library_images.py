@@ -54,7 +54,7 @@ def test_a_wide_resnet_learns_digits_with_low_rank_convolutions(choice: str) -> 
     assert any(isinstance(module, nn.Conv2d) and module.stride == (2, 2) for module in dense.modules())
 
 
-@pytest.mark.parametrize("choice", ["no base", "dense start"])
+@pytest.mark.parametrize("choice", [slow("no base"), "dense start"])
 def test_sharded_over_two_processes_it_is_the_run_of_one(choice: str, pool: Pool) -> None:
     """Both processes see the whole batch. So their batch statistics are those of one process, and the mean of their
     equal gradients is the gradient of one process: the runs can be compared exactly, without SyncBatchNorm. The rows of

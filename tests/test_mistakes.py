@@ -536,6 +536,7 @@ def test_report_of_a_run_with_a_broken_line(damaged: Path, fails: Fails) -> None
 # The same as whole processes, where nothing of pytest's stands between.
 
 
+@pytest.mark.slow
 def test_as_processes(place: Path) -> None:
     """The second process of a node says nothing: eight processes would tell the same mistake eight times."""
     world = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}

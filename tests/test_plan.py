@@ -226,6 +226,7 @@ def table_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, 
     return {row[0]: row[1:] for row in rows if len(row) > 1}
 
 
+@pytest.mark.slow
 def test_does_it_fit_and_how_long_does_a_step_take(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--device", "h100", "--train.precision", "bf16", "--rank", "8"]
     table = table_of(words, capsys)

@@ -52,7 +52,7 @@ WIDTHS = {
 @pytest.mark.parametrize(
     ("engine", "widths", "world_size"),
     [
-        ("fsdp", "10 and 7", 5),
+        slow("fsdp", "10 and 7", 5),
         nightly("fsdp", "10 and 7", 3),
         slow("fsdp", "64", 3),
         nightly("fsdp", "64", 5),
