@@ -68,9 +68,9 @@ class ModelSettings:
     2505.21732). Adds no parameters and almost no computation. Improves dense layers, and low-rank layers more. With
     train.activation_checkpointing these outputs are kept in memory as well."""
     init_from: str | None = None
-    """Folder that provides the initial weights: a dense model of transformers with safetensors, a run, or the output of
-    export --format factors. With low-rank layers, see lowrank.init: loaded. null: random weights. A run that resumes
-    does not read it."""
+    """Folder that provides the initial weights: a dense model of transformers with safetensors, a run, or exported
+    factors. With low-rank layers, see lowrank.init: loaded. null: random weights. A run that resumes does not read
+    it."""
     norm_eps: float = 1e-5
     """Epsilon added to the variance (gpt2) or the mean square (llama) in every norm."""
 
