@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "engine": {"method", "optim", "models", "lowrank", "runtime"},
     "library": {"engine", "method", "optim", "models", "lowrank", "runtime"},
     "config": {"train", "engine", "method", "optim", "models", "data", "runtime"},  # of rooms their settings only
-    "train": {"config", "engine", "method", "optim", "models", "data", "lowrank", "runtime"},
+    "train": {"hub", "config", "engine", "method", "optim", "models", "data", "lowrank", "runtime"},
     "report": {"train", "runtime"},
     "bench": {"train", "config", "engine", "method", "optim", "models", "data", "lowrank", "runtime"},
     "study": {"report", "train", "config", "runtime"},
