@@ -198,6 +198,8 @@ class Config:
             no_effect("eval.interval is 0", "eval", "batches")
         if self.tokenizer.path:
             no_effect("tokenizer.path is set", "tokenizer", "kind", "max_training_bytes")
+        else:
+            no_effect("tokenizer.path is null", "tokenizer", "eos_token", "special_tokens_in_text")
         source = self.data.source
         if self.data.has_own_validation:
             key = "validation_paths" if source == "files" else "validation_split"

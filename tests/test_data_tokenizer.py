@@ -146,15 +146,18 @@ def test_path_must_agree_with_vocab_size(tokenizer: Tokenizer, tmp_path: Path) -
 
 
 def test_models_that_cannot_be_used(tmp_path: Path) -> None:
-    """A missing file, a file of something else, and a model that would change the text."""
+    """A missing file, a file of something else, a damaged one, and a model without a separator."""
     with pytest.raises(UserError, match="cannot be read"):
         Tokenizer.load(tmp_path / "absent.model")
     (tmp_path / "noise.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer.load(tmp_path / "noise.model")
+    (tmp_path / "cut.model").write_bytes(b'{"tokenizer": {}')
+    with pytest.raises(UserError, match="is damaged"):
+        Tokenizer.load(tmp_path / "cut.model")
     common: dict[str, Any] = {"sentence_iterator": iter(TEXTS[0].splitlines()), "vocab_size": 400, "minloglevel": 4}
-    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "usual"), **common)
-    with pytest.raises(UserError, match="does not preserve text exactly"):
+    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "usual"), eos_id=-1, **common)
+    with pytest.raises(UserError, match="has no end-of-sentence piece to separate documents"):
         Tokenizer.load(tmp_path / "usual.model")
 
 

@@ -220,7 +220,7 @@ def edited(folder: Path, name: str = "config.json", **changes: Any) -> None:
         ("split", lambda f: edited(f, "model.safetensors.index.json", weight_map=[]), "has no weight_map"),
         ("split", lambda f: next(f.glob("*-00002-*")).unlink(), "cannot be read"),
         ("factors", lambda f: os.truncate(f / "model.safetensors", 9999), "model.safetensors is damaged"),
-        ("factors", lambda f: edited(f, "inrank.json", vocab_size=300), "has 300 tokens and the tokenizer 301"),
+        ("factors", lambda f: edited(f, "inrank.json", vocab_size=300), "has a vocabulary of 300 tokens, not 301"),
         ("run", lambda f: shutil.rmtree(f / "checkpoints"), "config.json cannot be read"),
     ],
 )

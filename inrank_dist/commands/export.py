@@ -14,6 +14,7 @@ import torch
 
 from ..config import Config, load_config
 from ..data import Tokenizer
+from ..data.whole_documents import HuggingFaceTokenizer, LossySentencePiece
 from ..hub.card import Card, CardLayer
 from ..hub.weights import Cut, Weights
 from ..lowrank.kinds import matrix_shape
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         else:
             from ..hub.factors import write_factors
 
-            write_factors(work, config.model, tokenizer.vocab_size, layout, weights, activation, dtype=dtype)
+            write_factors(work, config.model, skeleton.vocab_size, layout, weights, activation, dtype=dtype)
             tokenizer.save(work / "tokenizer.model")
         card = _card(out.name, arguments.format, checkpoint, config, tokenizer, weights)
         (work / "README.md").write_text(card.text(), encoding="utf-8")
@@ -120,7 +121,9 @@ def _write_transformers(
     work: Path, config: Config, tokenizer: Tokenizer, weights: Weights, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     try:
-        from ..hub.tokenizer import write_tokenizer
+        import tokenizers
+
+        from ..hub.tokenizer import fast_tokenizer, write_tokenizer
         from ..hub.transformers_model import write_transformers
     except ImportError as error:
         raise UserError(
@@ -130,14 +133,23 @@ def _write_transformers(
     write_transformers(
         work,
         config.model,
-        tokenizer.vocab_size,
+        weights.skeleton.vocab_size,
         tokenizer.eos_id,
         weights,
         weights.skeleton.initial_values(0).buffer,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
-    write_tokenizer(work, tokenizer.model, config.model.max_seq_len)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        fast = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
+    elif isinstance(tokenizer, LossySentencePiece):
+        log.warning("the tokenizer normalizes text; it is exported as tokenizer.model, without a tokenizer.json")
+        tokenizer.save(work / "tokenizer.model")
+        return
+    else:
+        fast = fast_tokenizer(tokenizer.model)
+        tokenizer.save(work / "tokenizer.model")
+    write_tokenizer(work, fast, tokenizer.eos_piece, config.model.max_seq_len)
 
 
 def _card(name: str, form: str, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, weights: Weights) -> Card:

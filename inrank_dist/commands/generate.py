@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             generator=generator_for(arguments.seed, "generate", index),
             temperature=arguments.temperature,
             top_k=arguments.top_k,
+            vocab_size=tokenizer.vocab_size,
             end=tokenizer.eos_id,
         )
         if index:

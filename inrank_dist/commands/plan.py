@@ -93,7 +93,7 @@ def show_plan(
 
     say(
         f"{config.model.architecture}: {_millions(skeleton)}M parameters dense, vocabulary "
-        f"{config.tokenizer.vocab_size}, {len(shapes)} layers factored (lowrank.mode {config.lowrank.mode})"
+        f"{skeleton.vocab_size}, {len(shapes)} layers factored (lowrank.mode {config.lowrank.mode})"
     )
     say(
         f"{train.steps} steps of {train.global_batch_size} sequences of {config.model.max_seq_len} tokens: "

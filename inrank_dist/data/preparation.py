@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
@@ -135,11 +136,16 @@ def _folder(source: Source, data: DataSettings, tokenizer: Tokenizer | Tokenizer
         "join_rows": data.join_rows,
         "validation_fraction": None if data.has_own_validation else data.validation_fraction,
         "max_bytes": data.max_bytes,
-        "tokenizer": tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else asdict(tokenizer),
+        "tokenizer": tokenizer.fingerprint if isinstance(tokenizer, Tokenizer) else _training_key(tokenizer),
         "block_length": block_length,
     }
     key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()
     return expand_home(data.cache_dir, "data.cache_dir").absolute() / f"{data.source}-{key[:16]}"
+
+
+def _training_key(settings: TokenizerSettings) -> dict[str, Any]:
+    """The settings that determine a tokenizer that is trained on the text."""
+    return {name: getattr(settings, name) for name in ("kind", "vocab_size", "path", "max_training_bytes")}
 
 
 def _train(corpus: Corpus, settings: TokenizerSettings, progress: bool) -> Tokenizer:
@@ -168,7 +174,7 @@ def _write(
             rows[name], counts[name] = pack(
                 encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first
             )
-            irregular = irregular or encoding.cutter.irregular
+            irregular = irregular or encoding.irregular
         if not rows[name]:
             raise UserError(
                 f"the {name} text has {counts[name].sum()} tokens and a row takes {block_length + 1}"

@@ -132,7 +132,15 @@ class TokenizerSettings:
     """Number of tokens, including 256 byte pieces (so that any text can be encoded) and the document separator."""
 
     path: str | None = None
-    """SentencePiece model file to load instead of training one."""
+    """Tokenizer to load instead of training one: a SentencePiece model file, a tokenizer.json of Hugging Face, or a
+    folder that holds one."""
+
+    eos_token: str | None = None
+    """Token that separates documents, in a tokenizer of Hugging Face. null: the eos_token of its configuration."""
+
+    special_tokens_in_text: bool = False
+    """Whether special tokens of a tokenizer of Hugging Face that occur in a text are taken for tokens. false: they are
+    ordinary text."""
 
     max_training_bytes: int = 4_000_000
     """Maximum bytes of training text to train the tokenizer on."""

@@ -3,10 +3,12 @@
 import functools
 import hashlib
 import io
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -16,6 +18,8 @@ from ..runtime.files import write_atomically
 from ..runtime.home import expand_home
 from .parts import META_SPACE, Cutter, neighbours
 from .settings import MIN_VOCABULARY, TokenizerSettings
+
+log = logging.getLogger("inrank_dist")
 
 #: The piece between documents. The same characters in a text are encoded as ordinary text, never as this token.
 SEPARATOR = "<|endoftext|>"
@@ -44,14 +48,17 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes) -> None:
-        self.model = model
+        self._keep(model)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()
+
+    def _keep(self, model: bytes) -> None:
+        self.model = model
         self.fingerprint = hashlib.sha256(model).hexdigest()
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        return Tokenizer, (self.model,)
+        return type(self), (self.model,)
 
     def encode(self, text: str) -> list[int]:
         """Encode ``text`` without adding a separator.
@@ -59,15 +66,12 @@ class Tokenizer:
         Raises:
             UserError: the text contains a lone surrogate, half of a character.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text is not Unicode at character {error.start} ({error.reason})") from error
+        refuse_surrogates(text)
         return [token for ids in self.encode_documents([[text]]) for token in ids.tolist()]
 
     def encode_documents(
         self, documents: Iterable[Iterable[str]], *, separate: bool = False, threads: int = 1
-    ) -> "Encoding":
+    ) -> "Encoded":
         """Encode documents that arrive in chunks of text, in memory that does not depend on their size.
 
         Args:
@@ -110,13 +114,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a model file.
+        """Read a model file that ``save`` wrote, or a SentencePiece model.
 
         Raises:
-            UserError: the file does not exist, is not a SentencePiece model, or does not preserve text exactly.
+            UserError: the file does not exist or is not such a model.
         """
+        from . import whole_documents
+
         try:
-            tokenizer = cls(expand_home(path, "tokenizer.path").read_bytes())
+            model = expand_home(path, "tokenizer.path").read_bytes()
+            if model.startswith(b"{"):
+                return whole_documents.HuggingFaceTokenizer(model)
+            tokenizer = Tokenizer(model)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"tokenizer {path} is damaged ({error}); write the path of a model file") from error
         except OSError as error:
             raise UserError(
                 f"tokenizer {path} cannot be read ({error.strerror}); write the path of a model file"
@@ -126,11 +139,29 @@ class Tokenizer:
         if tokenizer.eos_id < 0:
             raise UserError(f"tokenizer {path} has no end-of-sentence piece to separate documents; write another")
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-            raise UserError(
-                f"tokenizer {path} does not preserve text exactly; write one trained with byte_fallback,"
-                " identity normalization, add_dummy_prefix=false and remove_extra_whitespaces=false"
-            )
+            return whole_documents.LossySentencePiece(model)
         return tokenizer
+
+
+def refuse_surrogates(text: str) -> None:
+    """Raise ``UserError`` if a text contains a lone surrogate, half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not Unicode at character {error.start} ({error.reason})") from error
+
+
+class Encoded(Protocol):
+    """The ids of documents.
+
+    Attributes:
+        irregular: whether, after the iteration, a document was cut elsewhere than at a line end.
+    """
+
+    @property
+    def irregular(self) -> bool: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
 
 
 class Encoding(Iterable[np.ndarray]):
@@ -150,6 +181,10 @@ class Encoding(Iterable[np.ndarray]):
         # None is a placeholder for the ids of the next part.
         self._ids: list[list[int] | None] = []
         self._characters = 0
+
+    @property
+    def irregular(self) -> bool:
+        return self.cutter.irregular
 
     def __iter__(self) -> Iterator[np.ndarray]:
         for document in self._documents:
@@ -182,7 +217,15 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
         UserError: the file cannot be used, or its vocabulary size is not ``settings.vocab_size``.
     """
     assert settings.path is not None
-    tokenizer = Tokenizer.load(settings.path)
+    path = expand_home(settings.path, "tokenizer.path")
+    if path.is_dir() or path.suffix == ".json":
+        from .whole_documents import read_hugging_face
+
+        tokenizer: Tokenizer = read_hugging_face(path, settings.eos_token, settings.special_tokens_in_text)
+    else:
+        tokenizer = Tokenizer.load(settings.path)
+    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        log.info("%s does not preserve all text: what it normalizes is not in the training text", settings.path)
     if tokenizer.vocab_size != settings.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size is {settings.vocab_size}, but {settings.path} has"

@@ -113,12 +113,12 @@ def refuse_other_model(
     """Raise ``UserError`` unless both settings make the same model."""
     for field in dataclasses.fields(ours):
         found, wanted = getattr(theirs, field.name), getattr(ours, field.name)
-        if field.name not in ("init_from", "dropout") and found != wanted:
+        if field.name not in ("init_from", "dropout", "vocab_size") and found != wanted:
             raise UserError(f"{folder} has model.{field.name} {found}, not {wanted}; write model.{field.name}: {found}")
     if their_vocab_size != vocab_size:
         raise UserError(
-            f"{folder} has {their_vocab_size} tokens and the tokenizer {vocab_size}; write a tokenizer.path with its "
-            "tokenizer.model"
+            f"{folder} has a vocabulary of {their_vocab_size} tokens, not {vocab_size}; write the tokenizer.path of "
+            f"that model, and model.vocab_size: {their_vocab_size} if it is padded"
         )
 
 

@@ -80,7 +80,7 @@ class TransformersWeights:
             if found != tuple(parameter.shape):
                 raise UserError(
                     f"{self._folder} holds {stored} as {list(found)}, where the settings make {list(parameter.shape)}; "
-                    "write the sizes, and a tokenizer.path with the vocabulary, of that model"
+                    "write the sizes and tokenizer.path of that model, and model.vocab_size if its vocabulary is padded"
                 )
             path, _, leaf = name.rpartition(".")
             first = 0

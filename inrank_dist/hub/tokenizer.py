@@ -20,24 +20,22 @@ NEVER = -1e6
 """Score of unigram pieces that text never matches. It is far below that of any segmentation into characters."""
 
 
-def write_tokenizer(folder: Path, model: bytes, max_seq_len: int) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``special_tokens_map.json``, and the model itself.
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token: str, max_seq_len: int) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
-    The tokenizer encodes like the SentencePiece model and adds no tokens. It treats special tokens in text as text.
+    The saved tokenizer adds no tokens and treats special tokens in text as text.
 
     Args:
         folder: an existing folder.
-        model: a SentencePiece model for which decoding is the inverse of encoding, see ``data.Tokenizer``.
+        tokenizer: from ``fast_tokenizer``, or read from a ``tokenizer.json``.
+        eos_token: the token that separates documents.
         max_seq_len: longest sequence of the model in tokens.
     """
-    (folder / "tokenizer.model").write_bytes(model)
-    proto = _parse(model)
-    eos = proto.pieces[proto.trainer_spec.eos_id].piece
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(model),
-        bos_token=eos,
-        eos_token=eos,
-        pad_token=eos,
+        tokenizer_object=tokenizer,
+        bos_token=eos_token,
+        eos_token=eos_token,
+        pad_token=eos_token,
         model_max_length=max_seq_len,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,

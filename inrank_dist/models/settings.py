@@ -34,6 +34,7 @@ class ModelSettings:
             "intermediate_size",
             "max_seq_len",
             "tie_embeddings",
+            "vocab_size",
         )
     )
 
@@ -55,6 +56,9 @@ class ModelSettings:
     intermediate_size: int | None = None
     """Hidden width of the MLP. null: 4 x hidden_size for gpt2; for llama 8/3 x hidden_size, rounded up to a multiple
     of 64, or of 256 if hidden_size is at least 2048 (4096 gives the published 11008)."""
+    vocab_size: int | None = None
+    """Number of rows of the embedding and of logits. null: that of the tokenizer. A larger number pads the vocabulary,
+    for example to a multiple of 64, or to that of a loaded model."""
     max_seq_len: int
     """Maximum sequence length in tokens."""
     dropout: float = 0.0
@@ -87,6 +91,7 @@ class ModelSettings:
             "max_seq_len",
             "rope_theta",
             "norm_eps",
+            "vocab_size",
         ):
             value = getattr(self, key)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -115,7 +120,7 @@ class ModelSettings:
 
     def _check_hf(self) -> None:
         for setting in fields(self):
-            if setting.name in ("name", "config", "max_seq_len", "init_from"):
+            if setting.name in ("name", "config", "max_seq_len", "init_from", "vocab_size"):
                 continue
             if getattr(self, setting.name) != setting.default:
                 raise UserError(
@@ -151,6 +156,24 @@ class ModelSettings:
                 f"model.dropout is {self.dropout}, but the llama model has no dropout"
                 "; write model.dropout: 0.0 or model.name: gpt2"
             )
+
+    def padded(self, vocab_size: int) -> int:
+        """Return the vocabulary size of the model.
+
+        Args:
+            vocab_size: vocabulary size of the tokenizer.
+
+        Raises:
+            UserError: ``vocab_size`` is smaller than that.
+        """
+        if self.vocab_size is None:
+            return vocab_size
+        if self.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size is {self.vocab_size} but the tokenizer has {vocab_size} tokens; write at least "
+                f"{vocab_size}, or null"
+            )
+        return self.vocab_size
 
     @property
     def architecture(self) -> str:

@@ -21,7 +21,7 @@ from ..runtime.context import Context
 def dense_skeleton(settings: ModelSettings, vocab_size: int) -> LanguageModel:
     """Build the dense model on ``meta``, for its names and shapes."""
     with torch.device("meta"):
-        return build_model(settings, vocab_size)
+        return build_model(settings, settings.padded(vocab_size))
 
 
 def build_engine(

@@ -62,6 +62,7 @@ class Sample(Callback):
                 count=config.eval.sample_tokens,
                 max_seq_len=config.model.max_seq_len,
                 generator=generator_for(config.run.seed, "sample", trainer.step),
+                vocab_size=tokenizer.vocab_size,
                 pad=config.train.compile,
             )
         except NotFinite as error:  # in every process; the weights are finite, so the run still saves them

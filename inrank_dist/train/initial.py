@@ -42,7 +42,7 @@ def _of_run(folder: Path, config: Config, skeleton: LanguageModel) -> Weights:
     checkpoint = find_checkpoint(folder)
     trained, _ = load_config(checkpoint.config_file)
     state = checkpoint.state
-    refuse_other_model(folder, trained.model, state.vocab_size, config.model, skeleton.vocab_size)
+    refuse_other_model(folder, trained.model, trained.model.padded(state.vocab_size), config.model, skeleton.vocab_size)
     if state.layout and trained.lowrank.activation != "none":
         raise UserError(
             f"{folder} has an activation between its factors, so they are not a weight; write another folder"

@@ -22,6 +22,7 @@ def sample_tokens(
     generator: torch.Generator,
     temperature: float = 0.8,
     top_k: int = 50,
+    vocab_size: int | None = None,
     end: int | None = None,
     pad: bool = False,
 ) -> list[int]:
@@ -37,6 +38,7 @@ def sample_tokens(
         generator: random number generator on the CPU.
         temperature: sampling temperature. 0 selects the most likely token.
         top_k: sample from this many most likely tokens. 0 for all.
+        vocab_size: number of tokens of the tokenizer. Logits beyond it, of a padded vocabulary, are ignored.
         end: token id at which sampling stops.
         pad: pad the input to ``max_seq_len`` tokens, so that a compiled model sees only one shape. The causal mask
             hides the padding.
@@ -51,7 +53,7 @@ def sample_tokens(
     while len(tokens) < len(prompt) + count:
         window = tokens[-max_seq_len:]
         padded = window + [0] * (max_seq_len - len(window)) if pad else window
-        logits = logits_of(torch.tensor([padded]))[0, len(window) - 1].float().cpu()
+        logits = logits_of(torch.tensor([padded]))[0, len(window) - 1, :vocab_size].float().cpu()
         if not logits.isfinite().all():
             raise NotFinite(
                 f"the model's logits after {len(tokens)} tokens are not finite (inf or nan); take an earlier checkpoint"

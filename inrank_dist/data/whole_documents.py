@@ -1,0 +1,181 @@
+"""Tokenizers that encode each document as a whole: those of Hugging Face, and SentencePiece models of others."""
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..runtime.errors import UserError
+from .tokenizer import BATCH_CHARACTERS, Tokenizer, refuse_surrogates
+
+#: End-of-document tokens to look for in a ``tokenizer.json`` that comes without a ``tokenizer_config.json``.
+KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
+
+#: Bytes of a ``tokenizer.json``. Those of vocabularies of 256,000 tokens have about 30 MB.
+LARGEST = 256 << 20
+
+
+class WholeDocumentTokenizer(Tokenizer):
+    """A tokenizer whose tokens may depend on text anywhere in the document, so documents are not cut into parts."""
+
+    def encode(self, text: str) -> list[int]:
+        refuse_surrogates(text)
+        return self.encode_whole([text], 1)[0]
+
+    def encode_whole(self, texts: list[str], threads: int) -> list[list[int]]:
+        """Return the ids of each text."""
+        raise NotImplementedError
+
+    def encode_documents(
+        self, documents: Iterable[Iterable[str]], *, separate: bool = False, threads: int = 1
+    ) -> "WholeEncoding":
+        """As ``Tokenizer.encode_documents``, in memory that grows with the largest document."""
+        return WholeEncoding(self, documents, separate=separate, threads=threads)
+
+
+class WholeEncoding(Iterable[np.ndarray]):
+    """The ids of documents as a sequence of arrays. Can be iterated only once."""
+
+    irregular = False
+
+    def __init__(
+        self, tokenizer: WholeDocumentTokenizer, documents: Iterable[Iterable[str]], *, separate: bool, threads: int
+    ) -> None:
+        self._tokenizer, self._documents, self._threads = tokenizer, documents, threads
+        self._end = [tokenizer.eos_id] if separate else []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        texts: list[str] = []
+        characters = 0
+        for document in self._documents:
+            texts.append("".join(document))
+            characters += len(texts[-1])
+            if characters >= BATCH_CHARACTERS * self._threads:
+                yield self._encode(texts)
+                texts, characters = [], 0
+        if texts:
+            yield self._encode(texts)
+
+    def _encode(self, texts: list[str]) -> np.ndarray:
+        encoded = self._tokenizer.encode_whole(texts, self._threads)
+        ids = chain.from_iterable(chain(each, self._end) for each in encoded)
+        return np.fromiter(ids, dtype=self._tokenizer.dtype)
+
+
+class LossySentencePiece(WholeDocumentTokenizer):
+    """A SentencePiece model that normalizes text, such as one that inserts a space at the start."""
+
+    def encode_whole(self, texts: list[str], threads: int) -> list[list[int]]:
+        return self._processor.encode(texts, num_threads=threads) if texts else []
+
+
+class HuggingFaceTokenizer(WholeDocumentTokenizer):
+    """A ``tokenizer.json`` with the token that separates documents.
+
+    Args:
+        model: JSON with the keys ``tokenizer`` (content of the ``tokenizer.json``), ``eos_token`` and
+            ``special_tokens_in_text`` (whether special tokens in a text are taken for tokens).
+    """
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise UserError(f"a tokenizer.json needs tokenizers ({error}); pip install 'inrank_dist[hf]'") from None
+        self._keep(model)
+        content = json.loads(model)
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
+        except Exception as error:  # the library raises plain exceptions
+            raise ValueError(" ".join(str(error).split())) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = not content["special_tokens_in_text"]
+        self._eos: str = content["eos_token"]
+        eos_id = self._tokenizer.token_to_id(self._eos)
+        if eos_id is None:
+            raise UserError(
+                f"the tokenizer has no token {self._eos!r} to separate documents; write tokenizer.eos_token"
+            )
+        self.eos_id = eos_id
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_piece(self) -> str:
+        return self._eos
+
+    @functools.cached_property
+    def tokenizer_json(self) -> str:
+        """Content of the ``tokenizer.json``."""
+        return json.dumps(json.loads(self.model)["tokenizer"], ensure_ascii=False)
+
+    def encode_whole(self, texts: list[str], threads: int) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode([each for each in ids if each != self.eos_id], skip_special_tokens=False)
+        return text
+
+
+def read_hugging_face(path: Path, eos_token: str | None, special_tokens_in_text: bool) -> HuggingFaceTokenizer:
+    """Read a ``tokenizer.json``, or the folder that holds one.
+
+    Args:
+        eos_token: the token that separates documents. None: the one in ``tokenizer_config.json`` or
+            ``special_tokens_map.json`` beside it, or else one with a well-known name.
+        special_tokens_in_text: whether special tokens in a text are taken for tokens.
+
+    Raises:
+        UserError: a file cannot be used, or no such token is found.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    content = _read_json(file)
+    if not isinstance(content.get("model"), dict):
+        raise UserError(f"tokenizer {file} is not a tokenizer of Hugging Face; write the path of one")
+    if eos_token is None:
+        eos_token = _eos_of_folder(file.parent) or _known_eos(file, content)
+    model = {"eos_token": eos_token, "special_tokens_in_text": special_tokens_in_text, "tokenizer": content}
+    try:
+        return HuggingFaceTokenizer(json.dumps(model, sort_keys=True).encode())
+    except UserError as error:
+        raise UserError(f"tokenizer {file}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"tokenizer {file} cannot be used ({error}); write the path of another") from None
+
+
+def _eos_of_folder(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            token = _read_json(folder / name).get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return token
+    return None
+
+
+def _known_eos(file: Path, content: dict[str, Any]) -> str:
+    added = {str(token.get("content")) for token in content.get("added_tokens") or [] if isinstance(token, dict)}
+    for token in KNOWN_EOS:
+        if token in added:
+            return token
+    raise UserError(f"tokenizer {file} does not say which token ends a document; write tokenizer.eos_token")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > LARGEST:
+            raise UserError(f"tokenizer {file} is larger than {LARGEST >> 20} MiB; write the path of a tokenizer.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"tokenizer {file} cannot be read ({error.strerror}); write the path of a model file") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"tokenizer {file} is not JSON; write the path of a tokenizer.json") from None
+    if not isinstance(content, dict):
+        raise UserError(f"tokenizer {file} is not a JSON object; write the path of a tokenizer.json")
+    return content
