@@ -8,19 +8,31 @@ import logging
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
 from .globs import find_files
 from .hashing import Hashed, check_unchanged, hash_files
 from .progress import phase
-from .readers import SUFFIXES, MissingText, Piece, missing_column, not_text, read_file, whole_document
+from .readers import (
+    SUFFIXES,
+    TYPES,
+    MissingText,
+    Piece,
+    missing_column,
+    not_text,
+    read_file,
+    suffix_of,
+    type_of,
+    value_in,
+    whole_document,
+)
 from .settings import DataSettings
 from .stored import Documents, store
 
@@ -116,9 +128,9 @@ def _open_files(data: DataSettings, remember: bool) -> Source:
             )
     cache_dir = expand_home(data.cache_dir, "data.cache_dir")
     files = [*train, *validation]
-    hashes = hash_files(files, cache_dir, is_text=lambda path: path.suffix != ".parquet", remember=remember)
+    hashes = hash_files(files, cache_dir, is_text=lambda path: path.suffix in (".txt", ".jsonl"), remember=remember)
     identity = json.dumps(
-        [[[path.suffix, hashes[path].sha256] for path in part] for part in (train, validation)] + [data.text_column]
+        [[[suffix_of(path), hashes[path].sha256] for path in part] for part in (train, validation)] + [data.text_column]
     )
 
     def read(scratch: Path, progress: bool) -> Texts:
@@ -133,8 +145,9 @@ def _open_files(data: DataSettings, remember: bool) -> Source:
 
 
 def _read_files(paths: list[Path], data: DataSettings) -> Iterator[Piece]:
-    """Read all .txt files, then .jsonl, then .parquet, each in the order of ``paths``. Logs files without text."""
-    for path in sorted(paths, key=lambda path: SUFFIXES.index(path.suffix)):
+    """Read all .txt files, then .jsonl, then .parquet, compressed or not, each in the order of ``paths``. Logs files
+    without text."""
+    for path in sorted(paths, key=lambda path: TYPES.index(type_of(path))):
         empty = True
         if path.stat().st_size:
             for piece in read_file(path, text_column=data.text_column, document_separator=data.document_separator):
@@ -164,13 +177,16 @@ def _open_hub(data: DataSettings, remember: bool) -> Source:
         location = {"path": data.name} if folder is None else {"path": str(folder), "cache_dir": str(scratch / "hub")}
 
         def split(title: str, key: str, name: str) -> Documents:
-            rows = _load(
-                f"data.name is {data.name!r}, whose split {name!r} cannot be read",
-                f"check data.name, data.config and data.{key}",
-                **location,
-                name=data.config,
-                split=name,
-            )
+            if folder is not None and _is_saved(folder):
+                rows = _saved_split(folder, name, key)
+            else:
+                rows = _load(
+                    f"data.name is {data.name!r}, whose split {name!r} cannot be read",
+                    f"check data.name, data.config and data.{key}",
+                    **location,
+                    name=data.config,
+                    split=name,
+                )
             where = f"split {name!r} of {data.name}"
             return _store(title, _read_rows(rows, data.text_column, where), scratch, progress)
 
@@ -217,16 +233,44 @@ def _load(problem: str, advice: str, *args: Any, **options: Any) -> Dataset:
         raise UserError(f"{problem}: {reason}; {advice}") from error
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder was written by ``datasets.save_to_disk``."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved_split(folder: Path, name: str, key: str) -> Dataset:
+    """A split of a folder that ``datasets.save_to_disk`` wrote. A folder with a single data set has the split train."""
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # of the library, Arrow or the disk
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UserError(f"data.name is {str(folder)!r}, which cannot be read: {reason}; save it again") from error
+    splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    if name not in splits:
+        raise UserError(
+            f"data.{key} is {name!r}, and {folder} has the splits {', '.join(splits)}; write one of them"
+            + (", or null to hold out part of the training text" if key == "validation_split" else "")
+        )
+    return splits[name]
+
+
 def _read_rows(rows: Dataset, column: str, where: str) -> Iterator[Piece]:
-    if column not in rows.column_names:
+    top, *fields = [column] if column in rows.column_names else column.split(".")
+    if top not in rows.column_names:
         raise missing_column(column, where, rows.column_names)
-    kind = getattr(rows.features[column], "dtype", "a nested type")
+    feature = rows.features[top]
+    for name in fields:
+        if not isinstance(feature, Mapping) or name not in feature:
+            raise missing_column(column, where, rows.column_names)
+        feature = feature[name]
+    kind = getattr(feature, "dtype", "a nested type")
     if kind not in ("string", "large_string", "string_view", "null"):
         raise not_text(column, where, kind)
     missing = MissingText(where, column, "row")
     number = 0
-    for batch in rows.select_columns([column]).iter(HUB_ROWS):
-        for text in batch[column]:
+    for batch in rows.select_columns([top]).iter(HUB_ROWS):
+        for value in batch[top]:
+            text = value_in({top: value}, column)
             number += 1
             if text is None:
                 missing.add(number, [column])

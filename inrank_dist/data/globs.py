@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
+from .readers import suffix_of
 
 
 def find_files(setting: str, patterns: Iterable[str], suffixes: Iterable[str]) -> list[Path]:
@@ -42,7 +43,7 @@ def find_files(setting: str, patterns: Iterable[str], suffixes: Iterable[str]) -
             found[real] = min(found.get(real, path), path)
     paths = sorted(found.values())
     for path in paths:
-        if path.suffix not in suffixes:
+        if suffix_of(path) not in suffixes:
             raise UserError(
                 f"data.{setting} matches {path}, which is not supported; write only {', '.join(suffixes)} files"
             )

@@ -5,13 +5,18 @@ Text is kept unchanged, including line ends. Only a byte-order mark at the start
 """
 
 import codecs
+import gzip
+import io
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..runtime.errors import UserError
@@ -25,7 +30,12 @@ PARQUET_ROWS = 64
 
 BYTE_ORDER_MARK = "\ufeff"
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+TYPES = (".txt", ".jsonl", ".parquet")
+
+#: Suffixes of compressed files. Parquet files are compressed inside.
+COMPRESSIONS = (".gz", ".zst")
+
+SUFFIXES = (*TYPES, *(f"{kind}{suffix}" for kind in TYPES[:2] for suffix in COMPRESSIONS))
 
 
 class Piece(NamedTuple):
@@ -35,6 +45,16 @@ class Piece(NamedTuple):
     last: bool
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix of a file, with that of its compression: ``.jsonl.gz``."""
+    return "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix
+
+
+def type_of(path: Path) -> str:
+    """The type of a supported file, one of ``TYPES``."""
+    return suffix_of(path).removesuffix(".gz").removesuffix(".zst")
+
+
 def read_file(path: Path, *, text_column: str, document_separator: str | None) -> Iterator[Piece]:
     """Read the documents of a file: stretches between separators of a ``.txt`` file, or rows of the other types.
 
@@ -42,20 +62,40 @@ def read_file(path: Path, *, text_column: str, document_separator: str | None) -
         UserError: the file cannot be read, does not match its suffix, or has no text in ``text_column``.
     """
     try:
-        if path.suffix == ".txt":
+        if type_of(path) == ".txt":
             yield from _read_text(path, document_separator)
-        elif path.suffix == ".jsonl":
+        elif type_of(path) == ".jsonl":
             yield from _read_jsonl(path, text_column)
         else:
             yield from _read_parquet(path, text_column)
-    except OSError as error:
-        reason = error.strerror or _one_line(error)
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a compressed file that is cut or damaged
+        reason = (error.strerror if isinstance(error, OSError) else None) or _one_line(error)
         raise UserError(f"{path} cannot be read ({reason}); make it readable or leave it out") from error
 
 
 def read_blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file in blocks."""
+    """The content of a file in blocks, compressed if the file is."""
     with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file opened for reading, decompressed while it is read."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as unzipped:
+            yield cast(IO[bytes], unzipped)
+    elif path.suffix == ".zst":
+        with pa.input_stream(str(path), compression="zstd") as stream, io.BufferedReader(stream, BLOCK_BYTES) as file:
+            yield file
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with _opened(path) as file:
         while block := file.read(BLOCK_BYTES):
             yield block
 
@@ -83,7 +123,7 @@ def decode_utf8(blocks: Iterable[bytes], path: Path | str) -> Iterator[str]:
 
 def _read_text(path: Path, separator: str | None) -> Iterator[Piece]:
     rest = ""
-    for text in decode_utf8(read_blocks(path), path):
+    for text in decode_utf8(_blocks(path), path):
         if separator is None:
             yield Piece(text, False)
             continue
@@ -99,7 +139,7 @@ def _read_text(path: Path, separator: str | None) -> Iterator[Piece]:
 
 def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
     missing = MissingText(str(path), column, "line")
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode()
@@ -123,7 +163,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Piece]:
                     f"{path} cannot be read: line {number} is {_kind(row)} and not an object; "
                     f'write lines such as {{"{column}": "..."}}'
                 )
-            value = row.get(column)
+            value = value_in(row, column)
             if value is None:
                 missing.add(number, list(row))
                 continue
@@ -142,16 +182,20 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             schema = file.schema_arrow
-            if column not in schema.names:
+            column_path = [column] if column in schema.names else column.split(".")
+            kind = _nested_type(schema, column_path)
+            if kind is None:
                 raise missing_column(column, str(path), schema.names)
-            kind = schema.field(column).type
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
             if not (is_string(kind) or pa.types.is_null(kind)):
                 raise not_text(column, str(path), kind)
             number = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                for value in batch.column(column).to_pylist():
+                values = batch.column(column_path[0])
+                for name in column_path[1:]:
+                    values = pc.struct_field(values, name)
+                for value in values.to_pylist():
                     number += 1
                     if value is None:
                         missing.add(number, schema.names)
@@ -163,6 +207,28 @@ def _read_parquet(path: Path, column: str) -> Iterator[Piece]:
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {_one_line(error)}; fix it or leave it out") from error
     missing.report()
+
+
+def _nested_type(schema: pa.Schema, path: list[str]) -> pa.DataType | None:
+    """The type of a column, or of a field within a column of structs; None if there is none."""
+    if path[0] not in schema.names:
+        return None
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return None
+        kind = kind.field(kind.get_field_index(name)).type
+    return kind
+
+
+def value_in(row: Mapping[str, Any], column: str) -> Any:
+    """The value of a column of a row. ``a.b`` is the field ``b`` of column ``a``, unless a column has that name."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for name in column.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 class MissingText:

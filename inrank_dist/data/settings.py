@@ -20,13 +20,13 @@ class DataSettings:
 
     source: Literal["stdlib", "files", "hub"] = "stdlib"
     """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
-    hub: a data set of the Hugging Face hub or a local folder with one, see name."""
+    hub: a data set of the Hugging Face hub or a local folder with one, also one of save_to_disk, see name."""
 
     paths: list[str] = field(default_factory=list)
     """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document per file, see
-    document_separator), .jsonl or .parquet (one document per row). An existing path is taken literally, whatever
-    characters it contains. Text must be UTF-8 and is kept unchanged, including line ends; only a byte-order mark at the
-    start of a file or document is removed."""
+    document_separator), .jsonl or .parquet (one document per row); .txt and .jsonl may be compressed (.gz, .zst). An
+    existing path is taken literally, whatever characters it contains. Text must be UTF-8 and is kept unchanged,
+    including line ends; only a byte-order mark at the start of a file or document is removed."""
 
     validation_paths: list[str] = field(default_factory=list)
     """Validation files, in the same form as paths. Empty: whole documents are held out of paths, see
@@ -47,7 +47,7 @@ class DataSettings:
     train_split, see validation_fraction."""
 
     text_column: str = "text"
-    """Column with the text, for .jsonl, .parquet and hub."""
+    """Column with the text, for .jsonl, .parquet and hub. a.b is the field b of column a."""
 
     document_separator: str | None = None
     """Text between the documents of a .txt file, such as "<|endoftext|>", which is removed. null: each file is one
