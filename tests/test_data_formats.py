@@ -2,16 +2,19 @@
 
 import gzip
 import json
+import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inrank_dist.data import DataSettings, TokenizerSettings, prepare
+from inrank_dist.data import DataSettings, Prepared, TokenizerSettings, prepare
 from inrank_dist.data.readers import read_file, suffix_of, type_of
 from inrank_dist.runtime.errors import UserError
 
@@ -159,3 +162,125 @@ def test_splits_of_a_saved_data_set(tmp_path: Path, changes: dict[str, Any], sai
     data = DataSettings(cache_dir=str(tmp_path / "cache"), **save(tmp_path, "save_to_disk") | changes)
     with pytest.raises(UserError, match=said):
         prepare(data, TokenizerSettings(vocab_size=300), 16, progress=False)
+
+
+# Tokens -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("plain")
+    settings = DataSettings(cache_dir=str(folder / "cache"), validation_fraction=0.2, **save(folder, ".jsonl"))
+    return prepare(settings, TokenizerSettings(vocab_size=300), 16, progress=False)
+
+
+def stream(plain: Prepared, part: str) -> np.ndarray:
+    rows = np.array(getattr(plain, part)["input_ids"][:])
+    return np.append(rows[:, :-1].ravel(), rows[-1, -1])
+
+
+def llm_c(tokens: np.ndarray) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + tokens.astype("<u2").tobytes()
+
+
+def megatron(tokens: np.ndarray, eos: int, *, with_eos: bool, code: int) -> tuple[bytes, bytes]:
+    """The .bin and .idx file of a data set with a sequence for each document, and a document of two sequences."""
+    documents = np.split(tokens, np.flatnonzero(tokens == eos) + 1)
+    documents = [each if with_eos else each[each != eos] for each in documents if len(each)]
+    first, *rest = documents
+    sequences = [first[:3], first[3:], *rest]
+    dtype = {4: "<i4", 5: "<i8", 8: "<u2"}[code]
+    lengths = np.array([len(each) for each in sequences], dtype="<i4")
+    pointers = (np.cumsum(lengths) - lengths).astype("<i8") * np.dtype(dtype).itemsize
+    starts = np.array([0, *range(2, len(sequences) + 1)], dtype="<i8")
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(starts))
+    index += lengths.tobytes() + pointers.tobytes() + starts.tobytes()
+    return np.concatenate(sequences).astype(dtype).tobytes(), index
+
+
+def token_settings(folder: Path, suffix: str, **settings: Any) -> DataSettings:
+    paths = {"paths": [str(folder / f"train*{suffix}")], "validation_paths": [str(folder / f"validation*{suffix}")]}
+    return DataSettings(source="tokens", cache_dir=str(folder / "cache"), **paths | settings)
+
+
+def with_tokenizer(plain: Prepared) -> TokenizerSettings:
+    return TokenizerSettings(path=str(plain.folder / "tokenizer.model"), vocab_size=300)
+
+
+@pytest.mark.parametrize(
+    "how", ["npy", "npy int64", "raw", "raw int32", "llm.c", "megatron 4", "megatron 8", "no eos 5"]
+)
+def test_tokens_that_exist_are_taken_as_they_are(plain: Prepared, tmp_path: Path, how: str) -> None:
+    suffix, eos = ".npy" if how.startswith("npy") else ".bin", plain.tokenizer.eos_id
+    for part in ("train", "validation"):
+        tokens, file = stream(plain, part), tmp_path / f"{part}{suffix}"
+        if suffix == ".npy":
+            np.save(file, tokens.astype(how.partition(" ")[2] or "uint16"))
+        elif how.startswith("raw"):
+            half = len(tokens) // 2
+            for index, each in enumerate((tokens[:half], tokens[half:])):
+                each.astype(how.partition(" ")[2] or "<u2").tofile(tmp_path / f"{part}{index}.bin")
+        elif how == "llm.c":
+            file.write_bytes(llm_c(tokens))
+        else:
+            content, index_content = megatron(tokens, eos, with_eos="no eos" not in how, code=int(how[-1]))
+            file.write_bytes(content)
+            file.with_suffix(".idx").write_bytes(index_content)
+    dtype = {"token_dtype": "int32"} if how == "raw int32" else {}
+    found = prepare(token_settings(tmp_path, suffix, **dtype), with_tokenizer(plain), 16, progress=False)
+    for part in ("train", "validation"):
+        assert getattr(found, part)["input_ids"][:] == getattr(plain, part)["input_ids"][:]
+    assert found.unigram_entropy == pytest.approx(plain.unigram_entropy, rel=1e-3)
+    assert found.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train.bin", np.full(100, 300, "<u2").tobytes(), "holds the token 300, and the tokenizer has 300 tokens"),
+        ("train.bin", bytes(101), "has 101 bytes, not a multiple of 2; write the right data.token_dtype"),
+        ("train.bin", llm_c(np.zeros(9))[:-2], "has a header of version 1 and 9 tokens, but 1040 bytes"),
+        ("train.npy", b"\x80\x04noise", "is not a NumPy array"),
+        ("train.npy", pickle.dumps([1, 2]), "is not a NumPy array"),
+    ],
+)
+def test_token_files_that_cannot_be_used(plain: Prepared, tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    good = stream(plain, "validation")
+    np.save(tmp_path / "validation.npy", good)
+    good.astype("<u2").tofile(tmp_path / "validation.bin")
+    with pytest.raises(UserError, match=said) as raised:
+        prepare(token_settings(tmp_path, Path(name).suffix), with_tokenizer(plain), 16, progress=False)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda bin_, index: (bin_[:-2], index), "train.bin has .* bytes where its index has .* tokens"),
+        (lambda bin_, index: (bin_, index[:50]), "train.idx is damaged or of another version"),
+        (lambda bin_, index: (bin_, b"x" + index), "train.idx is not an index of Megatron-LM"),
+        (lambda bin_, index: (bin_, index[:-8] + struct.pack("<q", 7)), "train.idx is damaged"),
+    ],
+)
+def test_a_damaged_megatron_data_set(plain: Prepared, tmp_path: Path, damage: Any, said: str) -> None:
+    parts = megatron(stream(plain, "train"), plain.tokenizer.eos_id, with_eos=True, code=8)
+    stream(plain, "validation").astype("<u2").tofile(tmp_path / "validation.bin")
+    for suffix, content in zip((".bin", ".idx"), damage(*parts), strict=True):
+        (tmp_path / f"train{suffix}").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        prepare(token_settings(tmp_path, ".bin"), with_tokenizer(plain), 16, progress=False)
+
+
+def test_tokens_need_their_tokenizer_and_validation(plain: Prepared, tmp_path: Path) -> None:
+    np.save(tmp_path / "train.npy", stream(plain, "train"))
+    np.save(tmp_path / "validation.npy", stream(plain, "validation"))
+    with pytest.raises(UserError, match=r"tokenizer.path is null; write the tokenizer that made them"):
+        prepare(token_settings(tmp_path, ".npy"), TokenizerSettings(vocab_size=300), 16, progress=False)
+    with pytest.raises(UserError, match=r"data.validation_paths is empty; data.source tokens needs it"):
+        token_settings(tmp_path, ".npy", validation_paths=[])
+    with pytest.raises(UserError, match=r"both match .*train.npy; write globs without a common file"):
+        same = token_settings(tmp_path, ".npy", validation_paths=[str(tmp_path / "*.npy")])
+        prepare(same, with_tokenizer(plain), 16, progress=False)

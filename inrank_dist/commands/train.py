@@ -13,7 +13,7 @@ import torch
 
 from ..config import SETTINGS, Config, load_config
 from ..data import Prepared, Tokenizer, prepare
-from ..data.corpus import open_source
+from ..data.preparation import check_source
 from ..data.tokenizer import load_tokenizer
 from ..engine.settings import zero_stage
 from ..method.initial import layer_shapes
@@ -105,8 +105,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         changes = refuse_changes(config, seen, arguments.allow_change)
         start.refuse_finished(config, seen)
     if arguments.dry_run:
-        if config.data.source != "hub":
-            open_source(config.data, remember=False)
+        check_source(config.data)
         if config.tokenizer.path and not seen:  # else the checkpoint holds it
             load_tokenizer(config.tokenizer)
         if context.is_main:

@@ -10,9 +10,13 @@ import pyarrow as pa
 ROWS_PER_BATCH, TOKENS_PER_BATCH = 1000, 1 << 22
 
 
+Packed = tuple[int, np.ndarray]
+"""Number of rows, and the count of each id (up to the largest id that occurs)."""
+
+
 def pack(
     stream: Iterable[np.ndarray], dtype: np.dtype, block_length: int, target: Path, *, first: int | None = None
-) -> tuple[int, np.ndarray]:
+) -> Packed:
     """Cut a stream of token ids into rows ``input_ids`` of ``block_length + 1``, in the Arrow stream file ``target``.
 
     Each row starts with the last token of the row before. If ``first`` is given, it starts with that token instead, so

@@ -15,14 +15,15 @@ from datasets import Dataset
 from ..runtime.errors import UserError
 from ..runtime.files import MARKER, make_once
 from ..runtime.home import expand_home
-from .corpus import Source, open_source
+from .corpus import open_source
 from .documents import Corpus, choose_documents
-from .hashing import hash_files
-from .packing import pack, unigram_entropy
+from .hashing import Hashed, check_unchanged, hash_files
+from .packing import Packed, pack, unigram_entropy
 from .progress import phase, quiet_datasets
 from .settings import DataSettings, TokenizerSettings
 from .stored import Documents
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from .tokens import companions, find_token_files, read_tokens
 
 logger = logging.getLogger("inrank_dist")
 
@@ -87,18 +88,32 @@ def prepare(
     """
     loaded = _given_tokenizer(tokenizer, saved_tokenizer)
     with quiet_datasets():
+        if data.source == "tokens":
+            return _prepare_tokens(data, loaded, block_length, progress)
         source = open_source(data)
-        folder = _folder(source, data, loaded or tokenizer, block_length)
+        folder = _folder(source.identity, data, loaded or tokenizer, block_length)
 
         def build(work: Path) -> None:
             scratch = work / SCRATCH
             scratch.mkdir()
             corpus = choose_documents(source.read(scratch, progress), data)
             chosen = loaded or _train(corpus, tokenizer, progress)
-            _write(work, corpus, chosen, data, block_length, progress=progress)
+            _write_text(work, corpus, chosen, data, block_length, progress=progress)
 
         make_once(folder, build, _check_complete)
         return _open_prepared(folder)
+
+
+def check_source(data: DataSettings) -> None:
+    """Find the files that ``data`` names, without reading text or writing anything. The hub is not asked.
+
+    Raises:
+        UserError: as ``prepare``.
+    """
+    if data.source == "tokens":
+        _token_files(data, remember=False)
+    elif data.source != "hub":
+        open_source(data, remember=False)
 
 
 def find_prepared(
@@ -110,7 +125,11 @@ def find_prepared(
         UserError: as ``prepare``.
     """
     loaded = _given_tokenizer(tokenizer, saved_tokenizer)
-    folder = _folder(open_source(data, remember=False), data, loaded or tokenizer, block_length)
+    if data.source == "tokens":
+        identity = _token_files(data, remember=False)[0]
+    else:
+        identity = open_source(data, remember=False).identity
+    folder = _folder(identity, data, loaded or tokenizer, block_length)
     try:
         found = folder.is_dir()
     except OSError as error:
@@ -127,11 +146,57 @@ def _given_tokenizer(settings: TokenizerSettings, saved: Tokenizer | None) -> To
     return load_tokenizer(settings)
 
 
-def _folder(source: Source, data: DataSettings, tokenizer: Tokenizer | TokenizerSettings, block_length: int) -> Path:
+def _prepare_tokens(data: DataSettings, tokenizer: Tokenizer | None, block_length: int, progress: bool) -> Prepared:
+    """Pack tokens that exist already."""
+    if tokenizer is None:
+        raise UserError("data.source is tokens but tokenizer.path is null; write the tokenizer that made them")
+    identity, hashes, files = _token_files(data, remember=True)
+    folder = _folder(identity, data, tokenizer, block_length)
+
+    def build(work: Path) -> None:
+        packed = {}
+        for name, paths in files.items():
+            size = sum(path.stat().st_size for path in paths)
+            with phase(f"packing the {name} tokens", size, enabled=progress) as advance:
+                tokens = read_tokens(
+                    paths,
+                    dtype=data.token_dtype,
+                    eos_id=tokenizer.eos_id,
+                    vocab_size=tokenizer.vocab_size,
+                    advance=advance,
+                )
+                stream = (each.astype(tokenizer.dtype) for each in tokens)
+                packed[name] = pack(stream, tokenizer.dtype, block_length, work / f"{name}.arrow")
+        check_unchanged(hashes)
+        facts = {"documents_in_both": (0, 0)}
+        _finish(work, packed, tokenizer, block_length, f"tokens {identity}", facts)
+
+    make_once(folder, build, _check_complete)
+    return _open_prepared(folder)
+
+
+def _token_files(data: DataSettings, *, remember: bool) -> tuple[str, dict[Path, Hashed], dict[str, list[Path]]]:
+    """Identity (hex) of the tokens, the hashes of all files, and the files of each part."""
+    files = {
+        "train": find_token_files("paths", data.paths),
+        "validation": find_token_files("validation_paths", data.validation_paths),
+    }
+    if same := set(map(os.path.realpath, files["train"])) & set(map(os.path.realpath, files["validation"])):
+        raise UserError(
+            f"data.paths and data.validation_paths both match {min(same)}; write globs without a common file"
+        )
+    paths = [*files["train"], *files["validation"]]
+    every = [*paths, *companions(paths)]
+    hashes = hash_files(every, expand_home(data.cache_dir, "data.cache_dir"), remember=remember)
+    what = [[[path.suffix, hashes[path].sha256] for path in [*part, *companions(part)]] for part in files.values()]
+    return hashlib.sha256(json.dumps([what, data.token_dtype]).encode()).hexdigest(), hashes, files
+
+
+def _folder(identity: str, data: DataSettings, tokenizer: Tokenizer | TokenizerSettings, block_length: int) -> Path:
     key_fields = {
         "format": FORMAT_VERSION,
         "source": data.source,
-        "identity": source.identity,
+        "identity": identity,
         "document_separator": data.document_separator if data.source == "files" else None,
         "join_rows": data.join_rows,
         "validation_fraction": None if data.has_own_validation else data.validation_fraction,
@@ -154,11 +219,11 @@ def _train(corpus: Corpus, settings: TokenizerSettings, progress: bool) -> Token
         return train_tokenizer(corpus.train.heads(settings.max_training_bytes), settings)
 
 
-def _write(
+def _write_text(
     work: Path, corpus: Corpus, tokenizer: Tokenizer, data: DataSettings, block_length: int, *, progress: bool
 ) -> None:
-    """Fill ``work`` with train.arrow, validation.arrow, tokenizer.model, and prepared.json with a hash of each file."""
-    counts, rows = {}, {}
+    """Tokenise and pack a corpus in ``work``, see ``_finish``."""
+    packed: dict[str, Packed] = {}
     # In a single document the separator is only ever the last token, and nothing follows it.
     begin = data.join_rows or len(corpus.train) == 1
     irregular = False
@@ -171,32 +236,54 @@ def _write(
                 threads=data.num_workers or _cpus(),
             )
             first = tokenizer.eos_id if begin else None
-            rows[name], counts[name] = pack(
-                encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first
-            )
+            packed[name] = pack(encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first)
             irregular = irregular or encoding.irregular
-        if not rows[name]:
-            raise UserError(
-                f"the {name} text has {counts[name].sum()} tokens and a row takes {block_length + 1}"
-                f" (model.max_seq_len + 1); give more text or write a smaller model.max_seq_len"
-            )
-    tokenizer.save(work / TOKENIZER)
     shutil.rmtree(work / SCRATCH)
     # If rows and cuts are as in format 2, so are the tokens, and checkpoints of that format can be resumed.
     tokens = f"3 {begin} {irregular}" if begin or irregular else "2"
-    fingerprint = f"{tokens} {corpus.digest} {tokenizer.fingerprint} {block_length}"
-    hashes = hash_files([work / name for name in sorted(FILES)], work.parent, remember=False)
-    summary = {
-        "format": FORMAT_VERSION,
-        "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest(),
-        "block_length": block_length,
-        "train_tokens": rows["train"] * block_length,
-        "validation_tokens": rows["validation"] * block_length,
-        "unigram_entropy": unigram_entropy(counts["train"], counts["validation"], tokenizer.vocab_size),
+    facts = {
         "train_bytes": corpus.train.total_bytes,
         "validation_bytes": corpus.validation.total_bytes,
         "validation_documents": len(corpus.validation),
         "documents_in_both": corpus.in_both,
+    }
+    _finish(work, packed, tokenizer, block_length, f"{tokens} {corpus.digest}", facts)
+
+
+def _finish(
+    work: Path,
+    packed: dict[str, Packed],
+    tokenizer: Tokenizer,
+    block_length: int,
+    contents: str,
+    facts: dict[str, Any],
+) -> None:
+    """Complete ``work``, which holds train.arrow and validation.arrow: add tokenizer.model, and prepared.json with a
+    hash of each file.
+
+    Args:
+        packed: rows, and the count of each token, of both parts.
+        contents: identifies the tokens.
+        facts: further entries of prepared.json.
+    """
+    for name, (rows, counts) in packed.items():
+        if not rows:
+            raise UserError(
+                f"the {name} text has {counts.sum()} tokens and a row takes {block_length + 1}"
+                f" (model.max_seq_len + 1); give more text or write a smaller model.max_seq_len"
+            )
+    tokenizer.save(work / TOKENIZER)
+    fingerprint = f"{contents} {tokenizer.fingerprint} {block_length}"
+    hashes = hash_files([work / name for name in sorted(FILES)], work.parent, remember=False)
+    (train_rows, train_counts), (validation_rows, validation_counts) = (packed[part] for part in PARTS)
+    summary = {
+        "format": FORMAT_VERSION,
+        "fingerprint": hashlib.sha256(fingerprint.encode()).hexdigest(),
+        "block_length": block_length,
+        "train_tokens": train_rows * block_length,
+        "validation_tokens": validation_rows * block_length,
+        "unigram_entropy": unigram_entropy(train_counts, validation_counts, tokenizer.vocab_size),
+        **facts,
         "tokenizer": tokenizer.fingerprint,
         "files": {path.name: hashed.sha256 for path, hashed in hashes.items()},
         "sizes": {path.name: path.stat().st_size for path in hashes},

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 
 import datasets
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bars
 
 from .stored import Advance
@@ -24,29 +32,36 @@ LINE_INTERVAL_S, BAR_INTERVAL_S = 30.0, 0.1
 def phase(title: str, total: int | None, *, enabled: bool) -> Iterator[Advance]:
     """Show the progress of a phase while the block runs. ``total`` is in bytes; None if unknown, which shows a spinner.
 
-    On a terminal this shows a bar on stderr. Otherwise it logs a line at the start, at the end, and every
-    ``LINE_INTERVAL_S`` in between. Shows nothing unless ``enabled``.
+    On a terminal this shows a bar on stderr, with MB/s and an estimate of the remaining time. Otherwise it logs a line
+    at the start, at the end, and every ``LINE_INTERVAL_S`` in between. Shows nothing unless ``enabled``.
     """
     if not enabled:
         yield lambda done: None
         return
     if sys.stderr.isatty():
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        speed = (TransferSpeedColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bars(*columns, *speed, console=Console(stderr=True)) as bars:
             task = bars.add_task(title, total=total)
             throttled = _Throttled(BAR_INTERVAL_S, lambda done: bars.update(task, completed=done))
             yield throttled.advance
-            bars.update(task, total=1, completed=1)
+            done = max(total or throttled.done, 1)
+            bars.update(task, total=done, completed=done)
         return
     log.info("%s ...", title)
     start = time.monotonic()
 
     def line(done: int) -> None:
-        share = f"{done / total:.0%}" if total else f"{done / 1e6:,.0f} MB"
-        log.info("%s: %s after %.0f s", title, share, time.monotonic() - start)
+        seconds = max(time.monotonic() - start, 1e-9)
+        share, left = f"{done / 1e6:,.0f} MB", ""
+        if total:
+            share, left = f"{done / total:.0%}", f", about {seconds * max(total / max(done, 1) - 1, 0):.0f} s left"
+        log.info("%s: %s after %.0f s (%.1f MB/s)%s", title, share, seconds, done / seconds / 1e6, left)
 
-    yield _Throttled(LINE_INTERVAL_S, line).advance
-    log.info("%s: done in %.1f s", title, time.monotonic() - start)
+    throttled = _Throttled(LINE_INTERVAL_S, line)
+    yield throttled.advance
+    seconds = time.monotonic() - start
+    log.info("%s: done in %.1f s (%.1f MB/s)", title, seconds, throttled.done / max(seconds, 1e-9) / 1e6)
 
 
 class _Throttled:
@@ -54,14 +69,14 @@ class _Throttled:
 
     def __init__(self, seconds: float, report: Advance) -> None:
         self._seconds, self._report = seconds, report
-        self._done = 0
+        self.done = 0
         self._reported_at = time.monotonic()
 
     def advance(self, done: int) -> None:
-        self._done += done
+        self.done += done
         if (now := time.monotonic()) - self._reported_at >= self._seconds:
             self._reported_at = now
-            self._report(self._done)
+            self._report(self.done)
 
 
 @contextmanager

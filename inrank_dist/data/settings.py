@@ -18,15 +18,18 @@ class DataSettings:
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))  # other text has another fingerprint and is refused for that
 
-    source: Literal["stdlib", "files", "hub"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "tokens"] = "stdlib"
     """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
-    hub: a data set of the Hugging Face hub or a local folder with one, also one of save_to_disk, see name."""
+    hub: a data set of the Hugging Face hub or a local folder with one, also one of save_to_disk, see name.
+    tokens: files of tokens that exist already, see paths and token_dtype; needs validation_paths and tokenizer.path."""
 
     paths: list[str] = field(default_factory=list)
     """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document per file, see
     document_separator), .jsonl or .parquet (one document per row); .txt and .jsonl may be compressed (.gz, .zst). An
     existing path is taken literally, whatever characters it contains. Text must be UTF-8 and is kept unchanged,
-    including line ends; only a byte-order mark at the start of a file or document is removed."""
+    including line ends; only a byte-order mark at the start of a file or document is removed. For source tokens: .npy
+    (1-D arrays of integers) or .bin: raw tokens, also with the header of llm.c, or a data set of Megatron-LM with its
+    .idx file beside it."""
 
     validation_paths: list[str] = field(default_factory=list)
     """Validation files, in the same form as paths. Empty: whole documents are held out of paths, see
@@ -53,6 +56,9 @@ class DataSettings:
     """Text between the documents of a .txt file, such as "<|endoftext|>", which is removed. null: each file is one
     document."""
 
+    token_dtype: Literal["uint16", "uint32", "int32", "int64"] = "uint16"
+    """Type of the tokens in .bin files that do not say it themselves, for source tokens."""
+
     join_rows: bool = False
     """Join documents (rows of jsonl, parquet and hub sources) in their order, without a separator between them. For
     data sets with one line per row instead of one document, such as WikiText. Needs separate validation data. Every
@@ -75,6 +81,12 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.source == "files" and not self.paths:
             raise UserError("data.paths is empty; data.source files needs it; write data.paths: [FOLDER/**/*.txt]")
+        if self.source == "tokens":
+            for key, patterns in (("paths", self.paths), ("validation_paths", self.validation_paths)):
+                if not patterns:
+                    raise UserError(
+                        f"data.{key} is empty; data.source tokens needs it; write data.{key}: [FOLDER/*.bin]"
+                    )
         if self.source == "hub" and not self.name:
             raise UserError(
                 f"data.name is {self.name!r}; data.source hub needs it; write data.name: Salesforce/wikitext"
@@ -101,7 +113,7 @@ class DataSettings:
     @property
     def has_own_validation(self) -> bool:
         """Whether the source has separate validation data, so that nothing is held out of the training text."""
-        if self.source == "files":
+        if self.source in ("files", "tokens"):
             return bool(self.validation_paths)
         return self.source == "hub" and self.validation_split is not None
 
