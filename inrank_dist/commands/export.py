@@ -8,6 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..config import Config, load_config
 from ..data import Tokenizer
 from ..data.whole_documents import HuggingFaceTokenizer, LossySentencePiece
 from ..hub.card import Card, CardLayer
+from ..hub.factors import write_factors
 from ..hub.weights import Cut, Weights
 from ..lowrank.kinds import matrix_shape
 from ..lowrank.null import NullRanks
@@ -32,6 +34,7 @@ from .common import add_run_arguments, no_overrides
 log = logging.getLogger("inrank_dist")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER = "tokenizer.model"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -53,37 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", metavar="E", type=float, help="keep this share of the energy of each layer")
 
 
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint to export."""
+
+    checkpoint: Checkpoint
+    config: Config
+    tokenizer: Tokenizer
+    weights: Weights
+
+
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the folder and print what it holds."""
     no_overrides(rest)
     cut, max_shard_bytes, out = _cut(arguments), _bytes(arguments.max_shard_size), arguments.output
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output is {out}, which exists; write a new folder")
-    checkpoint = find_checkpoint(arguments.run, arguments.step)
-    config, _ = load_config(checkpoint.config_file)
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    skeleton, layout = dense_skeleton(config.model, tokenizer.vocab_size), checkpoint.state.layout
-    if cut is not None and not layout:
-        raise UserError(f"{arguments.run} has no low-rank layers, so there is nothing to truncate; leave out the cut")
-    base_scale = config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step)
-    weights = Weights(skeleton, layout, TensorReader(checkpoint.folder), base_scale, cut)
-    dtype, activation = DTYPES[arguments.dtype], config.lowrank.activation
-    if arguments.format == "hf" and activation != "none" and layout:
-        raise UserError(f"lowrank.activation is {activation}, so the factors cannot be merged; write --format factors")
-    if cut is not None and activation != "none":
-        raise UserError(f"lowrank.activation is {activation}, so the product of the factors cannot be truncated")
+    model, dtype = _read(arguments, cut), DTYPES[arguments.dtype]
     work = out.parent / f".{out.name}.tmp-{uuid.uuid4().hex}"
     try:
         work.mkdir(parents=True)
         if arguments.format == "hf":
-            _write_transformers(work, config, tokenizer, weights, dtype, max_shard_bytes)
+            _write_transformers(work, model, dtype, max_shard_bytes)
         else:
-            from ..hub.factors import write_factors
-
-            write_factors(work, config.model, skeleton.vocab_size, layout, weights, activation, dtype=dtype)
-            tokenizer.save(work / "tokenizer.model")
-        card = _card(out.name, arguments.format, checkpoint, config, tokenizer, weights)
-        (work / "README.md").write_text(card.text(), encoding="utf-8")
+            _write_factors(work, model, dtype)
+        (work / "README.md").write_text(_card(out.name, arguments.format, model).text(), encoding="utf-8")
         for path in (*work.rglob("*"), work):
             flush_path(path)
         if out.is_dir():
@@ -95,7 +92,31 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _show(out, arguments.format, checkpoint, weights)
+    _show(out, arguments.format, model)
+
+
+def _read(arguments: argparse.Namespace, cut: Cut | None) -> _Model:
+    """Open the checkpoint. Tensors are read later, one at a time.
+
+    Raises:
+        UserError: the checkpoint cannot be exported in this way.
+    """
+    checkpoint = find_checkpoint(arguments.run, arguments.step)
+    config, _ = load_config(checkpoint.config_file)
+    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
+    layout, activation = checkpoint.state.layout, config.lowrank.activation
+    if cut is not None and not layout:
+        raise UserError(f"{arguments.run} has no low-rank layers, so there is nothing to truncate; leave out the cut")
+    if arguments.format == "hf" and activation != "none" and layout:
+        raise UserError(f"lowrank.activation is {activation}, so the factors cannot be merged; write --format factors")
+    if cut is not None and activation != "none":
+        raise UserError(
+            f"lowrank.activation is {activation}, so the product of the factors cannot be truncated; leave out the cut"
+        )
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
+    base_scale = config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step)
+    weights = Weights(skeleton, layout, TensorReader(checkpoint.folder), base_scale, cut)
+    return _Model(checkpoint, config, tokenizer, weights)
 
 
 def _cut(arguments: argparse.Namespace) -> Cut | None:
@@ -117,9 +138,7 @@ def _bytes(text: str) -> int:
     return int(found[1]) * UNITS[found[2].upper()]
 
 
-def _write_transformers(
-    work: Path, config: Config, tokenizer: Tokenizer, weights: Weights, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
+def _write_transformers(work: Path, model: _Model, dtype: torch.dtype, max_shard_bytes: int) -> None:
     try:
         import tokenizers
 
@@ -130,29 +149,37 @@ def _write_transformers(
             f"--format hf needs transformers, which cannot be imported ({error}); pip install 'inrank_dist[hf]', or "
             "write --format factors"
         ) from None
+    tokenizer, skeleton, settings = model.tokenizer, model.weights.skeleton, model.config.model
     write_transformers(
         work,
-        config.model,
-        weights.skeleton.vocab_size,
+        settings,
+        skeleton.vocab_size,
         tokenizer.eos_id,
-        weights,
-        weights.skeleton.initial_values(0).buffer,
+        model.weights,
+        skeleton.initial_values(0).buffer,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
     if isinstance(tokenizer, HuggingFaceTokenizer):
         fast = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
-    elif isinstance(tokenizer, LossySentencePiece):
-        log.warning("the tokenizer normalizes text; it is exported as tokenizer.model, without a tokenizer.json")
-        tokenizer.save(work / "tokenizer.model")
-        return
     else:
+        tokenizer.save(work / TOKENIZER)
+        if isinstance(tokenizer, LossySentencePiece):
+            log.warning("the tokenizer normalizes text; it is exported as %s, without a tokenizer.json", TOKENIZER)
+            return
         fast = fast_tokenizer(tokenizer.model)
-        tokenizer.save(work / "tokenizer.model")
-    write_tokenizer(work, fast, tokenizer.eos_piece, config.model.max_seq_len)
+    write_tokenizer(work, fast, tokenizer.eos_piece, settings.max_seq_len)
 
 
-def _card(name: str, form: str, checkpoint: Checkpoint, config: Config, tokenizer: Tokenizer, weights: Weights) -> Card:
+def _write_factors(work: Path, model: _Model, dtype: torch.dtype) -> None:
+    weights, layout = model.weights, model.checkpoint.state.layout
+    activation = model.config.lowrank.activation
+    write_factors(work, model.config.model, weights.skeleton.vocab_size, layout, weights, activation, dtype=dtype)
+    model.tokenizer.save(work / TOKENIZER)
+
+
+def _card(name: str, form: str, model: _Model) -> Card:
+    checkpoint, config, tokenizer, weights = model.checkpoint, model.config, model.tokenizer, model.weights
     state = checkpoint.state
     try:
         records = read_metrics(checkpoint.run_folder / "metrics.jsonl")
@@ -186,7 +213,8 @@ def _card(name: str, form: str, checkpoint: Checkpoint, config: Config, tokenize
     )
 
 
-def _show(out: Path, form: str, checkpoint: Checkpoint, weights: Weights) -> None:
+def _show(out: Path, form: str, model: _Model) -> None:
+    weights = model.weights
     if weights.kept:
         discarded = sum(kept.discarded for kept in weights.kept.values())
         energy = sum(kept.energy for kept in weights.kept.values())
@@ -199,4 +227,4 @@ def _show(out: Path, form: str, checkpoint: Checkpoint, weights: Weights) -> Non
     use = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     if form == "factors":
         use = f"inrank_dist.load({str(out)!r})"
-    print(f"wrote {out}, the model of step {checkpoint.state.step}; load it with {use}")
+    print(f"wrote {out}, the model of step {model.checkpoint.state.step}; load it with {use}")

@@ -27,7 +27,7 @@ from ..runtime.watch import Watch, request_stop
 from ..train.building import cost_setup, dense_skeleton, zero_config
 from ..train.changes import Change, learning_rate_jump, refuse_changes
 from ..train.checkpoint import Checkpoint, branch_point, check_run_folder, peek_checkpoint, resumable
-from ..train.initial import initial_values
+from ..train.init_from import initial_values
 from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable

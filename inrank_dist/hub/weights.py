@@ -1,5 +1,6 @@
 """Parameters of a low-rank checkpoint, read and merged one layer at a time."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Kept:
 
 
 class Weights:
-    """The parameters of a checkpoint as those of its dense model. Nothing is cached.
+    """The parameters of a checkpoint as those of its dense model. At most one layer is in memory.
 
     Args:
         skeleton: the dense model on ``meta``.
@@ -64,8 +65,10 @@ class Weights:
         self.skeleton, self.layout, self.read, self.cut = skeleton, layout, read, cut
         self.base_scale = torch.tensor(base_scale, dtype=torch.float32).item()  # as layers apply it
         self.kept: dict[str, Kept] = {}
+        # U and V of a layer are requested one after the other.
+        self.factors = functools.lru_cache(maxsize=1)(self._factors)
 
-    def factors(self, layer: str) -> Factors:
+    def _factors(self, layer: str) -> Factors:
         """Return the factors of a low-rank layer, truncated in float64 and balanced if there is a cut.
 
         Returns:

@@ -15,7 +15,7 @@ from .building import build_engine, dense_skeleton
 from .callbacks import Callback, Sample
 from .checkpoint import Checkpoint, CheckpointWriter, load_tensors
 from .health import Health
-from .initial import initial_values
+from .init_from import initial_values
 from .loop import Trainer
 from .profiling import StepProfiler
 from .records import Records
