@@ -104,6 +104,11 @@ class Config:
 
     def _check_loaded(self) -> None:
         low, folder = self.lowrank, self.model.init_from
+        if folder is not None and self.tokenizer.path is None:
+            raise UserError(
+                f"model.init_from is {folder} but tokenizer.path is null, so a tokenizer with other tokens would be "
+                "trained; write the tokenizer.path of that model"
+            )
         if low.mode == "full" or low.dense_fraction:
             return
         if folder is None and low.init == "loaded":

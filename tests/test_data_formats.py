@@ -16,6 +16,7 @@ import pytest
 
 from inrank_dist.data import DataSettings, Prepared, TokenizerSettings, prepare
 from inrank_dist.data.readers import read_file, suffix_of, type_of
+from inrank_dist.data.tokens import read_tokens
 from inrank_dist.runtime.errors import UserError
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "rain", "falls", "on", "stones"]
@@ -200,6 +201,19 @@ def megatron(tokens: np.ndarray, eos: int, *, with_eos: bool, code: int) -> tupl
     return np.concatenate(sequences).astype(dtype).tobytes(), index
 
 
+def with_pointers_reversed(index: bytes) -> bytes:
+    start, (count,) = 34, struct.unpack("<Q", index[18:26])
+    first = start + 4 * count
+    pointers = np.frombuffer(index, "<i8", count, first)[::-1]
+    return index[:first] + pointers.tobytes() + index[first + 8 * count :]
+
+
+def npy(header: str) -> bytes:
+    """A file with this header and no numbers."""
+    text = header.ljust(118).encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
 def token_settings(folder: Path, suffix: str, **settings: Any) -> DataSettings:
     paths = {"paths": [str(folder / f"train*{suffix}")], "validation_paths": [str(folder / f"validation*{suffix}")]}
     return DataSettings(source="tokens", cache_dir=str(folder / "cache"), **paths | settings)
@@ -244,6 +258,10 @@ def test_tokens_that_exist_are_taken_as_they_are(plain: Prepared, tmp_path: Path
         ("train.bin", llm_c(np.zeros(9))[:-2], "has a header of version 1 and 9 tokens, but 1040 bytes"),
         ("train.npy", b"\x80\x04noise", "is not a NumPy array"),
         ("train.npy", pickle.dumps([1, 2]), "is not a NumPy array"),
+        ("train.npy", npy("{'descr': '<u2', 'fortran_order': False, 'shape': (10**30,)}"), "is not a NumPy array"),
+        ("train.npy", npy("{'descr': '<u2', 'fortran_order': False, 'shape': (True,)}"), "is not a"),
+        ("train.npy", npy("{[]: 5}"), "is not a NumPy array"),
+        ("train.npy", npy("{'descr': '<u2', 'fortran_order'"), "is not a NumPy array"),
     ],
 )
 def test_token_files_that_cannot_be_used(plain: Prepared, tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -263,6 +281,7 @@ def test_token_files_that_cannot_be_used(plain: Prepared, tmp_path: Path, name: 
         (lambda bin_, index: (bin_, index[:50]), "train.idx is damaged or of another version"),
         (lambda bin_, index: (bin_, b"x" + index), "train.idx is not an index of Megatron-LM"),
         (lambda bin_, index: (bin_, index[:-8] + struct.pack("<q", 7)), "train.idx is damaged"),
+        (lambda bin_, index: (bin_, with_pointers_reversed(index)), "train.idx has its sequences in another order"),
     ],
 )
 def test_a_damaged_megatron_data_set(plain: Prepared, tmp_path: Path, damage: Any, said: str) -> None:
@@ -284,3 +303,23 @@ def test_tokens_need_their_tokenizer_and_validation(plain: Prepared, tmp_path: P
     with pytest.raises(UserError, match=r"both match .*train.npy; write globs without a common file"):
         same = token_settings(tmp_path, ".npy", validation_paths=[str(tmp_path / "*.npy")])
         prepare(same, with_tokenizer(plain), 16, progress=False)
+
+
+def test_raw_tokens_of_a_large_vocabulary(tmp_path: Path) -> None:
+    """Each half of a uint32 would be a token."""
+    tokens = np.array([5, 70000, 6, 99999])
+    tokens.astype("<u4").tofile(tmp_path / "a.bin")
+
+    def read(dtype: str) -> list[int]:
+        found = read_tokens([tmp_path / "a.bin"], dtype=dtype, eos_id=0, vocab_size=100_000, advance=lambda done: None)
+        return np.concatenate([*found]).tolist()
+
+    with pytest.raises(
+        UserError, match=r"data.token_dtype is uint16, but the tokenizer .* has 100000 tokens; write uint"
+    ):
+        read("uint16")
+    assert read("uint32") == tokens.tolist()
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240801, 7, len(tokens)
+    (tmp_path / "a.bin").write_bytes(header.tobytes() + tokens.astype("<u4").tobytes())
+    assert read("uint16") == tokens.tolist()

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 import inrank_dist
 from inrank_dist.commands.main import main
 from inrank_dist.config import Config
+from inrank_dist.data.settings import TokenizerSettings
+from inrank_dist.data.tokenizer import train_tokenizer
 from inrank_dist.lowrank.layer import LowRankLayer
 from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
@@ -47,10 +49,12 @@ class Source:
             "run": self.run,
         }
         trained = loaded(self.run)
+        self.tokenizer = trained.checkpoint.tokenizer_file
         self.vocab_size, self.model = trained.tokenizer.vocab_size, trained.model
 
     def config(self, kind: str, run: Path, **changes: Any) -> Config:
-        return small_config(self.corpus, run__dir=run, model__init_from=self.folders[kind], **self.changes | changes)
+        loading = {"model__init_from": self.folders[kind], "tokenizer__path": self.tokenizer}
+        return small_config(self.corpus, run__dir=run, **self.changes | loading | changes)
 
 
 @pytest.fixture(scope="module", params=["gpt2", slow("llama"), "qwen3", slow("gpt2 of transformers")])
@@ -168,6 +172,57 @@ def test_weights_without_the_prefix_of_the_base_model(gpt2: Source, tmp_path: Pa
     torch.testing.assert_close(logits_at_the_start(config, ids)[0], gpt2.model(ids), rtol=0, atol=2e-6)
 
 
+def test_the_whole_file_counts_where_a_stale_index_is_left(gpt2: Source, tmp_path: Path) -> None:
+    """As transformers reads such a folder."""
+    folder = tmp_path / "both"
+    shutil.copytree(gpt2.folders["split"], folder)
+    for file in folder.glob("model-*.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    shutil.copy(gpt2.folders["transformers"] / "model.safetensors", folder)
+    config = gpt2.config("transformers", tmp_path / "run", lowrank__mode="full")
+    config.model.init_from = str(folder)
+    ids = prompts(gpt2.vocab_size, 20)
+    torch.testing.assert_close(logits_at_the_start(config, ids)[0], gpt2.model(ids), rtol=0, atol=2e-6)
+
+
+def test_a_gpt2_as_transformers_configures_it(gpt2: Source, tmp_path: Path) -> None:
+    """It leaves the width of the MLP out, and has keys that change nothing."""
+    folder = tmp_path / "plain"
+    shutil.copytree(gpt2.folders["transformers"], folder)
+    edited(folder, n_inner=None, id2label={"0": "a"}, summary_type="x", attn_pdrop=0.3)
+    config = gpt2.config("transformers", tmp_path / "run", lowrank__mode="full")
+    config.model.init_from = str(folder)
+    ids = prompts(gpt2.vocab_size, 20)
+    torch.testing.assert_close(logits_at_the_start(config, ids)[0], gpt2.model(ids), rtol=0, atol=2e-6)
+
+
+def test_tokens_must_mean_the_same(gpt2: Source, tmp_path: Path, fails: Fails) -> None:
+    """A tokenizer of the same size with other tokens would give each row of the embedding another meaning."""
+    text = (Path(__file__).parent / "reference.py").read_text()
+    other = train_tokenizer([text], TokenizerSettings(vocab_size=gpt2.vocab_size + 50))
+    other.save(tmp_path / "other.model")
+    for path, said in (
+        ("null", "tokenizer.path is null, so a tokenizer with other tokens would be trained; write the tokenizer.path"),
+        (tmp_path / "other.model", f"trained with another tokenizer; write tokenizer.path: {gpt2.tokenizer}"),
+    ):
+        config = gpt2.config("run", tmp_path / "run", lowrank__mode="full", tokenizer__vocab_size=gpt2.vocab_size + 50)
+        config.model.vocab_size = gpt2.vocab_size + 50
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        assert said in fails("train", "--config", tmp_path / "config.yaml", "--tokenizer.path", path)
+
+
+def test_weights_that_are_not_finite(gpt2: Source, tmp_path: Path) -> None:
+    folder = tmp_path / "nan"
+    shutil.copytree(gpt2.folders["transformers"], folder)
+    more(folder, "transformer.h.1.mlp.c_fc.weight", torch.full((32, 128), torch.nan))
+    config = gpt2.config("transformers", tmp_path / "run", **FIXED)
+    config.model.init_from = str(folder)
+    with pytest.raises(
+        UserError, match=r"blocks.1.mlp.up of the loaded model cannot be factored: the weight is not fin"
+    ):
+        logits_at_the_start(config, prompts(gpt2.vocab_size, 2))
+
+
 def test_a_model_that_transformers_saved_in_bfloat16(gpt2: Source, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(gpt2.folders["transformers"]).bfloat16()
     theirs.save_pretrained(tmp_path / "bf16")
@@ -177,6 +232,11 @@ def test_a_model_that_transformers_saved_in_bfloat16(gpt2: Source, tmp_path: Pat
     with torch.no_grad():
         expected = theirs.float()(ids).logits
     torch.testing.assert_close(logits_at_the_start(config, ids)[0], expected, rtol=0, atol=2e-6)
+
+
+def ranks(name: str = "blocks.0.mlp.up", **changes: Any) -> dict[str, Any]:
+    """Layers of a description."""
+    return {name: {"shape": [128, 32], "rank": 2, "modes": 2, "base": False} | changes}
 
 
 def edited(folder: Path, name: str = "config.json", **changes: Any) -> None:
@@ -196,6 +256,7 @@ def edited(folder: Path, name: str = "config.json", **changes: Any) -> None:
             "holds a llama, where the settings make a gpt2; write",
         ),
         ("transformers", lambda f: edited(f, layer_norm_epsilon=0.1), "has layer_norm_epsilon 0.1, where the settings"),
+        ("transformers", lambda f: edited(f, activation_function="relu"), "has activation_function 'relu', where the"),
         (
             "transformers",
             lambda f: edited(f, n_head=4),
@@ -220,6 +281,19 @@ def edited(folder: Path, name: str = "config.json", **changes: Any) -> None:
         ("split", lambda f: edited(f, "model.safetensors.index.json", weight_map=[]), "has no weight_map"),
         ("split", lambda f: next(f.glob("*-00002-*")).unlink(), "cannot be read"),
         ("factors", lambda f: os.truncate(f / "model.safetensors", 9999), "model.safetensors is damaged"),
+        (
+            "factors",
+            lambda f: edited(f, "inrank.json", base_scale=float("nan")),
+            "is damaged (ValueError: base_scale nan)",
+        ),
+        ("factors", lambda f: edited(f, "inrank.json", base_scale="1"), "is damaged (ValueError: base_scale '1')"),
+        ("factors", lambda f: edited(f, "inrank.json", vocab_size=10**30), "is damaged (ValueError: vocab_size 1000"),
+        (
+            "factors",
+            lambda f: edited(f, "inrank.json", layers=ranks(modes=2**62)),
+            "has a rank of blocks.0.mlp.up that",
+        ),
+        ("factors", lambda f: edited(f, "inrank.json", layers=ranks("evil")), "has a rank of evil that"),
         ("factors", lambda f: edited(f, "inrank.json", vocab_size=300), "has a vocabulary of 300 tokens, not 301"),
         ("run", lambda f: shutil.rmtree(f / "checkpoints"), "config.json cannot be read"),
     ],

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from runs import Fails, small_config, train
 from test_export import export, library_texts, loaded, strings
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -113,6 +113,58 @@ def test_a_run_from_text_to_export(folder: Path, llama: Path, corpus: Path, tmp_
         assert all(exported(text).input_ids == tokenizer.encode(text) for text in strings(100))
     else:
         assert (out / "tokenizer.model").read_bytes() == llama.read_bytes()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_exported_tokenizer_is_the_one_of_training(folder: Path, corpus: Path, tmp_path: Path, asked: bool) -> None:
+    """Without the tokens that the original adds and its truncation; special tokens in a text as in training."""
+    tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
+    adding = [("<|start|>", tokenizer.token_to_id("<|start|>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|start|> $A", special_tokens=adding)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_token=EOS)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(tmp_path / "original")
+    settings = {"tokenizer__special_tokens_in_text": str(asked).lower(), "train__steps": 2, "lowrank__mode": "full"}
+    train(config_of(corpus, tmp_path / "run", tmp_path / "original", **settings | {"checkpoint__interval": 2}))
+    ours = loaded(tmp_path / "run").tokenizer
+    theirs = AutoTokenizer.from_pretrained(export(tmp_path / "run", tmp_path / "out"))
+    for text in [*strings(50), f"a long text with {EOS} and <|start|> in it"]:
+        assert theirs(text).input_ids == ours.encode(text)
+
+
+def test_text_does_not_forge_the_separator(folder: Path, tmp_path: Path) -> None:
+    """Also where the token was added as an ordinary one."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = read(tmp_path / "tokenizer.json")
+    assert ours.eos_id not in ours.encode(f"a{EOS}b") and ours.decode(ours.encode(f"a{EOS}b")) == f"a{EOS}b"
+    with pytest.raises(UserError, match=r"the text 'e' would become the separator; write another tokenizer.eos_token"):
+        read(folder, eos_token="e")
+
+
+def test_a_tokenizer_that_fails_on_some_text(tmp_path: Path) -> None:
+    words = {"</s>": 0} | {f"w{index}": index for index in range(1, 300)}
+    tokenizer = FastTokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer .*WordLevel error"):
+        read(tmp_path / "tokenizer.json", 300, special_tokens_in_text=True)
+
+
+def test_settings_of_hugging_face_with_a_sentencepiece_model(llama: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"tokenizer.eos_token is x but .* names its own special tokens; leave eos_token"
+    ):
+        read(llama, 500, eos_token="x")
+
+
+def test_a_model_file_that_is_too_large(tmp_path: Path) -> None:
+    (tmp_path / "a.model").touch()
+    os.truncate(tmp_path / "a.model", 1 << 40)
+    with pytest.raises(UserError, match="is larger than 256 MiB; write the path of a tokenizer"):
+        read(tmp_path / "a.model")
 
 
 def test_the_token_that_ends_a_document(folder: Path, tmp_path: Path) -> None:

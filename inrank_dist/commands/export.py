@@ -160,15 +160,19 @@ def _write_transformers(work: Path, model: _Model, dtype: torch.dtype, max_shard
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
+    special_tokens_in_text = False
     if isinstance(tokenizer, HuggingFaceTokenizer):
         fast = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json)
+        special_tokens_in_text = tokenizer.special_tokens_in_text
     else:
         tokenizer.save(work / TOKENIZER)
         if isinstance(tokenizer, LossySentencePiece):
             log.warning("the tokenizer normalizes text; it is exported as %s, without a tokenizer.json", TOKENIZER)
             return
         fast = fast_tokenizer(tokenizer.model)
-    write_tokenizer(work, fast, tokenizer.eos_piece, settings.max_seq_len)
+    write_tokenizer(
+        work, fast, tokenizer.eos_piece, settings.max_seq_len, special_tokens_in_text=special_tokens_in_text
+    )
 
 
 def _write_factors(work: Path, model: _Model, dtype: torch.dtype) -> None:

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     start = _start_of(config, arguments)
     seen = peek_checkpoint(config.run.folder) or start.peek()
     if not seen and context.is_main:
-        initial_values(config, skeleton)  # raises
+        initial_values(config, skeleton, load_tokenizer(config.tokenizer) if config.tokenizer.path else None)  # raises
     if seen:
         changes = refuse_changes(config, seen, arguments.allow_change)
         start.refuse_finished(config, seen)

@@ -31,6 +31,9 @@ BATCH_CHARACTERS = 1 << 18
 #: excluding line ends keeps pieces within lines.
 NOT_IN_PIECES = re.compile("[\x00-\x1f\x7f\u2581\u2585]+")
 
+#: Bytes of a tokenizer's file. A ``tokenizer.json`` of 256,000 tokens has about 30 MB.
+LARGEST = 256 << 20
+
 #: Longest line to train on, in characters. SentencePiece would drop longer lines entirely.
 LINE_CHARACTERS = 2000
 
@@ -122,7 +125,9 @@ class Tokenizer:
         from . import whole_documents
 
         try:
-            model = expand_home(path, "tokenizer.path").read_bytes()
+            file = expand_home(path, "tokenizer.path")
+            refuse_large(file)
+            model = file.read_bytes()
             if model.startswith(b"{"):
                 return whole_documents.HuggingFaceTokenizer(model)
             tokenizer = Tokenizer(model)
@@ -141,6 +146,12 @@ class Tokenizer:
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             return whole_documents.LossySentencePiece(model)
         return tokenizer
+
+
+def refuse_large(path: Path) -> None:
+    """Raise ``UserError`` if a tokenizer's file is too large to be one."""
+    if path.stat().st_size > LARGEST:
+        raise UserError(f"tokenizer {path} is larger than {LARGEST >> 20} MiB; write the path of a tokenizer")
 
 
 def refuse_surrogates(text: str) -> None:
@@ -224,7 +235,19 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
         tokenizer: Tokenizer = read_hugging_face(path, settings.eos_token, settings.special_tokens_in_text)
     else:
         tokenizer = Tokenizer.load(settings.path)
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        for key, value in (
+            ("eos_token", settings.eos_token),
+            ("special_tokens_in_text", settings.special_tokens_in_text),
+        ):
+            if value:
+                raise UserError(
+                    f"tokenizer.{key} is {value} but {settings.path} names its own special tokens; leave {key} out"
+                )
+    try:
+        exact = tokenizer.decode(tokenizer.encode(PROBE)) == PROBE
+    except ValueError as error:
+        raise UserError(f"tokenizer {path} cannot encode text ({error}); write the path of another") from None
+    if not exact:
         log.info("%s does not preserve all text: what it normalizes is not in the training text", settings.path)
     if tokenizer.vocab_size != settings.vocab_size:
         raise UserError(

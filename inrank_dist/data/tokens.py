@@ -16,8 +16,9 @@ SUFFIXES = (".npy", ".bin")
 #: Tokens to read at a time.
 BLOCK_TOKENS = 1 << 20
 
-#: First number of the header of 256 int32 that llm.c and its descendants put before uint16 tokens.
-HEADER_MAGIC, HEADER_BYTES = 20240520, 1024
+#: First number of the header of 256 int32 that llm.c and its descendants put before tokens -> its version, their dtype.
+HEADERS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}
+HEADER_BYTES = 1024
 
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -63,7 +64,7 @@ def read_tokens(
             elif path.with_suffix(".idx").exists():
                 blocks = _megatron(path, eos_id)
             else:
-                blocks = _blocks(_raw_array(path, dtype))
+                blocks = _blocks(_raw_array(path, dtype, vocab_size))
             for block in blocks:
                 if block.size and not 0 <= int(block.min()) <= int(block.max()) < vocab_size:
                     wrong = int(block.min()) if block.min() < 0 else int(block.max())
@@ -87,24 +88,31 @@ def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 def _numpy_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
         raise UserError(f"{path} is not a NumPy array ({' '.join(str(error).split())}); leave it out") from error
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         raise UserError(f"{path} is not a 1-D array of integers; write arrays of token ids")
     return array
 
 
-def _raw_array(path: Path, dtype: str) -> np.ndarray:
+def _raw_array(path: Path, dtype: str, vocab_size: int) -> np.ndarray:
     size, start = path.stat().st_size, 0
     with path.open("rb") as file:
         header = file.read(12)
-    if len(header) == 12 and struct.unpack("<i", header[:4])[0] == HEADER_MAGIC:
-        _, version, count = struct.unpack("<iii", header)
-        dtype, start = "<u2", HEADER_BYTES
-        if version != 1 or size != HEADER_BYTES + 2 * count:
+    magic, version, count = struct.unpack("<iii", header.ljust(12, b"\0"))
+    if magic in HEADERS:
+        known, dtype = HEADERS[magic]
+        start = HEADER_BYTES
+        if version != known or size != HEADER_BYTES + np.dtype(dtype).itemsize * count:
             raise UserError(
                 f"{path} has a header of version {version} and {count} tokens, but {size} bytes; leave it out"
             )
+    elif dtype == "uint16" and vocab_size > 1 << 16:  # halves of larger numbers would all be tokens
+        raise UserError(
+            f"data.token_dtype is uint16, but the tokenizer of {path} has {vocab_size} tokens; write uint32 or int32"
+        )
     width = np.dtype(dtype).itemsize
     if (size - start) % width:
         raise UserError(f"{path} has {size} bytes, not a multiple of {width}; write the right data.token_dtype")
@@ -120,16 +128,17 @@ def _megatron(path: Path, eos_id: int) -> Iterator[np.ndarray]:
             f"{path} has {size} bytes where its index has {int(lengths.sum())} tokens; write a whole data set"
         )
     tokens = np.memmap(path, dtype=dtype, mode="r") if size else np.zeros(0, dtype=dtype)
+    end_of_document = np.array([eos_id], dtype=dtype if eos_id <= np.iinfo(dtype).max else np.int64)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     waiting: list[np.ndarray] = []
     count = 0
     for first, last in itertools.pairwise(documents):
-        document = np.asarray(tokens[ends[first] : ends[last]]).astype(np.int64)
+        document = np.asarray(tokens[ends[first] : ends[last]])
         if not document.size:
             continue
         waiting.append(document)
         if document[-1] != eos_id:
-            waiting.append(np.array([eos_id]))
+            waiting.append(end_of_document)
         count += len(document) + 1
         if count >= BLOCK_TOKENS:
             yield np.concatenate(waiting)
@@ -148,8 +157,11 @@ def _megatron_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     if version != 1 or code not in MEGATRON_DTYPES or len(content) < fixed + 12 * sequences + 8 * documents:
         raise UserError(f"{path} is damaged or of another version; leave its .bin file out")
     lengths = np.frombuffer(content, "<i4", sequences, fixed).astype(np.int64)
+    pointers = np.frombuffer(content, "<i8", sequences, fixed + 4 * sequences)
     starts = np.frombuffer(content, "<i8", documents, fixed + 12 * sequences)
     ordered = starts.size and starts[0] == 0 and starts[-1] == sequences and bool((np.diff(starts) >= 0).all())
     if not ordered or bool((lengths < 0).any()):
         raise UserError(f"{path} is damaged; leave its .bin file out")
+    if bool((pointers != (np.cumsum(lengths) - lengths) * np.dtype(MEGATRON_DTYPES[code]).itemsize).any()):
+        raise UserError(f"{path} has its sequences in another order than its .bin file; leave it out")
     return np.dtype(MEGATRON_DTYPES[code]), lengths, starts

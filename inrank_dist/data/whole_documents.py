@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import UserError
-from .tokenizer import BATCH_CHARACTERS, Tokenizer, refuse_surrogates
+from .tokenizer import BATCH_CHARACTERS, Tokenizer, refuse_large, refuse_surrogates
 
 #: End-of-document tokens to look for in a ``tokenizer.json`` that comes without a ``tokenizer_config.json``.
 KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
-
-#: Bytes of a ``tokenizer.json``. Those of vocabularies of 256,000 tokens have about 30 MB.
-LARGEST = 256 << 20
 
 
 class WholeDocumentTokenizer(Tokenizer):
@@ -88,13 +86,12 @@ class HuggingFaceTokenizer(WholeDocumentTokenizer):
             raise UserError(f"a tokenizer.json needs tokenizers ({error}); pip install 'inrank_dist[hf]'") from None
         self._keep(model)
         content = json.loads(model)
-        try:
+        with _plain_errors():
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(json.dumps(content["tokenizer"]))
-        except Exception as error:  # the library raises plain exceptions
-            raise ValueError(" ".join(str(error).split())) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = not content["special_tokens_in_text"]
+        self.special_tokens_in_text: bool = content["special_tokens_in_text"]
+        self._tokenizer.encode_special_tokens = not self.special_tokens_in_text
         self._eos: str = content["eos_token"]
         eos_id = self._tokenizer.token_to_id(self._eos)
         if eos_id is None:
@@ -114,11 +111,24 @@ class HuggingFaceTokenizer(WholeDocumentTokenizer):
         return json.dumps(json.loads(self.model)["tokenizer"], ensure_ascii=False)
 
     def encode_whole(self, texts: list[str], threads: int) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with _plain_errors():
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode([each for each in ids if each != self.eos_id], skip_special_tokens=False)
+        with _plain_errors():
+            text: str = self._tokenizer.decode([each for each in ids if each != self.eos_id], skip_special_tokens=False)
         return text
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Turn the errors of ``tokenizers``, among them panics of its Rust code, into ``ValueError``."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def read_hugging_face(path: Path, eos_token: str | None, special_tokens_in_text: bool) -> HuggingFaceTokenizer:
@@ -138,9 +148,15 @@ def read_hugging_face(path: Path, eos_token: str | None, special_tokens_in_text:
         raise UserError(f"tokenizer {file} is not a tokenizer of Hugging Face; write the path of one")
     if eos_token is None:
         eos_token = _eos_of_folder(file.parent) or _known_eos(file, content)
+    for token in content.get("added_tokens") or []:
+        if isinstance(token, dict) and token.get("content") == eos_token:
+            token["special"] = True  # or text could contain it
     model = {"eos_token": eos_token, "special_tokens_in_text": special_tokens_in_text, "tokenizer": content}
     try:
-        return HuggingFaceTokenizer(json.dumps(model, sort_keys=True).encode())
+        tokenizer = HuggingFaceTokenizer(json.dumps(model, sort_keys=True).encode())
+        if not special_tokens_in_text and tokenizer.eos_id in tokenizer.encode(eos_token):
+            raise UserError(f"the text {eos_token!r} would become the separator; write another tokenizer.eos_token")
+        return tokenizer
     except UserError as error:
         raise UserError(f"tokenizer {file}: {error}") from None
     except ValueError as error:
@@ -167,8 +183,7 @@ def _known_eos(file: Path, content: dict[str, Any]) -> str:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        if file.stat().st_size > LARGEST:
-            raise UserError(f"tokenizer {file} is larger than {LARGEST >> 20} MiB; write the path of a tokenizer.json")
+        refuse_large(file)
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"tokenizer {file} cannot be read ({error.strerror}); write the path of a model file") from None

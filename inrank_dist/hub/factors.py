@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,7 @@ from ..lowrank.materialize import assign_buffers, assign_parameters
 from ..lowrank.spectrum import Factors
 from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.errors import UserError
+from ..runtime.setting_types import fits
 from .weights import Weights
 from .writer import Planned, write_tensors
 
@@ -25,6 +27,8 @@ DESCRIPTION = "inrank.json"
 """File that describes the model: its settings, its vocabulary, and the rank of each low-rank layer."""
 
 TENSORS = "model.safetensors"
+
+LARGEST_VOCABULARY = 1 << 24
 
 LARGEST_DESCRIPTION = 64 << 20
 """Bytes. A description has about 100 bytes for each layer."""
@@ -93,6 +97,7 @@ def read_factors(folder: Path, settings: ModelSettings, skeleton: LanguageModel)
     description = _read_description(folder / DESCRIPTION)
     theirs, layout, _ = _parse(folder / DESCRIPTION, description)
     refuse_other_model(folder, theirs, description["vocab_size"], settings, skeleton.vocab_size)
+    _check_layout(folder / DESCRIPTION, layout, skeleton)
     if layout and description["activation"] != "none":
         raise UserError(
             f"{folder} has an activation between its factors, so they are not a weight; write another folder"
@@ -143,16 +148,22 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> LanguageMode
     settings, layout, dtype = _parse(folder / DESCRIPTION, description)
     with torch.device("meta"):
         skeleton = build_model(settings, description["vocab_size"])
-    for name, layer in layout.items():
-        module = dict(skeleton.named_modules()).get(name)
-        if module is None or kind_of(module) is None or not layer.rank <= layer.modes <= min(matrix_shape(module)):
-            raise UserError(f"{folder / DESCRIPTION} has a rank of {name} that its model cannot have; export it again")
+    _check_layout(folder / DESCRIPTION, layout, skeleton)
     model = convert(skeleton, layout)
     _fill(model, folder / TENSORS, dtype, torch.device(device))
     assign_buffers(model, skeleton.initial_values(0).buffer, torch.device(device))
     set_activation(model, description["activation"])
     set_base_scale(model, description["base_scale"])
     return model.eval()
+
+
+def _check_layout(path: Path, layout: Layout, skeleton: nn.Module) -> None:
+    """Raise ``UserError`` if a model cannot have these low-rank layers."""
+    modules = dict(skeleton.named_modules())
+    for name, layer in layout.items():
+        module = modules.get(name)
+        if module is None or kind_of(module) is None or not layer.rank <= layer.modes <= min(matrix_shape(module)):
+            raise UserError(f"{path} has a rank of {name} that its model cannot have; export it again")
 
 
 def check_tensors(path: Path, model: nn.Module) -> None:
@@ -202,21 +213,31 @@ def _parse(path: Path, description: Mapping[str, Any]) -> tuple[ModelSettings, L
     try:
         if description["format"] != 1:
             raise ValueError(f"format {description['format']!r}")
-        settings = ModelSettings(**description["model"])
+        settings = _settings(description["model"])
         layout = {
             name: LayerLayout(_whole(layer["rank"]), _whole(layer["modes"]), layer["base"] is True)
             for name, layer in description["layers"].items()
         }
-        _whole(description["vocab_size"])
+        if _whole(description["vocab_size"]) > LARGEST_VOCABULARY:
+            raise ValueError(f"vocab_size {description['vocab_size']}")
         if description["activation"] not in get_args(Activation):
             raise ValueError(f"activation {description['activation']!r}")
-        float(description["base_scale"])
+        if type(description["base_scale"]) not in (int, float) or not math.isfinite(description["base_scale"]):
+            raise ValueError(f"base_scale {description['base_scale']!r}")
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[description["dtype"]]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); export the model again") from None
     return settings, layout, dtype
+
+
+def _settings(values: Mapping[str, Any]) -> ModelSettings:
+    types = get_type_hints(ModelSettings, include_extras=True)
+    for name, value in values.items():
+        if name in types and not fits(value, types[name]):
+            raise ValueError(f"model.{name} {value!r}")
+    return ModelSettings(**values)
 
 
 def _whole(value: Any) -> int:

@@ -23,7 +23,8 @@ IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 WITHOUT_EFFECT = {
     *OF_A_FILE, "architectures", "attn_pdrop", "embd_pdrop", "initializer_range", "pretraining_tp", "attention_dropout",
-    "resid_pdrop", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "resid_pdrop", "id2label", "label2id", "num_labels", "problem_type",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
     "summary_type", "summary_use_proj", "task_specific_params", "max_position_embeddings", "n_ctx", "name_or_path",
 }  # fmt: skip
 """Keys of a configuration that do not change what a model computes."""
@@ -107,6 +108,9 @@ def _compare_configs(folder: Path, ours: Any, settings: ModelSettings) -> None:
     known = {key: value for key, value in written.items() if key not in WITHOUT_EFFECT}
     theirs = make_config({"model_type": model_type, **known}, 1).to_dict()
     mine = ours.to_dict()
+    for each in (theirs, mine):  # what GPT-2 takes for a width that is not written
+        if "n_inner" in each and each["n_inner"] is None:
+            each["n_inner"] = 4 * each["n_embd"]
     for key in sorted(theirs.keys() & mine.keys() - WITHOUT_EFFECT - {"vocab_size"}):
         if theirs[key] != mine[key]:
             raise UserError(
@@ -118,7 +122,7 @@ def _compare_configs(folder: Path, ours: Any, settings: ModelSettings) -> None:
 def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each stored tensor."""
     index = folder / INDEX
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():
         entries = read_json(index).get("weight_map")
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"{index} has no weight_map; write a complete folder")

@@ -20,24 +20,31 @@ NEVER = -1e6
 """Score of unigram pieces that text never matches. It is far below that of any segmentation into characters."""
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token: str, max_seq_len: int) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, eos_token: str, max_seq_len: int, *, special_tokens_in_text: bool = False
+) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
-    The saved tokenizer adds no tokens and treats special tokens in text as text.
+    The saved tokenizer encodes as in training: it adds no tokens and does not truncate.
 
     Args:
         folder: an existing folder.
         tokenizer: from ``fast_tokenizer``, or read from a ``tokenizer.json``.
         eos_token: the token that separates documents.
         max_seq_len: longest sequence of the model in tokens.
+        special_tokens_in_text: whether special tokens in a text are taken for tokens.
     """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if type(tokenizer.post_processor).__name__ != "ByteLevel":  # others add tokens
+        tokenizer.post_processor = None
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=eos_token,
         eos_token=eos_token,
         pad_token=eos_token,
         model_max_length=max_seq_len,
-        split_special_tokens=True,
+        split_special_tokens=not special_tokens_in_text,
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)

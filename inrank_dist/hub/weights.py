@@ -12,6 +12,7 @@ from ..lowrank.kinds import kind_of
 from ..lowrank.spectrum import Factors
 from ..lowrank.truncate import truncated
 from ..models import LanguageModel
+from ..runtime.errors import UserError
 
 Read = Callable[[str], Tensor]
 """Parameter name -> the whole tensor, on the CPU."""
@@ -77,7 +78,10 @@ class Weights:
         factors = Factors(self.read(f"{layer}.U"), self.read(f"{layer}.V"))
         if self.cut is None:
             return factors
-        result = truncated(factors, rank=self.cut.rank, energy=self.cut.energy)
+        try:
+            result = truncated(factors, rank=self.cut.rank, energy=self.cut.energy)
+        except ValueError as error:
+            raise UserError(f"{layer} cannot be truncated: {error}; take an earlier checkpoint") from None
         energies = result.sigma.square()
         rank = result.factors.U.shape[1]
         self.kept[layer] = Kept(rank, float(energies[rank:].sum()), float(energies.sum()))

@@ -42,8 +42,16 @@ def truncated_weight(weight: Tensor, *, rank: int | None = None, energy: float |
     Args:
         weight: ``(out, in)``.
         rank, energy: as for ``truncated``.
+
+    Raises:
+        ValueError: the matrix is not finite.
     """
+    if not bool(weight.isfinite().all()):
+        raise ValueError("the weight is not finite (inf or nan)")
     left, sigma, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    # Singular vectors are unique up to their signs. Processes must choose the same ones.
+    signs = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    left, right = left * signs, right * signs.T
     keep = len(sigma)
     if energy is not None:
         tail = sigma.square().flip(0).cumsum(0).flip(0)  # energy of each mode and all smaller ones, smallest first

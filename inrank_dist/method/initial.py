@@ -118,7 +118,7 @@ class StartValues:
         modes = self.settings.rule.modes(rank, min(out_features, in_features))
         init = self.settings.init if self.settings.base == "none" else None
         if init == "loaded":
-            best = truncated_weight(self._loaded(layer), rank=modes).factors
+            best = self._truncated(layer, rank=modes)
             return Factors(best.U.float(), best.V.float())
         generator, std = generator_for(self.seed, layer, "factors"), 0.0 if init is None else self.std(layer)
         return start_factors(out_features, in_features, modes, init, std, generator)
@@ -127,15 +127,18 @@ class StartValues:
         """Return the loaded weight of a layer as its matrix ``(out, in)``, float32."""
         return self.dense.parameter(f"{layer}.weight").reshape(self.shapes[layer])
 
+    def _truncated(self, layer: str, *, rank: int | None = None, energy: float | None = None) -> Factors:
+        try:
+            return truncated_weight(self._loaded(layer), rank=rank, energy=energy).factors
+        except ValueError as error:
+            raise UserError(f"{layer} of the loaded model cannot be factored: {error}; write another folder") from None
+
     def ranks_of_energy(self) -> dict[str, int]:
         """Return the rank of each loaded weight that keeps ``initial_energy``.
 
         Each layer takes an SVD. Processes may round differently, so one of them should decide for all.
         """
-        return {
-            layer: truncated_weight(self._loaded(layer), energy=self.settings.initial_energy).factors.U.shape[1]
-            for layer in self.shapes
-        }
+        return {layer: self._truncated(layer, energy=self.settings.initial_energy).U.shape[1] for layer in self.shapes}
 
     def std(self, layer: str) -> float:
         """Return the standard deviation of the dense weight of a layer at initialisation."""

@@ -6,20 +6,30 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import Config, load_config
+from ..data import Tokenizer
 from ..hub.factors import DESCRIPTION, read_factors, refuse_other_model
 from ..hub.weights import Weights
 from ..models import LanguageModel
 from ..models.values import InitialValues, LoadedValues
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
-from .checkpoint import TensorReader, find_checkpoint
+from .checkpoint import Checkpoint, TensorReader, find_checkpoint
+from .checkpoint.state import read_state
+
+Share = Callable[[Callable[[], Path]], Path]
+"""Runs a function and returns its result, in a job that of process 0 in all processes."""
 
 
-def initial_values(config: Config, skeleton: LanguageModel) -> InitialValues:
+def initial_values(
+    config: Config, skeleton: LanguageModel, tokenizer: Tokenizer | None = None, share: Share = lambda find: find()
+) -> InitialValues:
     """Return the initial values of the dense model.
 
     Args:
+        config: the configuration.
         skeleton: the dense model on ``meta``.
+        tokenizer: tokenizer of the run, which must be that of the folder if the folder has one of ours.
+        share: selects the checkpoint of a run once for all processes.
 
     Raises:
         UserError: ``model.init_from`` is not a folder that holds this model.
@@ -30,19 +40,29 @@ def initial_values(config: Config, skeleton: LanguageModel) -> InitialValues:
     folder = expand_home(config.model.init_from, "model.init_from")
     try:
         if (folder / "checkpoints").is_dir():
-            return LoadedValues(_of_run(folder, config, skeleton), random)
+            found = share(lambda: find_checkpoint(folder).folder)
+            checkpoint = Checkpoint(found, read_state(found))
+            _check_tokenizer(tokenizer, checkpoint.tokenizer_file)
+            return LoadedValues(_of_run(checkpoint, config, skeleton), random)
         if (folder / DESCRIPTION).exists():
+            _check_tokenizer(tokenizer, folder / "tokenizer.model")
             return LoadedValues(read_factors(folder, config.model, skeleton), random)
         return LoadedValues(_of_transformers(folder, config, skeleton), random)
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 
 
-def _of_run(folder: Path, config: Config, skeleton: LanguageModel) -> Weights:
-    checkpoint = find_checkpoint(folder)
+def _check_tokenizer(tokenizer: Tokenizer | None, file: Path) -> None:
+    """Raise ``UserError`` unless a tokenizer is that of a file. With another one, each row would mean another token."""
+    if tokenizer is not None and tokenizer.fingerprint != Tokenizer.load(file).fingerprint:
+        raise UserError(f"that model was trained with another tokenizer; write tokenizer.path: {file}")
+
+
+def _of_run(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel) -> Weights:
     trained, _ = load_config(checkpoint.config_file)
-    state = checkpoint.state
-    refuse_other_model(folder, trained.model, trained.model.padded(state.vocab_size), config.model, skeleton.vocab_size)
+    state, folder = checkpoint.state, checkpoint.run_folder
+    their_vocab_size = trained.model.padded(state.vocab_size)
+    refuse_other_model(folder, trained.model, their_vocab_size, config.model, skeleton.vocab_size)
     if state.layout and trained.lowrank.activation != "none":
         raise UserError(
             f"{folder} has an activation between its factors, so they are not a weight; write another folder"

@@ -61,7 +61,11 @@ def build(
     skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
     shapes = layer_shapes(skeleton, config.lowrank)
     # A run that resumes does not read what it was loaded from.
-    dense_values = skeleton.initial_values(config.run.seed) if saved else initial_values(config, skeleton)
+    if saved:
+        dense_values = skeleton.initial_values(config.run.seed)
+    else:
+        share = lambda find: context.gather(context.on_rank_zero(find))[0]  # noqa: E731
+        dense_values = initial_values(config, skeleton, data.tokenizer, share)
     values = StartValues(dense_values, shapes, config.lowrank, config.run.seed)
     if config.lowrank.initial_energy is not None and not saved:
         values.ranks = context.gather(context.on_rank_zero(values.ranks_of_energy))[0]

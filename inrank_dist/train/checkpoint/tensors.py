@@ -82,9 +82,14 @@ class TensorReader:
         if name not in self._parts:
             raise Damaged(f"{self._folder} holds no {name}")
         parts = []
-        for _, file in sorted(self._parts[name]):
-            with safe_open(self._folder / file, "pt") as opened:
-                parts.append(opened.get_tensor(name))
+        try:
+            for _, file in sorted(self._parts[name]):
+                with safe_open(self._folder / file, "pt") as opened:
+                    parts.append(opened.get_tensor(name))
+        except OSError as error:
+            raise Damaged(
+                f"{self._folder} cannot be read ({error.strerror or error}); it may have been removed"
+            ) from None
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
