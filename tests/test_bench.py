@@ -60,6 +60,7 @@ def test_samples_are_spread_and_never_more_than_there_are() -> None:
     assert sample_layers(layers, 12) == sample_layers(layers, 100) == sample_layers(layers, None) == layers
 
 
+@pytest.mark.slow
 def test_processes_with_their_rows_find_the_ranks_of_one(pool) -> None:
     first, second = pool.run("test_bench:in_each_process", world_size=2)
     assert first.ours == first.dense == measured().ours

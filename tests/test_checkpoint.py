@@ -210,6 +210,7 @@ def test_resume_with_deepspeed_is_bit_identical(
     assert tensor_bytes(tmp_path / "rest") == tensor_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """FSDP2 leaves the root group gathered after a forward pass without backward; its moments must be saved
     all the same."""

@@ -140,6 +140,7 @@ def damages(original: Path) -> Iterator[tuple[tuple[str, ...], str, Callable[[Pa
     yield SHARDS, "seal of the older", lambda to: [shutil.copy(oldest / name, to / name) for name in seals]
 
 
+@pytest.mark.slow
 def test_no_damage_is_loaded_silently(
     original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
 ) -> None:

@@ -126,6 +126,7 @@ for cache in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_users_cache(corpus: Path) -> None:
     """One line, whatever it is that may not be done; with a user that is in no passwd and has no home."""

@@ -273,6 +273,7 @@ def test_a_process_without_a_safe_point_leaves_in_time(corpus: Path, tmp_path: P
     assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 6
 
 
+@pytest.mark.slow
 def test_a_suspended_job_is_not_taken_for_a_hang(corpus: Path, tmp_path: Path) -> None:
     """Ctrl-Z and fg, a scheduler that suspends: nobody hangs."""
     fault = Fault("stop", 0, 8, "forward", str(tmp_path / "fired"))
@@ -421,6 +422,7 @@ def test_kills_while_saving_lose_no_checkpoint(corpus: Path, tmp_path: Path, asy
     assert kinds >= {"tmp-step"}, "no kill came in the midst of a save"
 
 
+@pytest.mark.slow
 def test_the_limit_that_was_exceeded_is_named(corpus: Path, tmp_path: Path) -> None:
     """While data, model or checkpoint are made ready it is another one than during steps."""
     fault = Fault("hang", 0, 40, "evaluation", str(tmp_path / "fired"))
