@@ -123,7 +123,7 @@ class Slurm:
     def run(self, *words: object) -> "subprocess.CompletedProcess[str]":
         """A command of this Slurm, or one that uses it."""
         command = [str(word) for word in words]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=150, cwd=ROOT)
 
     def facts(self, job: str) -> dict[str, str]:
         """What ``scontrol show job`` says."""

@@ -134,9 +134,10 @@ def test_shardings_that_cannot_work_are_refused_by_name(pool: Pool) -> None:
 
 
 def readme_example() -> str:
-    """The first Python program of the README."""
+    """The training loop of the README."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    return text.split("```python\n")[1].split("```")[0]
+    section = text.partition("## In your own training loop")[2]
+    return section.partition("```python\n")[2].partition("```")[0]
 
 
 @pytest.mark.slow
