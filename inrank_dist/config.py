@@ -138,6 +138,10 @@ class Config:
                 f"optimizer.name is {name} but lowrank.mode {self.lowrank.mode} {fact}; write optimizer.name: {advice}"
             )
 
+    def base_scale(self, step: int) -> float:
+        """Return the scale ``a`` of the bases after ``step`` optimizer steps."""
+        return self.lowrank.policy(self.train.steps).base_scale(step)
+
     def to_yaml(self) -> str:
         """Return the resolved settings as YAML, which ``load_config`` can read."""
         return yaml_text.dump(self.to_dict())

@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..data import Tokenizer
 from ..lowrank.convert import convert
 from ..lowrank.layer import set_activation, set_base_scale
 from ..lowrank.materialize import materialize
+from ..lowrank.null import NullRanks
 from ..models import LanguageModel
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
@@ -56,13 +57,26 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint's model in this process, whole and in float32."""
+class OpenedRun:
+    """A checkpoint with its settings, its tokenizer and its dense model on ``meta``. No tensor has been read."""
 
     checkpoint: Checkpoint
     config: Config
     tokenizer: Tokenizer
     skeleton: LanguageModel
+
+    def null_ranks(self) -> Callable[[tuple[int, int]], int | None]:
+        """Return a function from the shape of a layer to its null rank, or to None before the first decision."""
+        settings = self.config.lowrank
+        null = NullRanks(settings.rule, settings.initial_rank, self.config.run.seed)
+        null.load_state_dict(self.checkpoint.state.ranks["null"])
+        return lambda shape: null.of(shape) if null.checks else None
+
+
+@dataclass(frozen=True)
+class TrainedModel(OpenedRun):
+    """A checkpoint's model in this process, whole and in float32."""
+
     model: LanguageModel
 
 
@@ -72,18 +86,24 @@ def no_overrides(rest: Sequence[str]) -> None:
         raise UserError(f"unknown argument {rest[0]!r}; see --help")
 
 
-def load_trained(arguments: argparse.Namespace) -> TrainedModel:
-    """Load the model that ``--run`` and ``--step`` name, on CPU."""
+def open_run(arguments: argparse.Namespace) -> OpenedRun:
+    """Open the checkpoint that ``--run`` and ``--step`` name."""
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     config, _ = load_config(checkpoint.config_file)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
+    return OpenedRun(checkpoint, config, tokenizer, dense_skeleton(config.model, tokenizer.vocab_size))
+
+
+def load_trained(arguments: argparse.Namespace) -> TrainedModel:
+    """Load the model that ``--run`` and ``--step`` name, on CPU."""
+    run = open_run(arguments)
+    checkpoint, config, skeleton = run.checkpoint, run.config, run.skeleton
     model = convert(skeleton, checkpoint.state.layout)
     materialize(model, skeleton.initial_values(0).buffer, torch.device("cpu"))
     load_parameters(checkpoint.folder, {name: p.detach() for name, p in model.named_parameters()})
     set_activation(model, config.lowrank.activation)
-    set_base_scale(model, config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step))
-    return TrainedModel(checkpoint, config, tokenizer, skeleton, model.eval())
+    set_base_scale(model, config.base_scale(checkpoint.state.step))
+    return TrainedModel(checkpoint, config, run.tokenizer, skeleton, model.eval())
 
 
 def console(width: int) -> Console:

@@ -8,32 +8,27 @@ import re
 import shutil
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..config import Config, load_config
-from ..data import Tokenizer
 from ..data.whole_documents import HuggingFaceTokenizer, LossySentencePiece
 from ..hub.card import Card, CardLayer
 from ..hub.factors import write_factors
-from ..hub.weights import Cut, Weights
+from ..hub.weights import Cut, Kept, Weights
+from ..hub.writer import DTYPES
 from ..lowrank.kinds import matrix_shape
-from ..lowrank.null import NullRanks
 from ..report.history import History
 from ..report.reading import reading
 from ..runtime.errors import UserError
 from ..runtime.files import flush_path
 from ..runtime.home import path_argument
-from ..train.building import dense_skeleton
-from ..train.checkpoint import Checkpoint, TensorReader, find_checkpoint
+from ..train.init_from import dense_weights
 from ..train.monitors.jsonl import read_metrics
-from .common import add_run_arguments, no_overrides
+from .common import OpenedRun, add_run_arguments, no_overrides, open_run
 
 log = logging.getLogger("inrank_dist")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER = "tokenizer.model"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -56,31 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--energy", metavar="E", type=float, help="keep this share of the energy of each layer")
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A checkpoint to export."""
-
-    checkpoint: Checkpoint
-    config: Config
-    tokenizer: Tokenizer
-    weights: Weights
-
-
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the folder and print what it holds."""
     no_overrides(rest)
     cut, max_shard_bytes, out = _cut(arguments), _bytes(arguments.max_shard_size), arguments.output
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--output is {out}, which exists; write a new folder")
-    model, dtype = _read(arguments, cut), DTYPES[arguments.dtype]
+    opened, dtype = open_run(arguments), DTYPES[arguments.dtype]
+    weights = _weights(opened, arguments.format, cut)
     work = out.parent / f".{out.name}.tmp-{uuid.uuid4().hex}"
     try:
         work.mkdir(parents=True)
         if arguments.format == "hf":
-            _write_transformers(work, model, dtype, max_shard_bytes)
+            _write_transformers(work, opened, weights, dtype, max_shard_bytes)
         else:
-            _write_factors(work, model, dtype)
-        (work / "README.md").write_text(_card(out.name, arguments.format, model).text(), encoding="utf-8")
+            _write_factors(work, opened, weights, dtype)
+        (work / "README.md").write_text(_card(out.name, arguments.format, opened, weights).text(), encoding="utf-8")
         for path in (*work.rglob("*"), work):
             flush_path(path)
         if out.is_dir():
@@ -92,31 +78,27 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _show(out, arguments.format, model)
+    _show(out, arguments.format, opened.checkpoint.state.step, weights)
 
 
-def _read(arguments: argparse.Namespace, cut: Cut | None) -> _Model:
-    """Open the checkpoint. Tensors are read later, one at a time.
+def _weights(opened: OpenedRun, form: str, cut: Cut | None) -> Weights:
+    """Return the parameters to export, which are read later, one at a time.
 
     Raises:
         UserError: the checkpoint cannot be exported in this way.
     """
-    checkpoint = find_checkpoint(arguments.run, arguments.step)
-    config, _ = load_config(checkpoint.config_file)
-    tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    layout, activation = checkpoint.state.layout, config.lowrank.activation
+    layout, activation = opened.checkpoint.state.layout, opened.config.lowrank.activation
     if cut is not None and not layout:
-        raise UserError(f"{arguments.run} has no low-rank layers, so there is nothing to truncate; leave out the cut")
-    if arguments.format == "hf" and activation != "none" and layout:
+        raise UserError(
+            f"{opened.checkpoint.run_folder} has no low-rank layers, so there is nothing to truncate; leave out the cut"
+        )
+    if form == "hf" and activation != "none" and layout:
         raise UserError(f"lowrank.activation is {activation}, so the factors cannot be merged; write --format factors")
     if cut is not None and activation != "none":
         raise UserError(
             f"lowrank.activation is {activation}, so the product of the factors cannot be truncated; leave out the cut"
         )
-    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
-    base_scale = config.lowrank.policy(config.train.steps).base_scale(checkpoint.state.step)
-    weights = Weights(skeleton, layout, TensorReader(checkpoint.folder), base_scale, cut)
-    return _Model(checkpoint, config, tokenizer, weights)
+    return dense_weights(opened.checkpoint, opened.config, opened.skeleton, cut)
 
 
 def _cut(arguments: argparse.Namespace) -> Cut | None:
@@ -138,7 +120,9 @@ def _bytes(text: str) -> int:
     return int(found[1]) * UNITS[found[2].upper()]
 
 
-def _write_transformers(work: Path, model: _Model, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_transformers(
+    work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
     try:
         import tokenizers
 
@@ -149,13 +133,13 @@ def _write_transformers(work: Path, model: _Model, dtype: torch.dtype, max_shard
             f"--format hf needs transformers, which cannot be imported ({error}); pip install 'inrank_dist[hf]', or "
             "write --format factors"
         ) from None
-    tokenizer, skeleton, settings = model.tokenizer, model.weights.skeleton, model.config.model
+    tokenizer, skeleton, settings = opened.tokenizer, opened.skeleton, opened.config.model
     write_transformers(
         work,
         settings,
         skeleton.vocab_size,
         tokenizer.eos_id,
-        model.weights,
+        weights,
         skeleton.initial_values(0).buffer,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
@@ -175,15 +159,14 @@ def _write_transformers(work: Path, model: _Model, dtype: torch.dtype, max_shard
     )
 
 
-def _write_factors(work: Path, model: _Model, dtype: torch.dtype) -> None:
-    weights, layout = model.weights, model.checkpoint.state.layout
-    activation = model.config.lowrank.activation
-    write_factors(work, model.config.model, weights.skeleton.vocab_size, layout, weights, activation, dtype=dtype)
-    model.tokenizer.save(work / TOKENIZER)
+def _write_factors(work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype) -> None:
+    config, vocab_size = opened.config, opened.skeleton.vocab_size
+    write_factors(work, config.model, vocab_size, weights.layout, weights, config.lowrank.activation, dtype=dtype)
+    opened.tokenizer.save(work / TOKENIZER)
 
 
-def _card(name: str, form: str, model: _Model) -> Card:
-    checkpoint, config, tokenizer, weights = model.checkpoint, model.config, model.tokenizer, model.weights
+def _card(name: str, form: str, opened: OpenedRun, weights: Weights) -> Card:
+    checkpoint, config, tokenizer = opened.checkpoint, opened.config, opened.tokenizer
     state = checkpoint.state
     try:
         records = read_metrics(checkpoint.run_folder / "metrics.jsonl")
@@ -191,12 +174,10 @@ def _card(name: str, form: str, model: _Model) -> Card:
         log.warning("the model card lacks the results of the run: %s", error)
         records = []
     history = History(record for record in records if record.get("step", 0) <= state.step)
-    null = NullRanks(config.lowrank.rule, config.lowrank.initial_rank, config.run.seed)
-    null.load_state_dict(state.ranks["null"])
-    layers = {}
-    for layer, shape_of in state.layout.items():
+    null_rank_of, layers = opened.null_ranks(), {}
+    for layer, layout in state.layout.items():
         shape = matrix_shape(weights.skeleton.get_submodule(layer))
-        layers[layer] = CardLayer(shape, shape_of.rank, null.of(shape) if null.checks else None)
+        layers[layer] = CardLayer(shape, layout.rank, null_rank_of(shape))
     facts = {"step": f"{state.step:,} of {config.train.steps:,}", "tokens": f"{state.tokens:,}"}
     if history.validation_loss is not None:
         facts["validation loss"] = f"{history.validation_loss:.4f} nats per token"
@@ -217,18 +198,17 @@ def _card(name: str, form: str, model: _Model) -> Card:
     )
 
 
-def _show(out: Path, form: str, model: _Model) -> None:
-    weights = model.weights
+def _show(out: Path, form: str, step: int, weights: Weights) -> None:
     if weights.kept:
-        discarded = sum(kept.discarded for kept in weights.kept.values())
-        energy = sum(kept.energy for kept in weights.kept.values())
-        ranks = [kept.rank for kept in weights.kept.values()]
+        layers = weights.kept.values()
+        ranks = [kept.rank for kept in layers]
+        total = Kept(sum(ranks), sum(kept.discarded for kept in layers), sum(kept.energy for kept in layers))
         before = sum(layer.modes for layer in weights.layout.values()) / len(weights.layout)
         print(
             f"truncated {len(ranks)} layers from {before:.1f} modes in the mean to {sum(ranks) / len(ranks):.1f}, "
-            f"which discards {discarded / energy if energy else 0:.4%} of the energy of the products"
+            f"which discards {total.share:.4%} of the energy of the products"
         )
     use = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
     if form == "factors":
         use = f"inrank_dist.load({str(out)!r})"
-    print(f"wrote {out}, the model of step {model.checkpoint.state.step}; load it with {use}")
+    print(f"wrote {out}, the model of step {step}; load it with {use}")

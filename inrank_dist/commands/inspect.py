@@ -7,7 +7,6 @@ from rich.table import Table
 
 from ..lowrank.criterion import effective_rank
 from ..lowrank.layer import LowRankLayer
-from ..lowrank.null import NullRanks
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
 from ..train.monitors.ranks import RankTable
 from ..train.monitors.text import fixed
@@ -29,8 +28,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     no_overrides(rest)
     trained = load_trained(arguments)
     state, settings = trained.checkpoint.state, trained.config.lowrank
-    null = NullRanks(settings.rule, settings.initial_rank, trained.config.run.seed)
-    null.load_state_dict(state.ranks["null"])
+    null_rank_of = trained.null_ranks()
     ranks = RankTable()
     ranks.initial_rank, ranks.threshold = settings.start_rank, settings.threshold
     ranks.shrinks = state.ranks["frozen"] and settings.shrinks
@@ -45,7 +43,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         shape = module.shape
         grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
         sigma = singular_values(grams[name])
-        null_rank = null.of(shape) if null.checks else None
+        null_rank = null_rank_of(shape)
         ranks.set_layer(
             name,
             rank=layer.rank,

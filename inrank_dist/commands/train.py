@@ -99,8 +99,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     refuse_unwritable(config.run.folder)
     start = _start_of(config, arguments)
     seen = peek_checkpoint(config.run.folder) or start.peek()
-    if not seen and context.is_main:
-        initial_values(config, skeleton, load_tokenizer(config.tokenizer) if config.tokenizer.path else None)  # raises
+    if config.model.init_from and not seen and context.is_main:
+        initial_values(config, skeleton, load_tokenizer(config.tokenizer))  # raises
     if seen:
         changes = refuse_changes(config, seen, arguments.allow_change)
         start.refuse_finished(config, seen)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import UserError
-from .tokenizer import BATCH_CHARACTERS, Tokenizer, refuse_large, refuse_surrogates
+from ..runtime.json_file import read_json
+from .tokenizer import BATCH_CHARACTERS, LARGEST, Tokenizer, refuse_large, refuse_surrogates
 
 #: End-of-document tokens to look for in a ``tokenizer.json`` that comes without a ``tokenizer_config.json``.
 KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
@@ -184,12 +185,12 @@ def _known_eos(file: Path, content: dict[str, Any]) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         refuse_large(file)
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, LARGEST)
     except OSError as error:
         raise UserError(f"tokenizer {file} cannot be read ({error.strerror}); write the path of a model file") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except ValueError:
         raise UserError(f"tokenizer {file} is not JSON; write the path of a tokenizer.json") from None
     if not isinstance(content, dict):
         raise UserError(f"tokenizer {file} is not a JSON object; write the path of a tokenizer.json")

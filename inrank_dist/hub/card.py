@@ -63,6 +63,6 @@ class Card:
             cells = [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), null]
             if self.kept:
                 kept = self.kept[name]
-                cells += [str(kept.rank), f"{kept.discarded / kept.energy if kept.energy else 0:.2%}"]
+                cells += [str(kept.rank), f"{kept.share:.2%}"]
             lines.append("| " + " | ".join(cells) + " |")
         return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..lowrank.convert import LayerLayout, Layout, convert
@@ -19,9 +19,11 @@ from ..lowrank.materialize import assign_buffers, assign_parameters
 from ..lowrank.spectrum import Factors
 from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.errors import UserError
+from ..runtime.json_file import TooLarge, read_json
+from ..runtime.safetensors_file import opened
 from ..runtime.setting_types import fits
 from .weights import Weights
-from .writer import Planned, write_tensors
+from .writer import DTYPES, Planned, write_tensors
 
 DESCRIPTION = "inrank.json"
 """File that describes the model: its settings, its vocabulary, and the rank of each low-rank layer."""
@@ -98,10 +100,7 @@ def read_factors(folder: Path, settings: ModelSettings, skeleton: LanguageModel)
     theirs, layout, _ = _parse(folder / DESCRIPTION, description)
     refuse_other_model(folder, theirs, description["vocab_size"], settings, skeleton.vocab_size)
     _check_layout(folder / DESCRIPTION, layout, skeleton)
-    if layout and description["activation"] != "none":
-        raise UserError(
-            f"{folder} has an activation between its factors, so they are not a weight; write another folder"
-        )
+    refuse_activation(folder, layout, description["activation"])
     check_tensors(folder / TENSORS, convert(skeleton, layout))
 
     def read(name: str) -> Tensor:
@@ -124,6 +123,14 @@ def refuse_other_model(
         raise UserError(
             f"{folder} has a vocabulary of {their_vocab_size} tokens, not {vocab_size}; write the tokenizer.path of "
             f"that model, and model.vocab_size: {their_vocab_size} if it is padded"
+        )
+
+
+def refuse_activation(folder: Path, layout: Layout, activation: Activation) -> None:
+    """Raise ``UserError`` if the low-rank layers are not linear, so that they have no dense weight."""
+    if layout and activation != "none":
+        raise UserError(
+            f"{folder} has an activation between its factors, so they are not a weight; write another folder"
         )
 
 
@@ -168,22 +175,15 @@ def _check_layout(path: Path, layout: Layout, skeleton: nn.Module) -> None:
 
 def check_tensors(path: Path, model: nn.Module) -> None:
     """Raise ``UserError`` unless a file holds exactly the parameters of a model, which may be on ``meta``."""
-    try:
-        with safe_open(path, "pt") as file:
-            wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            for name in sorted(wanted.keys() | found.keys()):
-                if wanted.get(name) != found.get(name):
-                    raise UserError(
-                        f"{path} holds {name} as {found.get(name, 'nothing')}, where {DESCRIPTION} makes "
-                        f"{wanted.get(name, 'nothing')}; export the model again"
-                    )
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); export the model again") from None
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror or error}); write a folder of --format factors"
-        ) from None
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    with opened(path, "export the model again", "write a folder of --format factors") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{path} holds {name} as {found.get(name, 'nothing')}, where {DESCRIPTION} makes "
+                f"{wanted.get(name, 'nothing')}; export the model again"
+            )
 
 
 def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -198,14 +198,13 @@ def _fill(model: nn.Module, path: Path, dtype: torch.dtype, device: torch.device
 def _read_description(path: Path) -> dict[str, Any]:
     advice = "write a folder that inrank export --format factors made"
     try:
-        too_large = path.stat().st_size > LARGEST_DESCRIPTION
-        description = None if too_large else json.loads(path.read_text(encoding="utf-8"))
+        description = read_json(path, LARGEST_DESCRIPTION)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); {advice}") from None
-    except (ValueError, RecursionError):
+    except TooLarge:
+        raise UserError(f"{path} is larger than {LARGEST_DESCRIPTION >> 20} MiB; {advice}") from None
+    except ValueError:
         raise UserError(f"{path} is not JSON; {advice}") from None
-    if too_large:
-        raise UserError(f"{path} is larger than {LARGEST_DESCRIPTION >> 20} MiB; {advice}")
     return description if isinstance(description, dict) else {}
 
 
@@ -224,7 +223,7 @@ def _parse(path: Path, description: Mapping[str, Any]) -> tuple[ModelSettings, L
             raise ValueError(f"activation {description['activation']!r}")
         if type(description["base_scale"]) not in (int, float) or not math.isfinite(description["base_scale"]):
             raise ValueError(f"base_scale {description['base_scale']!r}")
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[description["dtype"]]
+        dtype = DTYPES[description["dtype"]]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,16 +1,17 @@
 """Weights of a dense ``transformers`` folder as initial values of our models."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..lowrank.kinds import kind_of
 from ..models import LanguageModel, ModelSettings
 from ..models.huggingface_config import OF_A_FILE, make_config
 from ..runtime.errors import UserError
+from ..runtime.json_file import read_json
+from ..runtime.safetensors_file import opened
 from .architectures import module_names
 from .transformers_model import build_target
 
@@ -46,7 +47,7 @@ class TransformersWeights:
 
     def __init__(self, folder: Path, settings: ModelSettings, skeleton: LanguageModel) -> None:
         self._folder, self._target = folder, build_target(settings, skeleton.vocab_size)
-        _compare_configs(folder, self._target.config, settings)
+        _compare_configs(folder, self._target.config)
         self._files = _files(folder)
         self._places: dict[str, tuple[str, int, int]] = {}
         self._locate(settings, skeleton)
@@ -97,8 +98,9 @@ class TransformersWeights:
             )
 
 
-def _compare_configs(folder: Path, ours: Any, settings: ModelSettings) -> None:
-    written = read_json(folder / "config.json")
+def _compare_configs(folder: Path, ours: Any) -> None:
+    """Raise ``UserError`` unless the folder's configuration describes the same model."""
+    written = _read_object(folder / "config.json")
     model_type = written.get("model_type")
     if model_type != ours.model_type:
         raise UserError(
@@ -123,7 +125,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each stored tensor."""
     index = folder / INDEX
     if index.exists() and not (folder / "model.safetensors").exists():
-        entries = read_json(index).get("weight_map")
+        entries = _read_object(index).get("weight_map")
         if not isinstance(entries, dict) or not entries:
             raise UserError(f"{index} has no weight_map; write a complete folder")
         names = {str(name): str(file) for name, file in entries.items()}
@@ -140,37 +142,31 @@ def _files(folder: Path) -> dict[str, Path]:
     return {name: file for file in sorted(files) for name in _names(file)}
 
 
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}); write a complete folder") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error}); write a complete folder") from None
+def _names(path: Path) -> list[str]:
+    with opened(path, "write a complete folder", "write a complete folder") as file:
+        return list(file.keys())
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
-    with safe_open(file, "pt") as opened:
-        part = opened.get_slice(name)
+    with safe_open(file, "pt") as tensors:
+        part = tensors.get_slice(name)
         if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{file} holds {name} as {part.get_dtype()}; write a folder with floating-point weights")
         return tuple(part.get_shape())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of bounded size.
 
     Raises:
         UserError: the file cannot be read or holds something else.
     """
     try:
-        if path.stat().st_size <= LARGEST_JSON:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return content
+        content = read_json(path, LARGEST_JSON)
+        if isinstance(content, dict):
+            return content
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); write a folder of transformers") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     raise UserError(f"{path} is not a JSON object of at most {LARGEST_JSON >> 20} MiB; write a folder of transformers")

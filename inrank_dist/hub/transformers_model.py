@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from ..lowrank.kinds import kind_of
 from ..models import ModelSettings
-from ..models.huggingface import PREFIX
-from ..models.huggingface_config import make_config
+from ..models.huggingface import PREFIX, build
+from ..models.huggingface_config import dtype_key
 from .architectures import module_names, transformers_config
 from .writer import Planned, write_tensors
 
@@ -46,7 +46,7 @@ def write_transformers(
     config.architectures = [type(target).__name__]
     config.use_cache = True
     config.bos_token_id = config.eos_token_id = eos_id
-    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)  # before transformers 5
+    setattr(config, dtype_key(config), dtype)
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id).save_pretrained(folder)
     planned = [
@@ -68,9 +68,8 @@ def build_target(settings: ModelSettings, vocab_size: int) -> Any:
     Raises:
         UserError: the model has no counterpart in ``transformers``.
     """
-    config = make_config(transformers_config(settings, vocab_size), vocab_size)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return build(transformers_config(settings, vocab_size), vocab_size)
 
 
 def _value(target: nn.Module, settings: ModelSettings, name: str, weights: Callable[[str], Tensor]) -> Tensor:

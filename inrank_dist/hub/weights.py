@@ -45,6 +45,11 @@ class Kept:
     discarded: float
     energy: float
 
+    @property
+    def share(self) -> float:
+        """Share of the energy that was discarded."""
+        return self.discarded / self.energy if self.energy else 0.0
+
 
 class Weights:
     """The parameters of a checkpoint as those of its dense model. At most one layer is in memory.

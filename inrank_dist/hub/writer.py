@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..runtime.safetensors_file import content, header, nbytes
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that a model can be exported in, by name."""
+
 
 @dataclass(frozen=True)
 class Planned:

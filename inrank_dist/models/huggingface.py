@@ -25,12 +25,12 @@ from ..lowrank.kinds import linearise
 from ..lowrank.layer import qualified_name
 from ..lowrank.materialize import assign_parameters
 from ..runtime.errors import UserError
-from .huggingface_config import make_config, refused
+from .huggingface_config import dtype_key, make_config, refused
 from .language_model import LanguageModel
 from .loss import LossHead, summed_loss
 from .plan import ModelPlan
 from .settings import ModelSettings
-from .values import InitialValues, named_buffers
+from .values import InitialValues, named_buffers, root_mean_square
 
 logging.set_verbosity_error()
 
@@ -107,9 +107,8 @@ class HuggingFaceLM(LanguageModel):
 def build(mapping: dict[str, Any], vocab_size: int) -> Any:
     """Build the ``transformers`` model of a validated configuration in float32 on the default device."""
     config = make_config(mapping, vocab_size)
-    dtype = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # before transformers 5
     try:
-        model = AutoModelForCausalLM.from_config(config, **{dtype: torch.float32})
+        model = AutoModelForCausalLM.from_config(config, **{dtype_key(config): torch.float32})
         embedding = model.get_input_embeddings()
     except Exception as error:  # models report invalid sizes with exceptions of any type
         raise refused(config.model_type, error) from None
@@ -256,7 +255,7 @@ class HuggingFaceValues:
 
     def std(self, name: str) -> float:
         """Return the root mean square of the parameter."""
-        return float(self.parameter(name).square().mean().sqrt())
+        return root_mean_square(self.parameter(name))
 
     def buffer(self, name: str) -> Tensor:
         model = self._model()

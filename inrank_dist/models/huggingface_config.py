@@ -83,6 +83,11 @@ def make_config(mapping: Mapping[str, Any], vocab_size: int) -> Any:
     return config
 
 
+def dtype_key(config: Any) -> str:
+    """Return the name that a configuration has for its dtype, which was another one before transformers 5."""
+    return "dtype" if hasattr(config, "dtype") else "torch_dtype"
+
+
 def _read_folder(folder: str) -> Any:
     file = expand_home(folder, "model.config") / "config.json"
     advice = "write a folder with a config.json, or a mapping such as {model_type: qwen3, hidden_size: 256}"

@@ -34,7 +34,7 @@ class ModelValues:
 
     def std(self, name: str) -> float:
         """Return the root mean square of the weight."""
-        return float(self._parameters[name].detach().float().square().mean().sqrt())
+        return root_mean_square(self._parameters[name].detach())
 
     def buffer(self, name: str) -> Tensor:
         return self._buffers[name].detach()
@@ -56,10 +56,15 @@ class LoadedValues:
 
     def std(self, name: str) -> float:
         """Return the root mean square of the weight."""
-        return float(self.parameter(name).square().mean().sqrt())
+        return root_mean_square(self.parameter(name))
 
     def buffer(self, name: str) -> Tensor:
         return self._constructed.buffer(name)
+
+
+def root_mean_square(weight: Tensor) -> float:
+    """Return the root mean square of the elements, computed in float32."""
+    return float(weight.float().square().mean().sqrt())
 
 
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..config import Config, load_config
 from ..data import Tokenizer
-from ..hub.factors import DESCRIPTION, read_factors, refuse_other_model
-from ..hub.weights import Weights
+from ..hub.factors import DESCRIPTION, read_factors, refuse_activation, refuse_other_model
+from ..hub.weights import Cut, Weights
 from ..models import LanguageModel
 from ..models.values import InitialValues, LoadedValues
 from ..runtime.errors import UserError
@@ -63,12 +63,20 @@ def _of_run(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel) -> 
     state, folder = checkpoint.state, checkpoint.run_folder
     their_vocab_size = trained.model.padded(state.vocab_size)
     refuse_other_model(folder, trained.model, their_vocab_size, config.model, skeleton.vocab_size)
-    if state.layout and trained.lowrank.activation != "none":
-        raise UserError(
-            f"{folder} has an activation between its factors, so they are not a weight; write another folder"
-        )
-    scale = trained.lowrank.policy(trained.train.steps).base_scale(state.step)
-    return Weights(skeleton, state.layout, TensorReader(checkpoint.folder), scale)
+    refuse_activation(folder, state.layout, trained.lowrank.activation)
+    return dense_weights(checkpoint, trained, skeleton)
+
+
+def dense_weights(checkpoint: Checkpoint, config: Config, skeleton: LanguageModel, cut: Cut | None = None) -> Weights:
+    """Return the parameters of a checkpoint as those of its dense model, without loading them.
+
+    Args:
+        config: the configuration of the checkpoint.
+        skeleton: its dense model on ``meta``.
+        cut: further truncation of the factors, or None.
+    """
+    state = checkpoint.state
+    return Weights(skeleton, state.layout, TensorReader(checkpoint.folder), config.base_scale(state.step), cut)
 
 
 def _of_transformers(folder: Path, config: Config, skeleton: LanguageModel) -> Callable[[str], Tensor]:

@@ -67,11 +67,10 @@ def build(
         share = lambda find: context.gather(context.on_rank_zero(find))[0]  # noqa: E731
         dense_values = initial_values(config, skeleton, data.tokenizer, share)
     values = StartValues(dense_values, shapes, config.lowrank, config.run.seed)
-    if config.lowrank.initial_energy is not None and not saved:
+    finds_ranks = config.lowrank.initial_energy is not None
+    if finds_ranks and not saved:
         values.ranks = context.gather(context.on_rank_zero(values.ranks_of_energy))[0]
-    found_ranks = saved is not None and config.lowrank.initial_energy is not None
-    start = saved.layout if saved and found_ranks else start_layout(shapes, config.lowrank, values.ranks)
-    layout = saved.layout if saved else start
+    layout = saved.layout if saved else start_layout(shapes, config.lowrank, values.ranks)
     if not fits(layout, shapes, config.lowrank):
         first = sorted(layout.keys() ^ shapes.keys())[0]
         raise UserError(
@@ -79,6 +78,9 @@ def build(
             f"{config.lowrank.targets} makes {len(shapes)}, and {first} is in one of them only; write those it was "
             "trained with, or another run.dir"
         )
+    if finds_ranks:
+        values.ranks = {name: layer.rank for name, layer in layout.items()}
+    start = start_layout(shapes, config.lowrank, values.ranks)
     engine = build_engine(config, context, skeleton, layout, None if saved else values)
     ranks = RankController(engine, values, config.lowrank, config.run.seed, config.train.steps)
     health = Health(context, config.train, config.optimizer.lr)

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ...engine.engine import Engine
 from .listing import Damaged
@@ -67,9 +67,10 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self.stored = folder, stored_tensors(folder)
+        self._folder, metadata = folder, _read_metadata(folder)
+        _stored(folder, metadata)  # raises
         self._parts: dict[str, list[tuple[int, str]]] = {}
-        for index, place in HuggingFaceStorageReader(str(folder)).read_metadata().storage_data.items():
+        for index, place in metadata.storage_data.items():
             first = index.offset[0] if index.offset else 0
             self._parts.setdefault(index.fqn, []).append((first, place.relative_path))
 
@@ -99,10 +100,27 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     Raises:
         Damaged: a file is not a safetensors file, or the files do not contain every element exactly once.
     """
+    return _stored(folder, _read_metadata(folder))
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    """Read the headers of all files.
+
+    Raises:
+        Damaged: a file is not a safetensors file.
+    """
     try:
-        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        return HuggingFaceStorageReader(str(folder)).read_metadata()
     except Exception as error:
         raise Damaged(f"{folder} has a tensor file that cannot be read ({error})") from None
+
+
+def _stored(folder: Path, metadata: Metadata) -> dict[str, Stored]:
+    """Return the tensors that the headers describe.
+
+    Raises:
+        Damaged: the files do not contain every element exactly once.
+    """
     stored = {}
     dtypes: dict[str, set[torch.dtype]] = {}
     for index, place in metadata.storage_data.items():
