@@ -23,11 +23,13 @@ BELOW: dict[str, set[str]] = {
     "report": {"train", "runtime"},
     "bench": {"train", "config", "engine", "method", "optim", "models", "data", "lowrank", "runtime"},
     "study": {"report", "train", "config", "runtime"},
+    "theory": {"report", "lowrank", "runtime"},
     "commands": {
         "report",
         "bench",
         "hub",
         "study",
+        "theory",
         "train",
         "config",
         "engine",

@@ -29,13 +29,14 @@ COMMANDS = {
     "verify": "whether the checkpoints of a run are complete and can be resumed from",
     "report": "one self-contained HTML file with plots",
     "study": "many runs of one config, variants against their controls, in one table",
+    "theory": "the laboratory: small exact experiments of the papers",
     "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",
 }
 
 DESCRIPTION = "Pre-train language models whose weights grow in rank as they learn, sharded over any number of GPUs."
 
 
-OUTLIVE_CONSOLE = ("train", "prepare", "study")
+OUTLIVE_CONSOLE = ("train", "prepare", "study", "theory")
 """Commands whose result is files. They continue if their output can no longer be written."""
 
 

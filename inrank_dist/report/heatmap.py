@@ -8,7 +8,7 @@ from html import escape
 
 from ..train.monitors.text import fixed, plural
 from .history import Layer, Points
-from .plot import BOTTOM, Mark, legend_entry, vertical_mark, x_axis
+from .plot import BOTTOM, Mark, legend_entry, step_ticks, vertical_mark, x_axis
 
 LEVELS = 7
 """Number of colours in the scale, ``--h1`` (low) to ``--h7`` (high). ``--h0`` is for the initial rank."""
@@ -95,13 +95,14 @@ class HeatMap:
                 y += row
         paths = "".join(f'<path class="h{level}" d="{"".join(shapes)}"/>' for level, shapes in sorted(cells.items()))
         marks = "".join(vertical_mark(mark, px(mark.x), MARK_SPACE, bottom, 1.0) for mark in self.marks)
+        axis = x_axis(step_ticks(x_end, right), "optimizer step", px, left, right, bottom)
         heading = ""
         if has_notes:
             heading = f'<text class="tick" x="{right + 6}" y="{MARK_SPACE + 13}">rank (null)</text>'
         return (
             f'<svg class="heat" viewBox="0 0 {width} {bottom + BOTTOM:.0f}" role="img" '
             f'aria-label="{escape(self._summary())}">{paths}{marks}{"".join(rows)}{heading}{"".join(texts)}'
-            f"{''.join(x_axis(x_end, px, right, bottom))}</svg>"
+            f"{''.join(axis)}</svg>"
         )
 
     def _tooltip(self, layer: Layer, y: float, left: float, right: float, row: float) -> str:

@@ -73,6 +73,9 @@ class Plot:
     from_zero: bool = False
     log: bool = False
     """Use a logarithmic y axis if the values are positive and span more than a factor of 5."""
+    x_label: str = "optimizer step"
+    x_log: bool = False
+    """Use a logarithmic x axis, from the smallest x of the lines to ``x_end``; every x must be positive."""
 
     @property
     def empty(self) -> bool:
@@ -91,11 +94,13 @@ class Plot:
         ticks = log_ticks(low, high) if log else linear_ticks(low, high, max(3, height // 42))
         low, high = ticks[0], ticks[-1]
         right, bottom = width - RIGHT, height - BOTTOM
-        x_end = max(self.x_end, 1)
+        x_ticks = self._x_ticks(right)
+        x_warp: Scale = math.log10 if self.x_log else float
+        first, last = (x_warp(x) for x in self._x_range())
         warp: Scale = math.log10 if log else float
 
         def px(x: float) -> float:
-            return LEFT + x / x_end * (right - LEFT)
+            return LEFT + (x_warp(x) - first) / (last - first) * (right - LEFT)
 
         def py(y: float) -> float:
             return bottom - (warp(y) - warp(low)) / (warp(high) - warp(low)) * (bottom - TOP)
@@ -109,7 +114,7 @@ class Plot:
                 f'height="{bottom - TOP + 4}"/></clipPath>'
             ),
             *_y_axis(ticks, py, right),
-            *x_axis(x_end, px, right, bottom),
+            *x_axis(x_ticks, self.x_label, px, LEFT, right, bottom),
             f'<g clip-path="url(#{clip})">',
         ]
         opacity = 1.0 if len(self.marks) <= 20 else 0.4
@@ -145,7 +150,7 @@ class Plot:
             path.append(f"{'L' if pen_down else 'M'}{at_x:.1f} {at_y:.1f}")
             pen_down, previous = True, at_y
             if line.dots:
-                tip = escape(f"step {x:,.0f}: {value:,.4g}")
+                tip = escape(f"{self._at(x)}: {value:,.4g}")
                 dots.append(
                     f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="2.6" style="fill:var({line.colour})">'
                     f"<title>{tip}</title></circle>"
@@ -160,6 +165,21 @@ class Plot:
         )
         tip = f"<title>{escape(line.tooltip or line.label)}</title>"
         return [f'<path class="curve" d="{"".join(path)}" {stroke}>{tip}</path>', *dots]
+
+    def _at(self, x: float) -> str:
+        return f"step {x:,.0f}" if self.x_label == "optimizer step" else f"{self.x_label} {x:,.4g}"
+
+    def _x_range(self) -> tuple[float, float]:
+        if not self.x_log:
+            return 0.0, max(self.x_end, 1)
+        low = min(x for line in self.lines for x, _ in line.points)
+        return (low, self.x_end) if self.x_end > low else (low / 2, 2 * low)
+
+    def _x_ticks(self, right: int) -> list[float]:
+        low, high = self._x_range()
+        if not self.x_log:
+            return step_ticks(high, right)
+        return [tick for tick in log_ticks(low, high) if low * 0.9999 <= tick <= high * 1.0001]
 
     def _range(self) -> tuple[float, float]:
         """The minimum and maximum y that the axis must cover."""
@@ -208,10 +228,14 @@ def vertical_mark(mark: Mark, x: float, top: float, bottom: float, opacity: floa
     )
 
 
-def x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
-    """The x axis, in optimizer steps, from ``px(0)`` to ``right``."""
-    ticks = [tick for tick in linear_ticks(0, x_end, max(3, int(right) // 110)) if tick <= x_end * 1.0001]
-    parts = [f'<line class="axis" x1="{px(0):.1f}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
+def step_ticks(x_end: float, right: float) -> list[float]:
+    """Round numbers from 0 to ``x_end``, as many as fit an axis that ends at pixel ``right``."""
+    return [tick for tick in linear_ticks(0, x_end, max(3, int(right) // 110)) if tick <= x_end * 1.0001]
+
+
+def x_axis(ticks: list[float], label: str, px: Scale, left: float, right: float, bottom: float) -> list[str]:
+    """The x axis with its ticks and label, from pixel ``left`` to pixel ``right``."""
+    parts = [f'<line class="axis" x1="{left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>']
     for text, tick in zip(tick_labels(ticks), ticks, strict=True):
         x = px(tick)
         # A centred label at the right end would be clipped.
@@ -220,7 +244,7 @@ def x_axis(x_end: float, px: Scale, right: float, bottom: float) -> list[str]:
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
             f'<text class="tick" x="{place:.1f}" y="{bottom + 17}" text-anchor="{anchor}">{text}</text>'
         )
-    parts.append(f'<text class="tick" x="{right}" y="{bottom + BOTTOM - 6}" text-anchor="end">optimizer step</text>')
+    parts.append(f'<text class="tick" x="{right}" y="{bottom + BOTTOM - 6}" text-anchor="end">{escape(label)}</text>')
     return parts
 
 
@@ -265,8 +289,10 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that span ``low`` to ``high``; below three decades also 2 and 5 times these."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    """Powers of ten that span ``low`` to ``high``, at most about ten; below three decades also 2 and 5 times these."""
+    first_decade, last_decade = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    stride = max(1, math.ceil((last_decade - first_decade) / 10))
+    decades = range(first_decade, last_decade + stride, stride)
     factors = (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [factor * 10.0**decade for decade in decades for factor in factors]
     first = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
@@ -281,6 +307,9 @@ def tick_labels(ticks: list[float]) -> list[str]:
         power = math.floor(math.log10(top) + 1e-9)
         exponent = str(power).translate(_SUPERSCRIPT)
         return [f"{tick / 10.0**power:g}\u00d710{exponent}" if tick else "0" for tick in ticks]
+    lowest = min((abs(tick) for tick in ticks if tick), default=1.0)
+    if lowest < 1e-4:
+        return [_power(tick) for tick in ticks]
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if top >= size:
             scale = 1e3 if suffix == "k" else size
@@ -289,6 +318,15 @@ def tick_labels(ticks: list[float]) -> list[str]:
         return [f"{tick:,.6g}" for tick in ticks]
     digits = max((len(f"{tick:.6g}".partition(".")[2]) for tick in ticks), default=0)
     return [f"{tick:.{digits}f}" for tick in ticks]
+
+
+def _power(tick: float) -> str:
+    """A number as a power of ten with a one-digit factor."""
+    if not tick:
+        return "0"
+    power = math.floor(math.log10(abs(tick)) + 1e-9)
+    factor = round(tick / 10.0**power, 6)
+    return ("" if factor == 1 else f"{factor:g}\u00d7") + f"10{str(power).translate(_SUPERSCRIPT)}"
 
 
 def thinned(points: Points) -> Points:

@@ -1,6 +1,7 @@
 """The style sheet of our pages, for light and dark screens, paper and phones, and the page frame."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from html import escape
 
 STYLE = """
 :root { color-scheme:light dark; --paper:#fff; --card:#f6f7f9; --ink:#16191d; --soft:#5c6570;
@@ -113,3 +114,15 @@ def page(title: str, parts: Iterable[str]) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Collection[int]) -> str:
+    """A table of plain text as HTML. All columns but ``text_columns`` hold numbers and are aligned to the right."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = ["" if index in text_columns else ' class="n"' for index in range(len(cells))]
+        joined = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{joined}</tr>"
+
+    body = "".join(line(each, "td") for each in rows)
+    return f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'

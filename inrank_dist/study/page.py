@@ -3,13 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from rich.table import Table
 
-from ..report.style import page
+from ..report.style import page, text_table
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
 from ..train.monitors.text import amount, fixed, operations, plural, size
@@ -142,19 +142,8 @@ def _html(study: Study, comparison: Comparison) -> str:
     body = [wide, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
     for unit, rows in comparison.tables.items():
         body.append(f"<h2>{TITLES[unit]}</h2>")
-        body.append(_table([HEADINGS, *(cells(row) for row in rows)]))
+        body.append(text_table(HEADINGS, map(cells, rows), TEXT_COLUMNS))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
     body.append(f"<h2>Study file</h2><pre>{escape(study.file.read_text(encoding='utf-8'))}</pre>")
     return page(name, body)
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = ["" if index in TEXT_COLUMNS else ' class="n"' for index in range(len(cells))]
-        joined = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
-        return f"<tr>{joined}</tr>"
-
-    head, *rest = lines
-    rows = "".join(line(each, "td") for each in rest)
-    return f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{rows}</tbody></table></div>'

@@ -1,0 +1,13 @@
+"""The laboratory: small exact experiments of the papers, in float64, each seconds to two minutes on two cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import incremental
+from .experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment[Any]] = {
+    "incremental": incremental.EXPERIMENT,
+}
+"""Name -> experiment. A new one is a file and a line here."""

@@ -1,0 +1,127 @@
+"""What an experiment of the laboratory is, and what it finds: claims with their measured values, plots, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ..report.plot import Plot
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A published or derived statement, held against a measured value.
+
+    Attributes:
+        name: key in ``result.json``.
+        statement: what is measured.
+        measured: the value. Over several seeds, the one that is worst for the claim.
+        least: the claim holds from this value on; None: no lower limit.
+        most: the claim holds up to this value; None: no upper limit.
+    """
+
+    name: str
+    statement: str
+    measured: float
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether ``least <= measured <= most``. False for nan."""
+        above = self.least is None or self.measured >= self.least
+        return above and (self.most is None or self.measured <= self.most) and self.measured == self.measured
+
+    @property
+    def expected(self) -> str:
+        """The limits in words."""
+        if self.least is None or self.most is None:
+            sign, limit = ("≤", self.most) if self.least is None else ("≥", self.least)
+            return f"{sign} {limit:.4g}"
+        return f"{self.least:.4g}" if self.least == self.most else f"{self.least:.4g} to {self.most:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table. Columns whose first value is text are aligned to the left, the others to the right."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an experiment found.
+
+    Attributes:
+        claims: what was to be shown, and whether it was.
+        notes: sentences needed to interpret the numbers, contradictions to the source among them.
+    """
+
+    claims: Sequence[Claim]
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+
+
+class Progress:
+    """Reports how far an experiment is, at most once every ``INTERVAL_SECONDS``.
+
+    Args:
+        write: receives a line.
+    """
+
+    INTERVAL_SECONDS: ClassVar[float] = 2.0
+
+    def __init__(self, write: Callable[[str], object] = lambda line: None) -> None:
+        self._write = write
+        self._reported_at = time.monotonic()
+
+    def __call__(self, activity: str, done: float | None = None, total: float | None = None) -> None:
+        """Report an activity, and how much of it is done."""
+        now = time.monotonic()
+        if now - self._reported_at >= self.INTERVAL_SECONDS:
+            self._reported_at = now
+            share = "" if done is None or not total else f", {done / total:.0%}"
+            self._write(f"{activity}{share}")
+
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Generic[S]):
+    """An entry of the registry.
+
+    Attributes:
+        title: for lists.
+        summary: what is done and what is to be seen, in a few sentences.
+        formulas: the mathematics, one formula a line.
+        source: where it was published.
+        settings: sizes, rates and ``seeds``: a frozen dataclass.
+        run: does the experiment.
+    """
+
+    title: str
+    summary: str
+    formulas: Sequence[str]
+    source: str
+    settings: S
+    run: Callable[[S, Progress], Result]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A result with what is needed to repeat it."""
+
+    name: str
+    experiment: Experiment[Any]
+    settings: Any
+    result: Result
+    seconds: float
+    machine: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,180 @@
+"""The laboratory: its formulas against autograd and closed forms, small experiments, page and command."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Fails
+from torch import Tensor
+
+from inrank_dist.commands.main import main
+from inrank_dist.report.plot import Line, Plot
+from inrank_dist.theory import EXPERIMENTS, incremental
+from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
+from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
+from inrank_dist.theory.page import as_page, as_record
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def claims_of(experiment: Experiment[Any], **changes: Any) -> dict[str, Claim]:
+    """Run a smaller version; its claims."""
+    result = experiment.run(dataclasses.replace(experiment.settings, **changes), Progress())
+    return {claim.name: claim for claim in result.claims}
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (4, 6, 3), (5, 2, 6, 3), (3, 3, 3, 3, 3)])
+def test_gradients_of_deep_products(sizes: tuple[int, ...]) -> None:
+    shapes = list(zip(sizes[1:], sizes, strict=False))
+    weights = [random(*shape, seed=index).requires_grad_() for index, shape in enumerate(shapes)]
+    target = random(sizes[-1], sizes[0], seed=9)
+    (product(weights) - target).square().sum().div(2).backward()
+    plain = [weight.detach() for weight in weights]
+    for weight, found in zip(weights, gradients(plain, product(plain) - target), strict=True):
+        torch.testing.assert_close(found, weight.grad, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (9, 4), (4, 9)])
+def test_orthonormal(shape: tuple[int, int]) -> None:
+    found = orthonormal(*shape, torch.Generator().manual_seed(3))
+    small = found @ found.T if shape[0] < shape[1] else found.T @ found
+    assert found.shape == shape
+    torch.testing.assert_close(small, torch.eye(min(shape), dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+def test_the_touched_directions_by_their_definition() -> None:
+    """The untouched ones are those that target and gradient ignore, before and after the first layer."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (0.3 * orthonormal(12, 12, generator) for _ in range(2))
+    target = random(12, 2) @ random(2, 12, seed=1)
+    gradient = gradients([first, second], second @ first - target)[0]
+    touched, left = touched_directions(first, gradient, 2)
+    assert touched.shape == (12, 4) and left.shape == (12, 8)
+    both = torch.cat([touched, left], 1)
+    torch.testing.assert_close(both.T @ both, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert float((target @ left).abs().max()) < 1e-12
+    assert float((target.T @ second @ first @ left).abs().max()) < 1e-12
+
+
+def test_the_ode_of_a_mode() -> None:
+    """A null mode has a closed form; every other mode ends at the cube root of its target."""
+    times = torch.linspace(0, 60, 50, dtype=torch.float64)
+    solution = incremental.solve_ode(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), 0.3, times, 0.01)
+    null = torch.tensor([incremental.null_strength(0.3, time) for time in times.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(solution[:, 2], null, rtol=1e-9, atol=0)
+    torch.testing.assert_close(solution[-1, :2] ** 3, torch.tensor([2.0, 1.0], dtype=torch.float64))
+    halfway = [times[int((solution[:, i] > 0.5 * solution[-1, i]).nonzero()[0])] for i in range(2)]
+    assert halfway[0] < halfway[1]  # the larger singular value first
+
+
+def test_incremental_in_small() -> None:
+    found = claims_of(incremental.EXPERIMENT, width=9, targets=(3.0, 2.0), step=0.01, time=10.0, seeds=(0,))
+    assert found["modes_large"].holds and found["rest_small"].holds
+    assert found["null_shift_least"].holds and found["null_shift_most"].holds
+    assert found["ode_0.1"].measured < 0.06 and found["ode_1"].holds  # steps four times those of the experiment
+
+
+def test_a_claim_holds_within_its_limits() -> None:
+    def claim(measured: float, **limits: float) -> Claim:
+        return Claim(name="c", statement="", measured=measured, **limits)
+
+    assert claim(1.0, most=1.0).holds and not claim(1.1, most=1.0).holds
+    assert claim(1.0, least=1.0).holds and not claim(0.9, least=1.0).holds
+    assert claim(1.0, least=0.0, most=2.0).holds and not claim(3.0, least=0.0, most=2.0).holds
+    assert not claim(math.nan, most=1.0).holds and not claim(math.nan, least=1.0).holds
+    limits: list[dict[str, float]] = [{"most": 0.5}, {"least": 2}, {"least": 1, "most": 2}, {"least": 3, "most": 3}]
+    assert [claim(0, **each).expected for each in limits] == ["≤ 0.5", "≥ 2", "1 to 2", "3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    width: int = 3
+    seeds: tuple[int, ...] = (0, 1)
+
+
+def dummy(settings: Sizes, progress: Progress) -> Result:
+    """Every kind of content, and numbers that JSON lacks."""
+    width = settings.width
+    line = Line(label="a < b", points=[(1e-6, 1.0), (1e-3, 1e-7), (1.0, None)], colour="--c0", dots=True)
+    return Result(
+        claims=[
+            Claim(name="good", statement="1 & 1", measured=float(width), least=3),
+            Claim(name="bad", statement="nan", measured=math.nan, most=1),
+        ],
+        plots=[Plot(title="P", lines=[line], x_end=1.0, x_label="scale", x_log=True, log=True)],
+        tables=[Table(title="T", columns=["name", "n", "x"], rows=[["<b>", 12345, math.inf], ["c", None, 0.25]])],
+        notes=[f"seeds {settings.seeds}"],
+    )
+
+
+DUMMY = Experiment(title="A <dummy>", summary="s", formulas=("a < b",), source="x", settings=Sizes(), run=dummy)
+
+
+def test_record_and_page_hold_the_same() -> None:
+    finished = Finished("dummy", DUMMY, Sizes(), dummy(Sizes(), Progress()), 1.25, {"torch": "2"})
+    record = json.loads(json.dumps(as_record(finished), allow_nan=False))
+    assert [claim["holds"] for claim in record["claims"]] == [True, False]
+    assert record["claims"][1]["measured"] is None and record["tables"][0]["rows"][0][2] is None
+    assert record["plots"][0]["lines"][0]["points"] == [[1e-6, 1.0], [1e-3, 1e-7], [1.0, None]]
+    assert record["settings"] == {"width": 3, "seeds": [0, 1]} and record["seconds"] == 1.25
+    page = as_page(finished)
+    for text in ("A &lt;dummy&gt;", "1 of 2 claims do not hold", "1 &amp; 1", "does not hold", "12,345", "&lt;b&gt;"):
+        assert text in page
+    for text in ("a &lt; b", "seeds: 0, 1", "log scale", ">scale</text>", "10⁻⁶", "scale 0.001: 1e-07"):
+        assert text in page
+    assert "http" not in page and '<b>"' not in page and "<script" not in page
+
+
+def test_the_command_writes_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "dummy", DUMMY)
+    monkeypatch.chdir(tmp_path)
+    assert main(["theory", "dummy"]) == 0
+    assert main(["theory", "dummy", "--output", "there", "--seed", "5", "--seeds", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "does not hold" in out and "seeds (0, 1)" in out and "seeds (5, 6, 7)" in out
+    for folder, seeds in (("runs/theory/dummy", [0, 1]), ("there", [5, 6, 7])):
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == ["dummy.html", "result.json"]
+        record = json.loads((tmp_path / folder / "result.json").read_text())
+        assert record["settings"]["seeds"] == seeds and record["machine"]["torch"] == torch.__version__
+
+
+def test_the_command_lists_the_experiments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["theory"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*EXPERIMENTS]
+
+
+def test_mistakes(tmp_path: Path, fails: Fails) -> None:
+    assert "'incremntal' is not an experiment; did you mean 'incremental'?" in fails("theory", "incremntal")
+    assert "--seed is -1; write a whole number of at least 0" in fails("theory", "incremental", "--seed", -1)
+    assert "--seeds is 0; write a whole number of at least 1" in fails("theory", "incremental", "--seeds", 0)
+    assert "unknown argument '--width'" in fails("theory", "incremental", "--width", 3)
+    (tmp_path / "file").touch()
+    error = fails("theory", "incremental", "--output", tmp_path / "file")
+    assert error.endswith("file, and it cannot be written (File exists); write a folder that can")
+
+
+def test_progress_is_said_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 2.5, 3.0, 4.6])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    lines: list[str] = []
+    progress = Progress(lines.append)
+    for done in range(4):
+        progress("working", done, 4)
+    assert lines == ["working, 25%", "working, 75%"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_the_experiments_show(name: str) -> None:
+    """Full size: all claims hold."""
+    experiment = EXPERIMENTS[name]
+    result = experiment.run(experiment.settings, Progress())
+    assert not [f"{claim.name}: {claim.measured}, not {claim.expected}" for claim in result.claims if not claim.holds]
