@@ -209,22 +209,7 @@ class Config:
             no_effect("tokenizer.path is set", "tokenizer", "kind", "max_training_bytes")
         else:
             no_effect("tokenizer.path is null", "tokenizer", "eos_token", "special_tokens_in_text")
-        source = self.data.source
-        if self.data.has_own_validation:
-            key = "validation_split" if source == "hub" else "validation_paths"
-            no_effect(f"data.{key} is set", "data", "validation_fraction")
-        if source not in ("files", "tokens"):
-            no_effect(f"data.source is {source}", "data", "paths", "validation_paths")
-        if source != "files":
-            no_effect(f"data.source is {source}", "data", "document_separator")
-        if source != "tokens":
-            no_effect(f"data.source is {source}", "data", "token_dtype")
-        if source != "hub":
-            no_effect(f"data.source is {source}", "data", "name", "config", "train_split", "validation_split")
-        if source in ("stdlib", "tokens"):
-            no_effect(f"data.source is {source}", "data", "text_column", "join_rows")
-        if source == "tokens":
-            no_effect("data.source is tokens", "data", "max_bytes", "num_workers")
+        idle.update({f"data.{key}": why for key, why in self.data.without_effect()})
         return idle
 
 

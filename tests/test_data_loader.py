@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,9 @@ def rows(count: int) -> Dataset:
 
 
 def loader(count: int = 20, *, rank: int = 0, world_size: int = 1, **options: Any) -> Loader:
-    settings: dict[str, Any] = {
-        "global_batch_size": 12,
-        "micro_batch_size": 1,
-        "seed": 3,
-        "fingerprint": "f",
-        **options,
-    }
-    return Loader(rows(count), rank=rank, world_size=world_size, **settings)
+    settings: dict[str, Any] = {"global_batch_size": 12, "micro_batch_size": 1, "seed": 3, **options}
+    data: Any = SimpleNamespace(train=rows(count), fingerprint="f", sources=())
+    return Loader(data, rank=rank, world_size=world_size, **settings)
 
 
 def ids(batches: list[MicroBatch]) -> list[int]:

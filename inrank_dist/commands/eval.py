@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from ..data import DataSettings, Prepared, find_prepared, prepare, validation_batches
+from ..data import DataSettings, Prepared, find_prepared, prepare
 from ..runtime.errors import UserError
+from ..train.evaluation import validation_loss
 from ..train.records import perplexity
 from .common import TrainedModel, add_run_arguments, device, load_trained, no_overrides
 
@@ -23,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@torch.no_grad()
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Evaluate the whole validation split, in one process, and print the results."""
     no_overrides(rest)
@@ -36,16 +34,19 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             f"then {state.fingerprint[:12]}); bring back the text it was trained on"
         )
     model = trained.model.to(device())
-    total, tokens = 0.0, 0
-    for batch in validation_batches(
-        data.validation, batch_size=config.train.micro_batch_size, rank=0, world_size=1, max_sequences=None
-    ):
-        total += float(model(batch.inputs.to(device()), batch.targets.to(device())))
-        tokens += int((batch.targets >= 0).sum())
-    loss = total / tokens
+    found = validation_loss(
+        data,
+        lambda inputs, targets: model(inputs.to(device()), targets.to(device())),
+        batch_size=config.train.micro_batch_size,
+        max_sequences=None,
+        device=device(),
+    )
+    assert found is not None  # nothing interrupts it
     print(f"step              {state.step}")
-    print(f"validation loss   {loss:.4f} nats per token over {tokens} tokens")
-    print(f"perplexity        {perplexity(loss):.2f}")
+    print(f"validation loss   {found.loss:.4f} nats per token over {found.tokens} tokens")
+    for label, loss in found.sources.items():
+        print(f"  {label:<15} {loss:.4f}")
+    print(f"perplexity        {perplexity(found.loss):.2f}")
     print(f"unigram entropy   {data.unigram_entropy:.4f} (perplexity {perplexity(data.unigram_entropy):.2f})")
 
 

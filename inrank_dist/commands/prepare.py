@@ -23,4 +23,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"vocabulary          {data.tokenizer.vocab_size}")
     print(f"training tokens     {data.train_tokens} in {len(data.train)} blocks of {data.block_length}")
     print(f"validation tokens   {data.validation_tokens} in {len(data.validation)} blocks")
+    for source in data.sources:
+        print(
+            f"  {source.label:<17} weight {source.weight:g}, {source.data.train_tokens} tokens in {source.data.folder}"
+        )
     print(f"unigram entropy     {data.unigram_entropy:.4f} nats per token (validation text)")

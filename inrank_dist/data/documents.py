@@ -29,9 +29,10 @@ class Corpus:
 def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
     """Drop empty documents, hold out validation data, shuffle in a fixed order, and truncate to ``data.max_bytes``.
 
-    Held out are the documents with the smallest hashes, until they reach ``data.validation_fraction`` of the bytes. The
-    hash is of the document's name, or else of its text, so that copies stay together. A document larger than that share
-    is held out only if all are.
+    Held out are the documents with the smallest hashes, until they reach ``data.validation_bytes``, or else
+    ``data.validation_fraction`` of the bytes. The hash is of the document's name, or else of its text, so that copies
+    stay together. A document larger than that is held out only if all are. Separate validation data is truncated to
+    ``data.validation_bytes``.
 
     Raises:
         UserError: there is no text, or too few documents to hold one out.
@@ -42,16 +43,26 @@ def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
             raise UserError(f"data.source {data.source} has no {name} text; write a source that has some")
     if validation is None:
         keys = train.digests if texts.names is None else np.stack([_sha256(name) for name in texts.names])
-        train, validation = _hold_out(train, keys, data.validation_fraction)
+        share = data.validation_bytes or data.validation_fraction * train.sizes.sum()
+        if share > 0.5 * train.sizes.sum():
+            raise UserError(
+                f"data.validation_bytes is {data.validation_bytes}, more than half of the {train.total_bytes} bytes of "
+                "text; write less, or give more text"
+            )
+        train, validation = _hold_out(train, keys, share)
     parts = []
     for name, part in (("training", train), ("validation", validation)):
         part = part.take(np.flatnonzero(part.sizes))
         if not data.join_rows:
             part = part.take(stable_permutation(len(part), ORDER_SEED))
-        if data.max_bytes is not None:
-            part = _cap(part, data.max_bytes)
-        if not len(part):
-            raise UserError(f"data.max_bytes is {data.max_bytes}, less than one character of the {name} text")
+        caps = {"max_bytes": data.max_bytes}
+        if name == "validation" and data.has_own_validation:
+            caps["validation_bytes"] = data.validation_bytes
+        for key, cap in caps.items():
+            if cap is not None:
+                part = _cap(part, cap)
+                if not len(part):
+                    raise UserError(f"data.{key} is {cap}, less than one character of the {name} text")
         parts.append(part)
     train, validation = parts
     digest = hashlib.sha256(train.digests.tobytes() + b"validation" + validation.digests.tobytes())
@@ -71,9 +82,9 @@ def _sha256(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
 
 
-def _hold_out(train: Documents, keys: np.ndarray, fraction: float) -> tuple[Documents, Documents]:
+def _hold_out(train: Documents, keys: np.ndarray, share: float) -> tuple[Documents, Documents]:
+    """Hold out at least ``share`` bytes. ``keys`` are hashes (n, 32) uint8."""
     full = np.flatnonzero(train.sizes)
-    share = fraction * train.sizes.sum()
     # A single document larger than the whole share would make validation both too large and too uniform.
     eligible = full[train.sizes[full] <= share]
     if not len(eligible):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .permutation import stable_permutation
+from .order import SampleOrder
 
 if TYPE_CHECKING:  # takes seconds to import
     from datasets import Dataset
+
+    from .prepared import Prepared
 
 #: Target at positions that are not scored; the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``.
 IGNORE_INDEX = -100
@@ -35,7 +37,8 @@ class MicroBatch:
 class LoaderState:
     """Position of a loader: the next sample is number ``sample_index`` in the order of epoch ``epoch``.
 
-    The state is the same on every process and independent of their number.
+    An epoch has as many samples as the data, also in a mixture, some of whose sources are then used up more often. The
+    state is the same on every process and independent of their number.
     """
 
     seed: int
@@ -56,16 +59,16 @@ class LoaderState:
 class Loader:
     """Endless training batches for one of several processes.
 
-    Samples are shuffled each epoch with a permutation derived from (seed, epoch). Epochs follow each other without a
-    gap, so a batch may contain the end of one and the start of the next. Global batch k consists of the samples
-    ``k * global_batch_size ...`` of that stream, of which process ``rank`` takes the ``rank``-th of ``world_size``
-    equal slices. The global random state is neither read nor changed.
+    Samples are shuffled each epoch with a permutation derived from (seed, epoch). Sources of a mixture are interleaved
+    by weight, see ``SampleOrder``. Epochs follow each other without a gap, so a batch may contain the end of one and
+    the start of the next. Global batch k consists of the samples ``k * global_batch_size ...`` of that stream, of which
+    process ``rank`` takes the ``rank``-th of ``world_size`` equal slices. The global random state is neither read nor
+    changed.
 
     Args:
-        dataset: rows ``input_ids`` of ``block_length + 1`` tokens, as in ``Prepared``.
+        data: the prepared data.
         global_batch_size: sequences per optimizer step, over all processes.
         micro_batch_size: sequences per forward pass of one process.
-        fingerprint: of the data, see ``Prepared.fingerprint``.
         state: where to resume; None starts at the beginning.
 
     Raises:
@@ -75,34 +78,34 @@ class Loader:
 
     def __init__(
         self,
-        dataset: "Dataset",
+        data: "Prepared",
         *,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         seed: int,
-        fingerprint: str,
         state: LoaderState | None = None,
     ) -> None:
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
         if state is not None:
-            _check_state(state, seed, fingerprint)
-        self._dataset = dataset.with_format("numpy")
-        self._samples = len(dataset)
+            _check_state(state, seed, data.fingerprint)
+        self._dataset = data.train.with_format("numpy")
+        self._samples = len(data.train)
+        parts = [(len(source.data.train), source.weight) for source in data.sources] or [(self._samples, 1.0)]
+        self._order = SampleOrder([rows for rows, _ in parts], [weight for _, weight in parts], seed)
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._local_batch_size = global_batch_size // world_size
         self._rank = rank
         self._seed = seed
-        self._fingerprint = fingerprint
+        self._fingerprint = data.fingerprint
         self._position = 0 if state is None else state.epoch * self._samples + state.sample_index
-        self._orders: dict[int, np.ndarray] = {}
 
     def next_batch(self) -> list[MicroBatch]:
         """This process's slice of the next global batch: ``global_batch_size / world_size`` sequences."""
         first = self._position + self._rank * self._local_batch_size
-        rows = self._rows(np.arange(first, first + self._local_batch_size))
+        rows = self._order.rows(first, self._local_batch_size)
         self._position += self._global_batch_size
         tokens = torch.from_numpy(self._dataset[rows]["input_ids"].astype(np.int64, copy=False))
         return [
@@ -118,21 +121,6 @@ class Loader:
         """Position of the next batch."""
         epoch, sample_index = divmod(self._position, self._samples)
         return LoaderState(self._seed, epoch, sample_index, self._fingerprint)
-
-    def _rows(self, positions: np.ndarray) -> np.ndarray:
-        """Row numbers in the data set for ``positions`` (n,) in the stream over all epochs."""
-        epochs, indices = np.divmod(positions, self._samples)
-        needed = np.unique(epochs).tolist()
-        self._orders = {
-            epoch: self._orders[epoch]
-            if epoch in self._orders
-            else stable_permutation(self._samples, self._seed, epoch)
-            for epoch in needed
-        }
-        rows = np.empty_like(positions)
-        for epoch in needed:
-            rows[epochs == epoch] = self._orders[epoch][indices[epochs == epoch]]
-        return rows
 
 
 def validation_batches(

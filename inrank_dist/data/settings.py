@@ -1,10 +1,16 @@
 """Settings of the text to train on and of its tokenizer."""
 
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.resume import OnResume
+from ..runtime.setting_types import fits, in_words
+from ..runtime.yaml_text import shown
 
 #: The smallest vocabulary accepted: 256 byte pieces, the unknown piece, the separator, and some characters.
 MIN_VOCABULARY = 300
@@ -18,10 +24,17 @@ class DataSettings:
 
     ON_RESUME: ClassVar[OnResume] = OnResume(free=("*",))  # other text has another fingerprint and is refused for that
 
-    source: Literal["stdlib", "files", "hub", "tokens"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "tokens", "mixture"] = "stdlib"
     """stdlib: the source files of the running Python's standard library. files: your own files, see paths.
     hub: a data set of the Hugging Face hub or a local folder with one, also one of save_to_disk, see name.
-    tokens: files of tokens that exist already, see paths and token_dtype; needs validation_paths and tokenizer.path."""
+    tokens: files of tokens that exist already, see paths and token_dtype; needs validation_paths and tokenizer.path.
+    mixture: several of these, see sources."""
+
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    """Sources of a mixture, such as [{source: stdlib, weight: 1}, {source: files, paths: [a/*.txt], weight: 3}]. Each
+    takes the settings of this section besides cache_dir and num_workers. weight is its share of the training sequences
+    (1 if omitted), relative to the others. label names it in the log (its number and source if omitted). A source that
+    is used up starts again in another order. The validation loss is the weighted mean of those of the sources."""
 
     paths: list[str] = field(default_factory=list)
     """Training files for source files: paths or globs (** crosses folders) that end in .txt (one document per file, see
@@ -68,6 +81,11 @@ class DataSettings:
     """Share of the text, in bytes, to hold out for validation if the source has no separate validation data. Documents
     are selected by hash, so the choice is the same on every machine."""
 
+    validation_bytes: int | None = None
+    """Bytes (UTF-8) of text to hold out for validation, instead of validation_fraction: a validation set whose size
+    does not depend on the amount of training text. Separate validation data is truncated to it. null: see
+    validation_fraction."""
+
     max_bytes: int | None = None
     """Maximum bytes (UTF-8) of training text, and of validation text; null for all. Documents are taken in a fixed
     shuffled order and the last one is truncated, so a smaller value uses a subset of a larger value's text."""
@@ -79,6 +97,16 @@ class DataSettings:
     """Threads for tokenising; null: one per CPU that the process may use. Only one process of a job prepares."""
 
     def __post_init__(self) -> None:
+        for key in ("max_bytes", "validation_bytes", "num_workers"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise UserError(f"data.{key} is {value}; write 1 or more")
+        if self.source == "mixture":
+            if len(self.mixture) < 2:
+                raise UserError(
+                    f"data.sources has {len(self.sources)} items; data.source mixture needs two or more; write "
+                    "data.sources: [{source: stdlib}, {source: files, paths: [FOLDER/*.txt]}]"
+                )
+            return
         if self.source == "files" and not self.paths:
             raise UserError("data.paths is empty; data.source files needs it; write data.paths: [FOLDER/**/*.txt]")
         if self.source == "tokens":
@@ -96,9 +124,6 @@ class DataSettings:
                 f"data.validation_fraction is {self.validation_fraction}; it is a share of the text"
                 "; write a value above 0 and at most 0.5"
             )
-        for key, value, least in (("max_bytes", self.max_bytes, 1), ("num_workers", self.num_workers, 1)):
-            if value is not None and value < least:
-                raise UserError(f"data.{key} is {value}; write {least} or more")
         if self.document_separator == "":
             raise UserError("data.document_separator is ''; write the text between two documents, or null")
         if self.source == "hub" and self.validation_split is not None:
@@ -109,6 +134,71 @@ class DataSettings:
                 f"data.join_rows is true and data.{key} is empty; rows of one text cannot be held out"
                 f" one by one; write data.{key}, or data.join_rows: false"
             )
+
+    @property
+    def mixture(self) -> list["WeightedSource"]:
+        """The sources of a mixture; empty for other sources.
+
+        Raises:
+            UserError: a setting in ``sources`` is unknown or invalid.
+        """
+        if self.source != "mixture":
+            return []
+        found = [self._weighted(number, dict(given)) for number, given in enumerate(self.sources, 1)]
+        labels = [source.label for source in found]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise UserError(f"data.sources has the label {twice} twice; write different labels")
+        return found
+
+    def _weighted(self, number: int, given: dict[str, Any]) -> "WeightedSource":
+        place = f"item {number} of data.sources"
+        types = typing.get_type_hints(DataSettings) | {"weight": float, "label": str}
+        known = [*(setting.name for setting in dataclasses.fields(self)), "weight", "label"]
+        known = [key for key in known if key not in SHARED]
+        for key, value in given.items():
+            if key not in known:
+                raise UserError(f"{place} has the unknown setting {key!r}{nearest(key, known)}")
+            if not fits(value, types[key]):
+                raise UserError(f"{place} has {key} {shown(value)}; write {in_words(types[key])}")
+        weight = float(given.pop("weight", 1))
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(f"{place} has weight {weight:g}; write a number above 0, or leave the source out")
+        label = given.pop("label", f"{number}-{given.get('source', 'stdlib')}")
+        if given.get("source") == "mixture":
+            raise UserError(f"{place} is a mixture itself; write its sources one by one")
+        try:
+            data = DataSettings(**given, cache_dir=self.cache_dir, num_workers=self.num_workers)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        if idle := next((f"{key} has no effect: {why}" for key, why in data.without_effect() if key in given), None):
+            raise UserError(f"{place}: {idle}; leave it out")
+        return WeightedSource(label, weight, data)
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Settings that have no effect, with the reasons."""
+        source = self.source
+        why = f"data.source is {source}"
+        if source == "mixture":
+            names = [setting.name for setting in dataclasses.fields(self)]
+            yield from ((name, why) for name in names if name not in (*SHARED, "source"))
+            return
+        yield "sources", why
+        if self.has_own_validation:
+            yield "validation_fraction", f"data.validation_{'split' if source == 'hub' else 'paths'} is set"
+        elif self.validation_bytes is not None:
+            yield "validation_fraction", "data.validation_bytes is set"
+        if source not in ("files", "tokens"):
+            yield from ((key, why) for key in ("paths", "validation_paths"))
+        if source != "files":
+            yield "document_separator", why
+        if source != "tokens":
+            yield "token_dtype", why
+        if source != "hub":
+            yield from ((key, why) for key in ("name", "config", "train_split", "validation_split"))
+        if source in ("stdlib", "tokens"):
+            yield from ((key, why) for key in ("text_column", "join_rows"))
+        if source == "tokens":
+            yield from ((key, why) for key in ("max_bytes", "validation_bytes", "num_workers"))
 
     @property
     def has_own_validation(self) -> bool:
@@ -129,6 +219,25 @@ class DataSettings:
                 f"data.validation_split is {validation!r}, the same as data.train_split; write another,"
                 " or null to hold out part of data.train_split"
             )
+
+
+#: Settings of a mixture as a whole, not of its sources.
+SHARED = ("sources", "cache_dir", "num_workers")
+
+
+@dataclass(frozen=True)
+class WeightedSource:
+    """A source of a mixture.
+
+    Attributes:
+        label: name of the source.
+        weight: share of the training sequences, relative to the other weights.
+        data: the settings of the source.
+    """
+
+    label: str
+    weight: float
+    data: DataSettings
 
 
 @dataclass(kw_only=True)

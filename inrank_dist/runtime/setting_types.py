@@ -53,6 +53,8 @@ def in_words(expected: Any) -> str:
         return "one of " + ", ".join(expected.__metadata__[0].names())
     if typing.get_origin(expected) is Literal:
         return "one of " + ", ".join(typing.get_args(expected))
+    if typing.get_origin(expected) is list and typing.get_origin(typing.get_args(expected)[0]) is dict:
+        return "a list such as [{a: 1}, {a: 2}]"
     if typing.get_origin(expected) is list:
         return "a list such as [1,2]" if typing.get_args(expected) == (int,) else "a list such as [a,b]"
     if typing.get_origin(expected) is dict:

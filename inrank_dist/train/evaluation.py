@@ -1,51 +1,78 @@
 """Validation loss, independent of the engine and the number of processes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..data import validation_batches
-from ..engine.engine import Engine
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from ..data import Prepared
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """Losses in nats per token.
+
+    Attributes:
+        loss: the mean over all tokens; for a mixture the weighted mean of the losses of its sources.
+        tokens: number of tokens.
+        sources: the loss of each source of a mixture, by label; empty without a mixture.
+    """
+
+    loss: float
+    tokens: int
+    sources: dict[str, float] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine,
-    dataset: "Dataset",
+    data: "Prepared",
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     *,
     batch_size: int,
     max_sequences: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    add_up: Callable[[Tensor], object] = lambda total: None,
     interrupted: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Return the mean loss in nats per token, with every token counted once.
+) -> ValidationLoss | None:
+    """Compute the mean loss on the validation data, with every token counted once.
 
     Args:
-        engine: engine of the model.
-        dataset: the validation data.
+        data: the prepared data.
+        loss_of: function of inputs and targets (batch_size, T) int64 on the CPU that returns the summed loss.
         batch_size: sequences per forward pass of one process.
-        max_sequences: number of sequences to use, spread evenly over the dataset. None for all.
+        max_sequences: number of sequences to use, spread evenly over the data. None for all. A mixture divides them by
+            weight, with at least one for each source.
+        device: device of the sums.
+        rank, world_size: of this process. Every process computes its share.
+        add_up: sums a tensor over the processes, in place.
         interrupted: called before every batch; returns True to stop. Must return the same value in all processes.
 
     Returns:
-        The loss, or None if interrupted.
+        The losses, the same in all processes, or None if interrupted.
     """
-    context = engine.context
-    engine.model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for batch in validation_batches(
-        dataset,
-        batch_size=batch_size,
-        rank=context.rank,
-        world_size=context.world_size,
-        max_sequences=max_sequences,
-    ):
-        if interrupted():
-            return None
-        total[0] += engine.loss(batch.inputs, batch.targets)
-        total[1] += (batch.targets >= 0).sum()
-    context.sum(total)
-    return float(total[0] / total[1])
+    parts = [(source.data.validation, source.weight) for source in data.sources] or [(data.validation, 1.0)]
+    all_weights = sum(weight for _, weight in parts)
+    totals = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
+    for total, (dataset, weight) in zip(totals, parts, strict=True):
+        share = None if max_sequences is None else max(round(max_sequences * weight / all_weights), 1)
+        for batch in validation_batches(
+            dataset, batch_size=batch_size, rank=rank, world_size=world_size, max_sequences=share
+        ):
+            if interrupted():
+                return None
+            total[0] += loss_of(batch.inputs, batch.targets)
+            total[1] += (batch.targets >= 0).sum()
+    add_up(totals)
+    losses = (totals[:, 0] / totals[:, 1]).tolist()
+    return ValidationLoss(
+        loss=sum(loss * weight for loss, (_, weight) in zip(losses, parts, strict=True)) / all_weights,
+        tokens=int(totals[:, 1].sum()),
+        sources={source.label: loss for source, loss in zip(data.sources, losses, strict=False)},
+    )

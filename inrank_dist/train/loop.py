@@ -248,17 +248,25 @@ class Trainer:
         """Compute the validation loss. Return False if it was interrupted by a stop request."""
         batches = self.config.eval.batches
         self.ranks.before_step(self.step)  # sets the scale of the dense base for this step
-        loss = validation_loss(
-            self.engine,
-            self.data.validation,
+        self.engine.model.eval()
+        found = validation_loss(
+            self.data,
+            self.engine.loss,
             batch_size=self.config.train.micro_batch_size,
             max_sequences=batches * self.config.train.global_batch_size if batches else None,
+            device=self.engine.device,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
+            add_up=self.context.sum,
             interrupted=self._anyone_stops,
         )
-        if loss is None:
+        if found is None:
             return False
-        self.validation, self.evaluation_due = loss, False
-        self.monitors.write({"kind": "eval", "step": self.step, "loss": loss, "perplexity": perplexity(loss)})
+        self.validation, self.evaluation_due = found.loss, False
+        sources = {"sources": found.sources} if found.sources else {}
+        self.monitors.write(
+            {"kind": "eval", "step": self.step, "loss": found.loss, "perplexity": perplexity(found.loss), **sources}
+        )
         return True
 
     def _anyone_stops(self) -> bool:

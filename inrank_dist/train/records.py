@@ -12,6 +12,7 @@ from .memory import peak_resident_bytes
 from .speed import Peak
 
 if TYPE_CHECKING:
+    from ..data import Prepared
     from .loop import Trainer
 
 
@@ -60,6 +61,7 @@ class Records(Callback):
                 "initial_rank": config.lowrank.start_rank,
                 "threshold": config.lowrank.threshold,
                 "shrinks": trainer.ranks.shrinks,
+                **_sources(data, config.train.steps * config.train.global_batch_size),
             }
         )
 
@@ -118,6 +120,21 @@ class Records(Callback):
                 "world_size": trainer.context.world_size,
             }
         )
+
+
+def _sources(data: "Prepared", sequences: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the sources of a mixture, with the number of epochs over each in a run of ``sequences`` sequences."""
+    total = sum(source.weight for source in data.sources)
+    sources = [
+        {
+            "label": source.label,
+            "share": source.weight / total,
+            "train_tokens": source.data.train_tokens,
+            "epochs": sequences * source.weight / total / len(source.data.train),
+        }
+        for source in data.sources
+    ]
+    return {"sources": sources} if sources else {}
 
 
 def notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:

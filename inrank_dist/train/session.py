@@ -49,13 +49,12 @@ def build(
     """
     saved = checkpoint.state if checkpoint else None
     loader = Loader(
-        data.train,
+        data,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         rank=context.rank,
         world_size=context.world_size,
         seed=config.run.seed,
-        fingerprint=data.fingerprint,
         state=LoaderState.from_dict(saved.loader) if saved else None,
     )
     skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)

@@ -75,7 +75,7 @@ def arm(fault: Fault) -> None:
     injected = injector(fault)
     train.build = functools.partial(build, callbacks=[injected])  # type: ignore[assignment]
     if fault.phase == "prepare":  # before there is a run
-        injected.around(sys.modules["inrank_dist.data.preparation"], "make_once")
+        injected.around(sys.modules["inrank_dist.data.source_folder"], "make_once")
 
 
 def injector(fault: Fault) -> Any:

@@ -109,6 +109,11 @@ class ConsoleMonitor:
             f"{amount(record.get('validation_tokens'))} to validate on"
         )
         self._print(line + (f", {self._unigram()}" if self._entropy is not None else ""))
+        for source in record.get("sources") or ():
+            self._print(
+                f"source {source.get('label', '-')}: {100 * (number(source.get('share')) or 0):.1f}% of the sequences, "
+                f"{amount(source.get('train_tokens'))} tokens, used {fixed(source.get('epochs'), 2)} times in this run"
+            )
 
     def _step(self, record: dict[str, Any]) -> None:
         step = int(number(record.get("step")) or 0)
@@ -213,7 +218,11 @@ def _skipped(record: dict[str, Any]) -> str:
 
 
 def _loss_and_perplexity(record: dict[str, Any]) -> str:
-    return f"{fixed(record.get('loss'), 4)}  perplexity {fixed(record.get('perplexity'), 2)}"
+    line = f"{fixed(record.get('loss'), 4)}  perplexity {fixed(record.get('perplexity'), 2)}"
+    sources = record.get("sources")
+    if isinstance(sources, dict) and sources:
+        line += "  (" + ", ".join(f"{label} {fixed(loss, 4)}" for label, loss in sources.items()) + ")"
+    return line
 
 
 def _at(record: dict[str, Any]) -> str:
