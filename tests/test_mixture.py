@@ -220,7 +220,7 @@ FILES = {"source": "files", "paths": ["a.txt"]}
     [
         ([], r"data\.sources has 0 items; data\.source mixture needs two or more; write"),
         ([FILES], r"data\.sources has 1 items"),
-        ([FILES, {"source": "stdlib", "wieght": 2}], r"item 2 of data\.sources has the unknown setting .wieght.*weight"),
+        ([FILES, {"source": "stdlib", "wieght": 2}], r"data\.sources has the unknown setting .wieght.*weight"),
         ([FILES, {"cache_dir": "x"}], r"item 2 of data\.sources has the unknown setting 'cache_dir'"),
         ([FILES, {"source": "stdin"}], r"item 2 of data\.sources has source stdin; write one of stdlib"),
         ([FILES, {"source": "stdlib", "weight": 0}], r"item 2 of data\.sources has weight 0; write a number above 0"),
