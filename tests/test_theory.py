@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inrank_dist.commands.main import main
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, incremental
+from inrank_dist.theory import EXPERIMENTS, feedback, incremental, invariant
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
@@ -78,6 +78,40 @@ def test_incremental_in_small() -> None:
     assert found["modes_large"].holds and found["rest_small"].holds
     assert found["null_shift_least"].holds and found["null_shift_most"].holds
     assert found["ode_0.1"].measured < 0.06 and found["ode_1"].holds  # steps four times those of the experiment
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_invariant_in_small(depth: int) -> None:
+    """The same blocks at other depths and with a large start, where the null block moves much."""
+    found = claims_of(
+        invariant.EXPERIMENT, width=9, depth=depth, targets=(2.0, 1.0), eps=0.5, steps=200, seeds=(0,), step=0.02
+    )
+    assert all(found[name].holds for name in ("recursion", "compressed", "identity", "bound", "bound_tight"))
+
+
+def test_the_recursion_by_hand() -> None:
+    assert invariant.next_rhos([0.5, 2.0, 1.0], 0.1, 0.01) == pytest.approx(
+        [0.5 * (1 - 0.001 - 0.1 * 4), 2.0 * (1 - 0.001 - 0.1 * 0.25), 1.0 * (1 - 0.001 - 0.1 * 1)]
+    )
+
+
+def test_feedback_in_small() -> None:
+    found = claims_of(feedback.EXPERIMENT, size=16, rank=3, extra=1, tail_length=12, steps=3000, seeds=(0,))
+    assert all(found[name].holds for name in ("sufficient_descent", "sufficient_feedback", "sketch", "flat_error"))
+    assert found["insufficient_descent"].holds and found["insufficient_feedback"].measured > 1.2
+
+
+def test_the_two_methods_differ_in_the_backward_matrix_alone() -> None:
+    """Feedback alignment with ``B = Z`` at the first step is gradient descent, which autograd gives."""
+    settings = feedback.Settings(steps=1, every=1)
+    target, seed = random(7, 9), 4
+    start = feedback.factorise(target, random(7, 3), dataclasses.replace(settings, rate=0.0), seed, False)
+    Z, W = start.Z.clone().requires_grad_(), start.W.clone().requires_grad_()
+    (Z @ W - target).square().sum().div(2).backward()
+    for b, aligned in ((random(7, 3), False), (start.Z, True)):
+        moved = feedback.factorise(target, b, dataclasses.replace(settings, steps=0), seed, aligned)
+        torch.testing.assert_close(moved.Z, start.Z - 0.1 * Z.grad)
+        torch.testing.assert_close(moved.W, start.W - 0.1 * W.grad)
 
 
 def test_a_claim_holds_within_its_limits() -> None:

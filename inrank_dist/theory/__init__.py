@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import incremental
+from . import feedback, incremental, invariant
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
     "incremental": incremental.EXPERIMENT,
+    "invariant": invariant.EXPERIMENT,
+    "feedback": feedback.EXPERIMENT,
 }
 """Name -> experiment. A new one is a file and a line here."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, SupportsFloat, TypeVar
 
+from ..report.history import Points
 from ..report.plot import Plot
 
 Cell = str | int | float | None
@@ -41,8 +42,8 @@ class Claim:
         """The limits in words."""
         if self.least is None or self.most is None:
             sign, limit = ("≤", self.most) if self.least is None else ("≥", self.least)
-            return f"{sign} {limit:.4g}"
-        return f"{self.least:.4g}" if self.least == self.most else f"{self.least:.4g} to {self.most:.4g}"
+            return f"{sign} {limit:.7g}"
+        return f"{self.least:.7g}" if self.least == self.most else f"{self.least:.4g} to {self.most:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Result:
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
+
+
+def curve(x: Iterable[SupportsFloat], y: Iterable[SupportsFloat]) -> Points:
+    """The points of a line."""
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
 
 
 class Progress:

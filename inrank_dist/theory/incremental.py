@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..lowrank.init import generator_for
 from ..report.plot import Line, Plot
-from .experiment import Cell, Claim, Experiment, Progress, Result, Table
+from .experiment import Cell, Claim, Experiment, Progress, Result, Table, curve
 from .linear import Weights, gradients, orthonormal, product, touched_directions
 
 SAMPLES = 200
@@ -253,7 +253,7 @@ def _update_plot(settings: Settings, eps: float, each: Trajectory) -> Plot:
     for index in reversed(range(settings.width)):
         mode = index < settings.rank
         label = f"mode {index + 1}" if mode else "the others"
-        points = list(zip(each.times.tolist(), each.updates[:, 0, index].tolist(), strict=True))
+        points = curve(each.times, each.updates[:, 0, index])
         colour = f"--c{index}" if mode and index < 7 else "--c7"
         lines.append(
             Line(label=label, points=points, colour=colour, width=2 if mode else 1, tooltip=f"value {index + 1}")
@@ -270,12 +270,11 @@ def _update_plot(settings: Settings, eps: float, each: Trajectory) -> Plot:
 
 def _ode_plot(settings: Settings, eps: float, aligned: Trajectory, solution: Tensor) -> Plot:
     lines = []
-    times = aligned.times.tolist()
     for index in range(settings.rank + 1):
         name = f"s = {settings.targets[index]:g}" if index < settings.rank else "s = 0"
         colour = f"--c{index % 8}"
-        simulated = list(zip(times, aligned.modes[:, index].tolist(), strict=True))
-        solved = list(zip(times, solution[:, index].tolist(), strict=True))
+        simulated = curve(aligned.times, aligned.modes[:, index])
+        solved = curve(aligned.times, solution[:, index])
         lines.append(Line(label=f"{name}, simulated", points=simulated, colour=colour, width=4, opacity=0.35))
         lines.append(Line(label=f"{name}, ODE", points=solved, colour=colour, dash="5 3"))
     return Plot(
