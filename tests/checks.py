@@ -1,11 +1,13 @@
 """What workers of the pool check in a running engine; each raises AssertionError in the process where it fails."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from runs import train
 from torch import Tensor
+from torch.distributed.tensor import Shard
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import spectrum
@@ -21,16 +23,39 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
+def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and moments in one piece, copied; what is in shards is gathered all at once."""
+    shards = {name: tensor for name, tensor in tensors.items() if getattr(tensor, "placements", None) == (Shard(0),)}
+    every: list[Any] = []
+    if shards:
+        group = next(iter(shards.values())).device_mesh.get_group()  # type: ignore[attr-defined]
+        every = [None] * group.size()
+        own = {name: tensor.detach().to_local() for name, tensor in shards.items()}  # type: ignore[attr-defined]
+        torch.distributed.all_gather_object(every, own, group=group)
+    return {
+        name: torch.cat([rows[name] for rows in every]) if name in shards else whole(tensor)
+        for name, tensor in tensors.items()
+    }
+
+
 def function_of(trainer: Trainer) -> dict[str, Tensor]:
     """Logits of fixed tokens, and ``U V^T`` of every layer in float64."""
     tokens = torch.arange(2 * 16).view(2, 16) % 301
     trainer.engine.model.eval()
     with torch.no_grad():
         seen = {"logits": trainer.engine.logits(tokens)}
-    tensors = trainer.engine.tensors()
-    for name in trainer.engine.layout:
-        seen[name] = whole(tensors[f"{name}.U"]).double() @ whole(tensors[f"{name}.V"]).double().T
+    layout = trainer.engine.layout
+    factors = factors_of(trainer, layout)
+    for name in layout:
+        seen[name] = factors[f"{name}.U"] @ factors[f"{name}.V"].T
     return seen
+
+
+def factors_of(trainer: Trainer, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The factors of layers in one piece, float64."""
+    tensors = trainer.engine.tensors()
+    names = [f"{name}.{factor}" for name in layers for factor in "UV"]
+    return {name: tensor.double() for name, tensor in wholes({name: tensors[name] for name in names}).items()}
 
 
 def growth_and_freeze(config: Config) -> list[str]:
@@ -101,14 +126,16 @@ def every_parameter_moves(config: Config) -> int:
                 for name in trained:
                     moments = [tensors[f"optimizer.{moment}.{name}"] for moment in ("exp_avg", "exp_avg_sq")]
                     assert all(moment.shape == tensors[name].shape for moment in moments)
-                    still[name] = whole(tensors[name])
+                still.update(wholes({name: tensors[name] for name in trained}))
             return records
 
         def moved(lr: float, norm: Tensor) -> None:
             move(lr, norm)
-            tensors = engine.tensors() if still else {}
-            for name in list(still):
-                now, before = whole(tensors[name]), still.pop(name)
+            if not still:
+                return
+            tensors = engine.tensors()
+            for name, now in wholes({name: tensors[name] for name in still}).items():
+                before = still.pop(name)
                 columns = (now != before).any(0) if now.ndim == 2 else (now != before).any()
                 # Weight decay moves every column of V; a fresh column of U, zero so far, moves by its gradient alone.
                 assert columns.all(), f"{name}: {columns.tolist()}"
@@ -169,11 +196,11 @@ def aims_at_the_gradient(config: Config) -> float:
                 return records
             assert logits is not None
             torch.testing.assert_close(function_of(trainer)["logits"], logits, rtol=0, atol=1e-6)
-            tensors = engine.tensors()
+            factors = factors_of(trainer, grown)
             dense = dense_gradients(trainer, list(grown), *batch[0].args)
             for name in grown:
                 old = before[name]
-                U, V = (whole(tensors[f"{name}.{factor}"]).double() for factor in "UV")
+                U, V = (factors[f"{name}.{factor}"] for factor in "UV")
                 assert not U[:, old:].any()
                 fresh = V[:, old:]
                 overlap = V.T @ fresh
@@ -228,7 +255,6 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
     Returns:
         The records, and what changed in the step: names of parameters and moments.
     """
-    recorded: list[list[dict[str, Any]]] = []
     changed: list[str] = []
 
     def hook(trainer: Trainer) -> None:
@@ -254,17 +280,17 @@ def bad_gradient(config: Config, where: str, process: int, step: int) -> tuple[l
             return result
 
         def observed(batches: Any) -> Any:
-            before = {name: whole(tensor).clone() for name, tensor in engine.tensors().items()}
+            if trainer.step != step:
+                return train_step(batches)
+            before = wholes(engine.tensors())
             verdict = train_step(batches)
-            if trainer.step == step:
-                after = {name: whole(tensor) for name, tensor in engine.tensors().items()}
-                changed.extend(name for name in after if not torch.equal(after[name], before[name]))
-                assert all(p.grad is None for p in engine.parameters().values())
+            after = wholes(engine.tensors())
+            changed.extend(name for name in after if not torch.equal(after[name], before[name]))
+            assert all(p.grad is None for p in engine.parameters().values())
             return verdict
 
         engine.accumulate, engine.gradient_norm, trainer._update = loss, norm, observed  # type: ignore
         engine.loss = forward  # type: ignore[method-assign]
 
     recorder, _ = train(config, hook=hook)
-    recorded.append(recorder.records)
-    return recorded[0], changed
+    return recorder.records, changed

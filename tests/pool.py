@@ -1,9 +1,8 @@
-"""A pool of worker processes for real process groups; spawning them once saves most of the time of the tests."""
+"""A pool of worker processes for real process groups; starting them once saves most of the time of the tests."""
 
 import faulthandler
 import gc
 import importlib
-import multiprocessing
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from forked import CONTEXT
 from torch.distributed import TCPStore
 
 
@@ -28,7 +28,7 @@ class Pool:
         A failure or a hang in any process ends all of them and fails the test.
         """
         while len(self.workers) < world_size:
-            self._spawn()
+            self._start()
         # The store listens on a port that the system picks, as torchrun's does.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:world_size]):
@@ -53,10 +53,9 @@ class Pool:
                     raise AssertionError(f"process {pipes[pipe]}: {error}")
         return [results[rank] for rank in range(world_size)]
 
-    def _spawn(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True)
+    def _start(self) -> None:
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_work, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
         self.workers.append((process, ours))

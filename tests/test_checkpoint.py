@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 from pool import Pool
-from runs import short_config, small_config, tensor_bytes, train
+from runs import short_config, tensor_bytes, train
 from sharing import nightly, slow
 
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import find_checkpoint, list_checkpoints, stored_tensors
 
-STEPS = 30
-EVENTS = (8, 16, 24)
-AROUND_EVENTS = [1, 8, 15, 17, 24, slow(7), slow(9), slow(16), slow(20), slow(23), slow(25), slow(29)]
+STEPS = 12
+EVENTS = (3, 6, 9)
+AROUND_EVENTS = [1, 3, 5, 7, 9, slow(2), slow(4), slow(6), slow(8), slow(10), slow(11)]
 DROPOUT = {"model__dropout": 0.1, "checkpoint__interval": 1, "checkpoint__keep": STEPS}
 
 
@@ -36,7 +36,7 @@ def joined(results: list[Any], step: int) -> list[int]:
 def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """An undisturbed run on one process, with a checkpoint of every step."""
     run = tmp_path_factory.mktemp("straight")
-    recorder, table = train(small_config(corpus, run__dir=run, **DROPOUT))
+    recorder, table = train(short_config(corpus, run__dir=run, **DROPOUT))
     return run, (recorder.losses(), recorder.samples, table)
 
 
@@ -45,7 +45,7 @@ def test_resume_is_bit_identical(corpus: Path, straight: tuple[Path, Any], tmp_p
     """Just before, at and just after every rank event, in the decay of the base, and after the freeze."""
     run, (losses, samples, table) = straight
     cut(run, tmp_path, step)
-    recorder, resumed = train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
+    recorder, resumed = train(short_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
     assert recorder.losses() == losses[step:]
     assert recorder.samples == samples[step:]
     assert resumed == table
@@ -56,9 +56,9 @@ def test_resume_is_bit_identical(corpus: Path, straight: tuple[Path, Any], tmp_p
 def sharded(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """An undisturbed run of four processes with FSDP2, with a checkpoint at every rank event."""
     run = tmp_path_factory.mktemp("sharded")
-    config = small_config(
-        corpus, run__dir=run, checkpoint__interval=8, checkpoint__keep=STEPS, train__global_batch_size=12,
-        train__micro_batch_size=1,
+    config = short_config(
+        corpus, run__dir=run, checkpoint__interval=3, checkpoint__keep=STEPS, train__global_batch_size=12,
+        train__micro_batch_size=3,
     )  # fmt: skip
     results = pool.run("runs:train_in_worker", config, world_size=4, timeout=100)
     losses = [record["loss"] for record in results[0][0] if record["kind"] == "step"]
@@ -67,7 +67,7 @@ def sharded(pool: Pool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 ON_OTHERS = [("local", 1, None), ("fsdp", 2, None), ("ddp", 2, None), ("fsdp", 3, None), ("fsdp", 4, 2)]
-ON_ZERO = [(8, "zero0", 3), (16, "zero1", 3), (8, "zero2", 1), (24, "zero2", 3), (24, "zero3", 1), (16, "zero3", 2)]
+ON_ZERO = [(3, "zero0", 3), (6, "zero1", 3), (3, "zero2", 1), (9, "zero2", 3), (9, "zero3", 1), (6, "zero3", 2)]
 
 
 def at_one_event_each() -> list[object]:
@@ -99,8 +99,8 @@ def test_resume_on_other_processes_and_engines(
     """Save on four; go on with one, two, three or a hybrid: same samples, same ranks, same losses to 1e-6."""
     run, (losses, samples, table) = sharded
     cut(run, tmp_path, step)
-    config = small_config(
-        corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=1,
+    config = short_config(
+        corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=12 // world_size,
         parallel__engine=engine, parallel__shard_size=shard_size,
     )  # fmt: skip
     results = pool.run("runs:train_in_worker", config, True, world_size=world_size)
@@ -114,16 +114,17 @@ def test_the_momentum_of_matrices_goes_on(pool: Pool, corpus: Path, tmp_path: Pa
     """Saved by two processes at a growth, taken up by three and by one: same losses to 1e-6, same ranks."""
     mode = "full" if name == "muon" else "efficient"
     settings: dict[str, Any] = {
-        "optimizer__name": name, "lowrank__mode": mode, "checkpoint__interval": 8, "parallel__engine": "fsdp",
-        "train__global_batch_size": 12, "train__micro_batch_size": 1, "checkpoint__keep": STEPS,
+        "optimizer__name": name, "lowrank__mode": mode, "checkpoint__interval": 3, "parallel__engine": "fsdp",
+        "train__global_batch_size": 6, "train__micro_batch_size": 2, "checkpoint__keep": STEPS,
     }  # fmt: skip
-    whole = pool.run("runs:train_in_worker", small_config(corpus, run__dir=tmp_path / "2", **settings), world_size=2)
+    config = short_config(corpus, run__dir=tmp_path / "2", **settings | {"train__micro_batch_size": 3})
+    whole = pool.run("runs:train_in_worker", config, world_size=2)
     losses = [r["loss"] for r in whole[0][0] if r["kind"] == "step"]
     for world_size in (1, 3):
-        cut(tmp_path / "2", tmp_path / str(world_size), 16)
-        config = small_config(corpus, run__dir=tmp_path / str(world_size), **settings)
+        cut(tmp_path / "2", tmp_path / str(world_size), 6)
+        config = short_config(corpus, run__dir=tmp_path / str(world_size), **settings)
         rest = pool.run("runs:train_in_worker", config, True, world_size=world_size)
-        assert [r["loss"] for r in rest[0][0] if r["kind"] == "step"] == pytest.approx(losses[16:], rel=1e-6)
+        assert [r["loss"] for r in rest[0][0] if r["kind"] == "step"] == pytest.approx(losses[6:], rel=1e-6)
         assert rest[0][2] == whole[0][2]
 
 
@@ -139,16 +140,16 @@ def test_the_momentum_of_matrices_goes_on(pool: Pool, corpus: Path, tmp_path: Pa
 def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]) -> None:
     """Saved by the others, too: same samples, same ranks, same losses to 1e-6."""
     settings: dict[str, Any] = {
-        "run__dir": tmp_path, "checkpoint__interval": 16, "train__global_batch_size": 12, "train__micro_batch_size": 1
+        "run__dir": tmp_path, "checkpoint__interval": 6, "train__global_batch_size": 12
     }  # fmt: skip
-    config = small_config(corpus, **settings, parallel__engine=first[0])
+    config = short_config(corpus, **settings, parallel__engine=first[0], train__micro_batch_size=12 // first[1])
     whole = pool.run("runs:train_in_worker", config, world_size=first[1])
     shutil.rmtree(list_checkpoints(tmp_path)[-1])
-    config = small_config(corpus, **settings, parallel__engine=then[0])
+    config = short_config(corpus, **settings, parallel__engine=then[0], train__micro_batch_size=12 // then[1])
     rest = pool.run("runs:train_in_worker", config, True, world_size=then[1])
     losses, again = ([r["loss"] for r in results[0][0] if r["kind"] == "step"] for results in (whole, rest))
-    assert again == pytest.approx(losses[16:], rel=1e-6)
-    assert [joined(rest, i) for i in range(STEPS - 16)] == [joined(whole, i) for i in range(16, STEPS)]
+    assert again == pytest.approx(losses[6:], rel=1e-6)
+    assert [joined(rest, i) for i in range(STEPS - 6)] == [joined(whole, i) for i in range(6, STEPS)]
     assert rest[0][2] == whole[0][2]
 
 
@@ -156,32 +157,32 @@ def test_and_back(pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, in
 def test_fsdp_to_zero_and_back_in_the_warm_up(
     pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path, stage: int
 ) -> None:
-    """FSDP2 on four up to step 8, ZeRO on three over the growth at 16, FSDP2 on two over the freeze: losses to 1e-6."""
+    """FSDP2 on four up to step 3, ZeRO on three over the growth at 6, FSDP2 on two over the freeze: losses to 1e-6."""
     run, (losses, samples, table) = sharded
-    cut(run, tmp_path, 8)
-    settings: dict[str, Any] = {"train__global_batch_size": 12, "train__micro_batch_size": 1}
-    config = small_config(
-        corpus, run__dir=tmp_path, parallel__engine=f"zero{stage}", checkpoint__interval=2, checkpoint__keep=STEPS,
+    cut(run, tmp_path, 3)
+    settings: dict[str, Any] = {"train__global_batch_size": 12, "train__micro_batch_size": 2}
+    config = short_config(
+        corpus, run__dir=tmp_path, parallel__engine=f"zero{stage}", checkpoint__interval=1, checkpoint__keep=STEPS,
         **settings,
     )  # fmt: skip
     middle = pool.run("runs:train_in_worker", config, True, world_size=3)
-    cut(tmp_path, tmp_path / "back", 18)
-    config = small_config(corpus, run__dir=tmp_path / "back", parallel__engine="fsdp", **settings)
+    cut(tmp_path, tmp_path / "back", 7)
+    config = short_config(corpus, run__dir=tmp_path / "back", parallel__engine="fsdp", **settings)
     last = pool.run("runs:train_in_worker", config, True, world_size=2)
     seen = [[r["loss"] for r in results[0][0] if r["kind"] == "step"] for results in (middle, last)]
-    assert seen[0] == pytest.approx(losses[8:], rel=1e-6)
-    assert seen[1] == pytest.approx(losses[18:], rel=1e-6)
-    assert [joined(last, i) for i in range(STEPS - 18)] == samples[18:]
+    assert seen[0] == pytest.approx(losses[3:], rel=1e-6)
+    assert seen[1] == pytest.approx(losses[7:], rel=1e-6)
+    assert [joined(last, i) for i in range(STEPS - 7)] == samples[7:]
     assert all(result[2] == table for result in (*middle, *last))
 
 
 def test_sharded_resume_is_bit_identical(pool: Pool, corpus: Path, sharded: tuple[Path, Any], tmp_path: Path) -> None:
     """The same engine on the same processes loses nothing either: weights and moments byte for byte."""
     run, (losses, _, _) = sharded
-    cut(run, tmp_path, 16)
-    config = small_config(corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=1)
+    cut(run, tmp_path, 6)
+    config = short_config(corpus, run__dir=tmp_path, train__global_batch_size=12, train__micro_batch_size=3)
     results = pool.run("runs:train_in_worker", config, True, world_size=4)
-    assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == losses[16:]
+    assert [r["loss"] for r in results[0][0] if r["kind"] == "step"] == losses[6:]
     assert tensor_bytes(tmp_path) == tensor_bytes(run)
 
 
@@ -214,7 +215,7 @@ def test_resume_with_deepspeed_is_bit_identical(
 def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, tmp_path: Path) -> None:
     """FSDP2 leaves the root group gathered after a forward pass without backward; its moments must be saved
     all the same."""
-    config = small_config(corpus, run__dir=tmp_path, train__steps=24, eval__interval=4)
+    config = short_config(corpus, run__dir=tmp_path, train__steps=9, eval__interval=3)
     pool.run("runs:train_in_worker", config, world_size=2)
     shapes = stored_tensors(list_checkpoints(tmp_path)[-1])
     trained = {name for name in shapes if not name.startswith("optimizer.")}
@@ -224,9 +225,9 @@ def test_a_checkpoint_saved_after_validation_is_whole(pool: Pool, corpus: Path, 
 
 
 def test_a_checkpoint_holds_no_pickle_and_keeps_the_newest(corpus: Path, tmp_path: Path) -> None:
-    train(small_config(corpus, run__dir=tmp_path, checkpoint__interval=10, checkpoint__keep=2))
+    train(short_config(corpus, run__dir=tmp_path, checkpoint__interval=4, checkpoint__keep=2))
     folders = list_checkpoints(tmp_path)
-    assert [folder.name for folder in folders] == ["step-00000020", "step-00000030"]
+    assert [folder.name for folder in folders] == ["step-00000008", "step-00000012"]
     names = {file.name for file in folders[-1].iterdir()}
     assert {"state.json", "config.yaml", "tokenizer.model", "manifest.json", "complete"} < names
     assert all(name.endswith((".safetensors", ".json", ".yaml", ".model")) for name in names - {"complete"})
@@ -238,7 +239,7 @@ def test_an_incomplete_checkpoint_is_not_found(corpus: Path, straight: tuple[Pat
     cut(run, tmp_path, 7)
     shutil.copytree(run / "checkpoints/step-00000008", tmp_path / "checkpoints/tmp-step-00000008")
     assert find_checkpoint(tmp_path).state.step == 7
-    train(small_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
+    train(short_config(corpus, run__dir=tmp_path, **DROPOUT), resume=True)
     assert not list((tmp_path / "checkpoints").glob("tmp-*"))
     assert tensor_bytes(tmp_path) == tensor_bytes(run)
 
@@ -246,7 +247,7 @@ def test_an_incomplete_checkpoint_is_not_found(corpus: Path, straight: tuple[Pat
 def test_a_checkpoint_of_other_shapes_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
     run, _ = straight
     cut(run, tmp_path, 9)
-    changed = small_config(corpus, run__dir=tmp_path, model__tie_embeddings="false", **DROPOUT)
+    changed = short_config(corpus, run__dir=tmp_path, model__tie_embeddings="false", **DROPOUT)
     with pytest.raises(UserError, match=r"head\.weight as nothing where the settings make float32"):
         train(changed, resume=True)
 
@@ -254,7 +255,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(corpus: Path, straight: tuple[P
 def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_path: Path) -> None:
     run, _ = straight
     cut(run, tmp_path, 9)
-    changed = small_config(corpus, run__dir=tmp_path, data__paths=f"[{corpus}/corpus/0*.txt]", **DROPOUT)
+    changed = short_config(corpus, run__dir=tmp_path, data__paths=f"[{corpus}/corpus/0*.txt]", **DROPOUT)
     with pytest.raises(UserError, match="the data is now"):
         train(changed, resume=True)
 
@@ -268,7 +269,7 @@ def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_pat
         {
             "lowrank__base": "none",
             "lowrank__dense_fraction": 0.27,
-            "lowrank__freeze_step": 24,
+            "lowrank__freeze_step": 9,
             "lowrank__threshold": 0.8,
         },
     ],
@@ -276,11 +277,11 @@ def test_other_data_is_refused(corpus: Path, straight: tuple[Path, Any], tmp_pat
 )
 def test_resume_of_other_ways_is_bit_identical(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """The momentum of SGD, if it has any, and how long no layer has grown, are part of the checkpoint."""
-    changes |= {"checkpoint__interval": 4, "checkpoint__keep": STEPS}
-    recorder, table = train(small_config(corpus, run__dir=tmp_path / "straight", **changes))
-    for step in (4, 8, 20, 28):
+    changes |= {"checkpoint__interval": 1, "checkpoint__keep": STEPS}
+    recorder, table = train(short_config(corpus, run__dir=tmp_path / "straight", **changes))
+    for step in (2, 3, 7, 11):
         run = cut(tmp_path / "straight", tmp_path / str(step), step)
-        resumed, again = train(small_config(corpus, run__dir=run, **changes), resume=True)
+        resumed, again = train(short_config(corpus, run__dir=run, **changes), resume=True)
         assert resumed.losses() == recorder.losses()[step:]
         assert again == table
         assert tensor_bytes(run) == tensor_bytes(tmp_path / "straight")

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.xdist_group("faults")  # one server, from which all pro
 STEPS, EVENTS = 40, (6, 12, 18, 24, 30)
 
 CHANGES: dict[str, Any] = {
+    "model__num_layers": 1,
     "train__steps": STEPS,
     "lowrank__interval": 6,
     "lowrank__warmup_steps": 30,
@@ -39,7 +40,7 @@ CHANGES: dict[str, Any] = {
     "eval__batches": 2,
     "train__micro_batch_size": 4,
 }
-"""Forty steps with four growth events and the freeze, on two processes."""
+"""Forty steps of one block with four growth events and the freeze, on two processes."""
 
 LATER = ("seconds", "tokens_per_s", "data_wait", "peak_memory", "mfu", "mfu_dense", "peak_flops", "time")
 """What differs from run to run and from machine to machine."""

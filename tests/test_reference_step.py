@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference_step as reference
 import torch
-from checks import whole
+from checks import wholes
 from pool import Pool
 from runs import short_config, train
 from sharing import nightly, slow
@@ -40,7 +40,7 @@ def followed(config: Config) -> list[str]:
         take_step, after_step = trainer.take_step, trainer.ranks.after_step
 
         def state() -> dict[str, Tensor]:
-            return {name: whole(tensor) for name, tensor in engine.tensors().items()}
+            return wholes(engine.tensors())
 
         def observed_step() -> Any:
             step = trainer.step
@@ -57,11 +57,13 @@ def followed(config: Config) -> list[str]:
             return batches, verdict, rate
 
         def observed_event(step: int, *batch: Any) -> Any:
-            action, before = trainer.ranks.due(step), state()
+            action = trainer.ranks.due(step)
+            if not action or config.optimizer.name == "sgd":
+                return after_step(step, *batch)
+            before = state()
             records = after_step(step, *batch)
-            if action and config.optimizer.name != "sgd":
-                check_event(config, before, state(), list(engine.layout), step, action)
-                done.append(action)
+            check_event(config, before, state(), list(engine.layout), step, action)
+            done.append(action)
             return records
 
         trainer.take_step = observed_step  # type: ignore[method-assign]

@@ -1,23 +1,16 @@
-"""Real processes for real faults, forked from a server that has imported everything, so that starting them costs
-little."""
+"""Real processes for real faults."""
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from forked import CONTEXT
 from pool import place
 from torch.distributed import TCPStore
 
 from . import Fault
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.utils.tensorboard", "datasets", "inrank_dist.train.loop", "deepspeed", "faults"]
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Job:
         for rank in range(world_size):
             environment = place(rank, world_size, self.store.port) if world_size > 1 else {}
             arguments = ([str(word) for word in words], folder, rank, environment, fault)
-            process = _context.Process(target=_run, args=arguments, daemon=True)
+            process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
             process.start()
             self.processes.append(process)
 
