@@ -99,7 +99,7 @@ def test_an_event_moves_grams_and_answers_and_no_factor(
     for hidden, rank in ((32, 4), (64, 4)):
         config = small_config(
             corpus,
-            **SHORT | VARIANTS[variant] | {"train__global_batch_size": 2 * world_size},
+            **SHORT | VARIANTS[variant] | {"train__global_batch_size": world_size},
             model__hidden_size=hidden,
             lowrank__max_rank_fraction=rank / hidden,
             parallel__shard_size=shard_size,
@@ -175,7 +175,7 @@ def test_an_event_takes_one_copy_of_the_local_shards_and_the_buckets(pool: Pool,
     world_size, settings = MEMORY[variant]
     shape = {"model__num_layers": 4, "model__num_heads": 4, "model__hidden_size": 256}
     ranks = {"lowrank__initial_rank": 8, "lowrank__buffer": 8}
-    config = small_config(corpus, **SHORT | shape | ranks | settings)
+    config = small_config(corpus, **SHORT | shape | ranks | settings | {"train__global_batch_size": world_size})
     # What ``measure: update`` keeps of the start, in float32, from the first decision to the freeze.
     rows = 4 * (4 * (256 + 256) + 2 * (256 + 1024)) // world_size
     start = 4 * 16 * rows if variant == "update" else 0

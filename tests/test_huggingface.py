@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_checks import ours_of
 from pool import Pool
-from runs import Fails, assert_same_run, short_config, small_config, tensor_bytes, train_in_worker, trained_once
+from runs import Fails, assert_same_run, short_config, tensor_bytes, train_in_worker, trained_once
 from sharing import nightly, slow
 from torch import Tensor, nn
 
@@ -214,11 +214,10 @@ def test_the_loss_of_a_large_vocabulary_does_not_hold_all_logits(monkeypatch: py
 OURS = dict.fromkeys(("model__num_layers", "model__num_heads", "model__hidden_size"))
 
 
-def hf_config(corpus: Path, model_type: str, short: bool = True, **changes: Any) -> Config:
+def hf_config(corpus: Path, model_type: str, **changes: Any) -> Config:
     """A run of growth and freeze."""
     config = json.dumps({"model_type": model_type, **MODELS[model_type], **changes.pop("config", {})})
-    make = short_config if short else small_config
-    return make(corpus, model__name="hf", model__config=config, **OURS, **changes)
+    return short_config(corpus, model__name="hf", model__config=config, **OURS, **changes)
 
 
 @pytest.mark.parametrize(
@@ -266,11 +265,11 @@ def test_chunks_change_no_run(pool: Pool, corpus: Path, engine: str, changes: di
 
 @pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("fsdp", 2), slow("zero3", 2)])
 def test_a_llama_of_transformers_trains_as_ours(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
-    """30 steps with growth at 8 and 16 and the freeze at 24, from the same values and with the same new modes."""
-    ours = small_config(corpus, model__name="llama", model__intermediate_size=48)
+    """Growth and freeze, from the same values and with the same new modes."""
+    ours = short_config(corpus, model__name="llama", model__intermediate_size=48)
     expected = trained_once(ours)
     assert [record["action"] for record in expected.of_kind("rank_event")] == ["grow", "grow", "freeze"]
-    config = hf_config(corpus, "llama", short=False, parallel__engine=engine, config={"rms_norm_eps": 1e-5})
+    config = hf_config(corpus, "llama", parallel__engine=engine, config={"rms_norm_eps": 1e-5})
     for run in pool.run("huggingface_checks:train_like_ours", config, ours, world_size=world_size):
         assert run.losses() == pytest.approx(expected.losses(), rel=1e-6)
         assert {ours_of(name): layer for name, layer in run.table.items()} == expected.table
