@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inrank_dist.commands.main import main
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, feedback, incremental, invariant
+from inrank_dist.theory import EXPERIMENTS, feedback, glrl, incremental, invariant
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
@@ -93,6 +93,38 @@ def test_the_recursion_by_hand() -> None:
     assert invariant.next_rhos([0.5, 2.0, 1.0], 0.1, 0.01) == pytest.approx(
         [0.5 * (1 - 0.001 - 0.1 * 4), 2.0 * (1 - 0.001 - 0.1 * 0.25), 1.0 * (1 - 0.001 - 0.1 * 1)]
     )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gradient_of_factors(symmetric: bool) -> None:
+    problem = glrl.make_problem(glrl.Settings(size=6), symmetric, 3)
+    U = random(6, 2, seed=1).requires_grad_()
+    V = U if symmetric else random(6, 2, seed=2).requires_grad_()
+    W = U @ V.T
+    (problem.mask * (W - problem.noisy)).square().sum().div(2 * problem.mask.mean()).backward()
+    half = 0.5 if symmetric else 1.0  # U is both factors
+    moved_U, moved_V, norm = glrl.factor_step(problem, U.detach(), V.detach(), 0.1)
+    torch.testing.assert_close(moved_U, U.detach() - 0.1 * half * U.grad)
+    torch.testing.assert_close(moved_V, V.detach() - 0.1 * half * V.grad)
+    assert norm == pytest.approx(float(torch.cat([half * U.grad] + [V.grad] * (not symmetric)).norm()))
+
+
+def test_greedy_learning_of_a_whole_matrix_is_its_truncated_svd() -> None:
+    """With every entry observed, the stages are the best approximations of each rank."""
+    settings = glrl.Settings(size=8, targets=(3.0, 2.0, 1.0), observed=2.0, noise=0.0, converged=1e-9)
+    for symmetric in (True, False):
+        problem = glrl.make_problem(settings, symmetric, 0)
+        left, values, right = torch.linalg.svd(problem.truth)
+        stages = glrl.greedy(problem, settings, Progress())
+        assert len(stages) == 3
+        for rank, stage in enumerate(stages, 1):
+            best = left[:, :rank] * values[:rank] @ right[:rank]
+            torch.testing.assert_close(stage, best, rtol=0, atol=1e-7)
+
+
+def test_glrl_in_small() -> None:
+    found = claims_of(glrl.EXPERIMENT, size=10, targets=(3.0, 1.0), observed=0.8, starts=(1e-3, 1e-9), seeds=(0,))
+    assert all(claim.holds for claim in found.values()), found
 
 
 def test_feedback_in_small() -> None:

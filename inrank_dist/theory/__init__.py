@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import feedback, incremental, invariant
+from . import feedback, glrl, incremental, invariant
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
     "incremental": incremental.EXPERIMENT,
+    "glrl": glrl.EXPERIMENT,
     "invariant": invariant.EXPERIMENT,
     "feedback": feedback.EXPERIMENT,
 }
