@@ -2,11 +2,13 @@
 
 from unittest.mock import patch
 
+import torch
 from runs import Run, train_in_worker
 from torch import Tensor
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import init
+from inrank_dist.lowrank.materialize import materialize
 from inrank_dist.models import loss
 from inrank_dist.models.huggingface import HuggingFaceLM, HuggingFaceValues
 from inrank_dist.train.building import dense_skeleton
@@ -67,3 +69,13 @@ def train_in_chunks(config: Config) -> Run:
     """Train with the loss of so few tokens at a time that even a small vocabulary takes several chunks."""
     with patch.object(loss, "CHUNK", 5 * 301):
         return train_in_worker(config)
+
+
+def with_values(model: HuggingFaceLM) -> HuggingFaceLM:
+    """A model on ``meta`` with its initial values, without dropout."""
+    values = model.initial_values(0)
+    materialize(model, values.buffer, torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values.parameter(name))
+    return model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_checks import ours_of
+from huggingface_checks import ours_of, with_values
 from pool import Pool
 from runs import Fails, assert_same_run, short_config, tensor_bytes, train_in_worker, trained_once
 from sharing import nightly, slow
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from inrank_dist.commands.main import main
 from inrank_dist.config import Config
-from inrank_dist.lowrank.materialize import materialize
 from inrank_dist.models import ModelSettings, flops_per_token, huggingface, loss
 from inrank_dist.models.huggingface import HuggingFaceLM, build
 from inrank_dist.models.loss import ChunkedLoss, LossHead, summed_loss
@@ -51,16 +50,6 @@ def skeleton(model_type: str, **changes: Any) -> HuggingFaceLM:
     model = dense_skeleton(settings(model_type, **changes), VOCAB)
     assert isinstance(model, HuggingFaceLM)
     return model
-
-
-def with_values(model: HuggingFaceLM) -> HuggingFaceLM:
-    """A model on ``meta`` with its initial values, without dropout."""
-    values = model.initial_values(0)
-    materialize(model, values.buffer, torch.device("cpu"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(values.parameter(name))
-    return model.eval()
 
 
 def really_built(model: HuggingFaceLM) -> Any:

@@ -219,7 +219,7 @@ def measure_speed(
         rounds: number of rounds of every form.
     """
     config = _config(shape, context, engine, bf16)
-    skeleton = dense_skeleton(config.model, shape.vocab)
+    skeleton = dense_skeleton(config.model, shape.vocab, separator_id=0)
     multiple = config.lowrank.final_multiple(context.device.type)
     rounded = _rounded(shape.requested_rank, multiple)
     half = _rounded(max(rounded // 2, 1), multiple)

@@ -91,7 +91,8 @@ def open_run(arguments: argparse.Namespace) -> OpenedRun:
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     config, _ = load_config(checkpoint.config_file)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    return OpenedRun(checkpoint, config, tokenizer, dense_skeleton(config.model, tokenizer.vocab_size))
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size, tokenizer.eos_id)
+    return OpenedRun(checkpoint, config, tokenizer, skeleton)
 
 
 def load_trained(arguments: argparse.Namespace) -> TrainedModel:

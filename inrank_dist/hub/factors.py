@@ -58,7 +58,8 @@ def write_factors(
     skeleton = weights.skeleton
     description = {
         "format": 1,
-        "model": dataclasses.asdict(settings),
+        # The input of an exported model is one document.
+        "model": dataclasses.asdict(dataclasses.replace(settings, mask_documents=False, restart_positions=False)),
         "vocab_size": vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
         "activation": activation,

@@ -42,7 +42,8 @@ class GPT2(Decoder):
         self.pos_embed = nn.Embedding(settings.max_seq_len, settings.width)
         self.dropout = nn.Dropout(settings.dropout)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Add token and position embeddings and apply dropout: (B, T) int64 -> (B, T, hidden_size)."""
-        positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        if positions is None:
+            positions = torch.arange(input_ids.size(1), device=input_ids.device)
         return self.dropout(self.tok_embed(input_ids) + self.pos_embed(positions))

@@ -1,5 +1,6 @@
 """Causal language models of ``transformers`` (``model.name: hf``) and their initial values."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import getLogger
@@ -67,6 +68,11 @@ class HuggingFaceLM(LanguageModel):
         assert isinstance(settings.config, dict)
         self.settings, self.vocab_size, self.max_seq_len = settings, vocab_size, settings.max_seq_len
         self.model = build(settings.config, vocab_size)
+        if settings.mask_documents and "position_ids" not in inspect.signature(self.model.forward).parameters:
+            raise UserError(
+                f"model.mask_documents is true, but {self.model.config.model_type} takes no position numbers; write "
+                "false for model.mask_documents and model.restart_positions, or another model"
+            )
         config = self.model.config
         self.num_layers = config.num_hidden_layers
         self.attention_size = _attention_size(config)
@@ -80,12 +86,16 @@ class HuggingFaceLM(LanguageModel):
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         self.check_length(input_ids)
         head = self.model.get_output_embeddings()
+        options = {"input_ids": input_ids, "use_cache": False, "return_dict": True}
+        if documents := self.documents(input_ids):
+            # Without an attention mask, transformers derives one from positions that start again.
+            options["position_ids"] = documents.positions
         if targets is None or not isinstance(head, LossHead):
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            logits: Tensor = self.model(**options).logits
             return logits if targets is None else summed_loss(logits, targets)
         head.targets = targets
         try:
-            loss: Tensor = self.model(input_ids=input_ids, use_cache=False, return_dict=True).logits
+            loss: Tensor = self.model(**options).logits
             return loss
         finally:
             head.targets = None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lowrank.init import generator_for
+from .documents import Documents, find_documents
 from .init import InitRule, init_rule
 from .layers import Block, Rotary
 from .loss import summed_loss
@@ -60,12 +61,29 @@ class LanguageModel(nn.Module):
         max_seq_len: maximum sequence length in tokens.
         num_layers: number of blocks.
         attention_size: number of query heads times the head dimension.
+        settings: the settings of the model.
+        separator_id: id of the token that separates documents, needed if the settings separate them.
     """
 
     vocab_size: int
     max_seq_len: int
     num_layers: int
     attention_size: int
+    settings: ModelSettings
+    separator_id: int | None = None
+
+    def documents(self, input_ids: Tensor) -> Documents | None:
+        """Return the documents of a batch, or None if the settings do not separate them.
+
+        Raises:
+            ValueError: if ``separator_id`` is not set.
+        """
+        mask, restart = self.settings.mask_documents, self.settings.restart_positions
+        if not (mask or restart):
+            return None
+        if self.separator_id is None:
+            raise ValueError("the settings separate documents; set separator_id to the token between them")
+        return find_documents(input_ids, self.separator_id, mask=mask, restart=restart)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits, or the summed loss if ``targets`` is given.
@@ -130,19 +148,22 @@ class Decoder(LanguageModel):
         self._tie()
         return self
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the input of the first block: (B, T) int64 -> (B, T, hidden_size)."""
+    def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the input of the first block: (B, T) int64 -> (B, T, hidden_size).
+
+        Args:
+            input_ids: (B, T) int64.
+            positions: (B, T) int64 position numbers, or None for 0..T-1.
+        """
         return self.tok_embed(input_ids)
 
     def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
         self.check_length(input_ids)
-        x = self.embed(input_ids)
-        outputs: dict[str, Tensor] = {}
+        documents = self.documents(input_ids)
+        x = self.embed(input_ids, documents.positions if documents else None)
+        outputs: dict[str, Tensor] | None = {} if self.settings.layer_crossing else None
         for block in self.blocks:
-            if self.settings.layer_crossing:
-                x, outputs = block(x, outputs)
-            else:
-                x = block(x)
+            x, outputs = block(x, outputs, documents) if outputs is not None else (block(x, None, documents), None)
         logits = self.head(self.final_norm(x))
         if targets is None:
             return logits

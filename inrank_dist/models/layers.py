@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .documents import Documents
 from .settings import ModelSettings
 
 Cross = Callable[[str, Tensor], Tensor]
@@ -74,9 +75,15 @@ class Rotary(nn.Module):
         self.reset()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``x`` (B, H, T, D) by the positions 0..T-1, in float32. The result has the dtype of ``x``."""
-        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rotate ``x`` (B, H, T, D) by ``positions`` (B, T), by default 0..T-1, in float32.
+
+        The result has the dtype of ``x``.
+        """
+        if positions is None:
+            cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]
+        else:
+            cos, sin = (table[positions].unsqueeze(1) for table in (self.cos, self.sin))
         first, second = x.float().chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -96,20 +103,23 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=bias)
         self.rotary = rotary
 
-    def forward(self, x: Tensor, cross: Cross = alone) -> Tensor:
-        """(B, T, C) -> (B, T, C). Position t attends to positions 0..t."""
+    def forward(self, x: Tensor, cross: Cross = alone, documents: Documents | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). Position t attends to positions 0..t, or to those of its document."""
         q, k, v = (
             cross(name, projected).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for name, projected in zip("qkv", read_together((self.q, self.k, self.v), x), strict=True)
         )
         if self.rotary is not None:
-            q, k = self.rotary(q), self.rotary(k)
+            positions = documents.positions if documents else None
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        mask = documents.mask if documents else None
         mixed = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
             enable_gqa=self.grouped,
         )
         return cross("out", self.out(mixed.transpose(1, 2).flatten(2)))
@@ -132,7 +142,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, before: Mapping[str, Tensor] | None = None
+        self, x: Tensor, before: Mapping[str, Tensor] | None = None, documents: Documents | None = None
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """(B, T, C) -> (B, T, C).
 
@@ -146,6 +156,6 @@ class Block(nn.Module):
             return output + before[name] if before and name in before else output
 
         crossing = alone if before is None else cross
-        x = x + self.dropout(self.attention(self.attention_norm(x), crossing))
+        x = x + self.dropout(self.attention(self.attention_norm(x), crossing, documents))
         x = x + self.dropout(self.mlp(self.mlp_norm(x), crossing))
         return x if before is None else (x, own)

@@ -15,6 +15,17 @@ LARGEST = {
 }
 """Upper limits, far above existing models. Even on ``meta`` blocks take time and memory, and sizes could overflow."""
 
+SUPPORTED_BY_HF = (
+    "name",
+    "config",
+    "max_seq_len",
+    "init_from",
+    "vocab_size",
+    "mask_documents",
+    "restart_positions",
+)
+"""Settings that also apply to ``model.name: hf``."""
+
 
 def _size() -> Any:
     """Return a field that is required for gpt2 and llama. For hf, ``model.config`` contains the sizes."""
@@ -75,6 +86,12 @@ class ModelSettings:
     """Folder that provides the initial weights: a dense model of transformers with safetensors, a run, or exported
     factors. With low-rank layers, see lowrank.init: loaded. null: random weights. A run that resumes does not read
     it."""
+    mask_documents: bool = False
+    """Let each token attend only to tokens of its own document. The separator of documents is the first token of the
+    document after it. Attention then takes a mask, which is slower than plain causal attention. An exported model takes
+    its input for one document. With hf, needs restart_positions as well."""
+    restart_positions: bool = False
+    """Number the positions of each document from 0. With hf, needs mask_documents as well."""
     norm_eps: float = 1e-5
     """Epsilon added to the variance (gpt2) or the mean square (llama) in every norm."""
 
@@ -120,13 +137,19 @@ class ModelSettings:
 
     def _check_hf(self) -> None:
         for setting in fields(self):
-            if setting.name in ("name", "config", "max_seq_len", "init_from", "vocab_size"):
+            if setting.name in SUPPORTED_BY_HF:
                 continue
             if getattr(self, setting.name) != setting.default:
                 raise UserError(
                     f"model.{setting.name} is {getattr(self, setting.name)} but model.name is hf; leave it out and "
                     "write in model.config what that model calls it"
                 )
+        if self.mask_documents != self.restart_positions:
+            off = "restart_positions" if self.mask_documents else "mask_documents"
+            raise UserError(
+                f"model.{off} is false, but the models of transformers separate documents by both; write true for "
+                "model.mask_documents and model.restart_positions, or false"
+            )
         from .huggingface_config import read_config  # transformers takes seconds to import
 
         self.config = read_config(self.config, self.max_seq_len)

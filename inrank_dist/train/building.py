@@ -18,10 +18,17 @@ from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.context import Context
 
 
-def dense_skeleton(settings: ModelSettings, vocab_size: int) -> LanguageModel:
-    """Build the dense model on ``meta``, for its names and shapes."""
+def dense_skeleton(settings: ModelSettings, vocab_size: int, separator_id: int | None = None) -> LanguageModel:
+    """Build the dense model on ``meta``, for its names and shapes.
+
+    Args:
+        settings: the settings of the model.
+        vocab_size: vocabulary size of the tokenizer.
+        separator_id: id of the token that separates documents. The model does not run without it if the settings
+            separate documents.
+    """
     with torch.device("meta"):
-        return build_model(settings, settings.padded(vocab_size))
+        return build_model(settings, settings.padded(vocab_size), separator_id)
 
 
 def build_engine(

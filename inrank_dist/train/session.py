@@ -19,6 +19,7 @@ from .init_from import initial_values
 from .loop import Trainer
 from .profiling import StepProfiler
 from .records import Records
+from .separation import refuse_leaks
 from .speed import known_peak
 
 
@@ -57,7 +58,7 @@ def build(
         seed=config.run.seed,
         state=LoaderState.from_dict(saved.loader) if saved else None,
     )
-    skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size)
+    skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size, data.tokenizer.eos_id)
     shapes = layer_shapes(skeleton, config.lowrank)
     # A run that resumes does not read what it was loaded from.
     if saved:
@@ -96,6 +97,14 @@ def build(
         for callback in every:
             if callback.name in saved.callbacks:
                 callback.load_state_dict(saved.callbacks[callback.name])
+    if config.model.name == "hf" and config.model.mask_documents:
+        refuse_leaks(
+            engine,
+            data.tokenizer.eos_id,
+            batch_size=config.train.micro_batch_size,
+            seq_len=data.block_length,
+            vocab_size=data.tokenizer.vocab_size,
+        )
     companions = {"config.yaml": config.to_yaml().encode(), "tokenizer.model": data.tokenizer.model}
     return Trainer(
         config,
