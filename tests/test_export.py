@@ -126,6 +126,20 @@ def test_the_folder_is_what_transformers_writes(gpt2_run: Path, tmp_path: Path) 
     assert tokenizer.model_max_length == 16
 
 
+def test_older_versions_of_transformers_understand_the_folder(corpus: Path, tmp_path: Path) -> None:
+    """They do not know rope_parameters and TokenizersBackend. The version at hand reads both names."""
+    changes = {"model__name": "llama", "model__rope_theta": 500.0, "train__steps": 2, "checkpoint__interval": 2}
+    train(small_config(corpus, run__dir=tmp_path / "run", lowrank__mode="full", **changes))
+    out = export(tmp_path / "run", tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == 500.0
+    tokenizer_class = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert tokenizer_class == "PreTrainedTokenizerFast"
+    ours, ids = loaded(tmp_path / "run"), prompts(301, 20)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
+        torch.testing.assert_close(found, ours.model(ids), rtol=0, atol=1e-5)
+
+
 def test_each_weight_is_rounded_once(gpt2_run: Path, tmp_path: Path) -> None:
     ours = loaded(gpt2_run)
     exact = ours.model.get_submodule("blocks.1.mlp.up").weight(torch.float64)
@@ -312,9 +326,10 @@ def test_a_folder_that_exists_is_not_touched(gpt2_run: Path, tmp_path: Path, fai
 
 
 def test_models_that_transformers_does_not_have(corpus: Path, tmp_path: Path, fails: Fails) -> None:
-    train(small_config(corpus, run__dir=tmp_path / "run", checkpoint__interval=30, model__layer_crossing="true"))
+    bottleneck = {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__activation": "silu"}
+    train(small_config(corpus, run__dir=tmp_path / "run", checkpoint__interval=30, **bottleneck))
     said = fails("export", "--run", tmp_path / "run", "--output", tmp_path / "out")
-    assert said.startswith("model.layer_crossing is true, and transformers has no such model; write --format factors")
+    assert said == "lowrank.activation is silu, so the factors cannot be merged; write --format factors"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     ours = loaded(tmp_path / "run")
     model = inrank_dist.load(export(tmp_path / "run", tmp_path / "out", "--format", "factors"))

@@ -31,7 +31,7 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 found = lm_eval.simple_evaluate(
     model="hf",
-    model_args=f"pretrained={sys.argv[1]},dtype=float32",
+    model_args=f"pretrained={sys.argv[1]},dtype=float32{sys.argv[3]}",
     tasks=["tiny"],
     task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False),
     device="cpu",
@@ -52,8 +52,10 @@ QUESTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_its_scores_are_ours(corpus: Path, tmp_path: Path) -> None:
-    train(small_config(corpus, run__dir=tmp_path / "run", checkpoint__interval=30, model__name="llama"))
+@pytest.mark.parametrize("crossing", [False, True])
+def test_its_scores_are_ours(corpus: Path, tmp_path: Path, crossing: bool) -> None:
+    changes = {"model__name": "llama", "model__layer_crossing": str(crossing).lower()}
+    train(small_config(corpus, run__dir=tmp_path / "run", checkpoint__interval=30, **changes))
     out = export(tmp_path / "run", tmp_path / "out")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -64,7 +66,7 @@ def test_its_scores_are_ours(corpus: Path, tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-c", EVALUATE, str(out), str(tasks)]
+    command = [sys.executable, "-c", EVALUATE, str(out), str(tasks), ",trust_remote_code=True" if crossing else ""]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -62,11 +62,13 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     work = out.parent / f".{out.name}.tmp-{uuid.uuid4().hex}"
     try:
         work.mkdir(parents=True)
+        code = None
         if arguments.format == "hf":
-            _write_transformers(work, opened, weights, dtype, max_shard_bytes)
+            code = _write_transformers(work, opened, weights, dtype, max_shard_bytes)
         else:
             _write_factors(work, opened, weights, dtype)
-        (work / "README.md").write_text(_card(out.name, arguments.format, opened, weights).text(), encoding="utf-8")
+        card = _card(out.name, arguments.format, opened, weights, code)
+        (work / "README.md").write_text(card.text(), encoding="utf-8")
         for path in (*work.rglob("*"), work):
             flush_path(path)
         if out.is_dir():
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         ) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _show(out, arguments.format, opened.checkpoint.state.step, weights)
+    _show(out, arguments.format, opened.checkpoint.state.step, weights, code)
 
 
 def _weights(opened: OpenedRun, form: str, cut: Cut | None) -> Weights:
@@ -122,7 +124,12 @@ def _bytes(text: str) -> int:
 
 def _write_transformers(
     work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
+) -> str | None:
+    """Write the folder.
+
+    Returns:
+        The file with the code of the model, or None if ``transformers`` has its class.
+    """
     try:
         import tokenizers
 
@@ -134,7 +141,7 @@ def _write_transformers(
             "write --format factors"
         ) from None
     tokenizer, skeleton, settings = opened.tokenizer, opened.skeleton, opened.config.model
-    write_transformers(
+    code = write_transformers(
         work,
         settings,
         skeleton.vocab_size,
@@ -152,11 +159,12 @@ def _write_transformers(
         tokenizer.save(work / TOKENIZER)
         if isinstance(tokenizer, LossySentencePiece):
             log.warning("the tokenizer normalizes text; it is exported as %s, without a tokenizer.json", TOKENIZER)
-            return
+            return code
         fast = fast_tokenizer(tokenizer.model)
     write_tokenizer(
         work, fast, tokenizer.eos_piece, settings.max_seq_len, special_tokens_in_text=special_tokens_in_text
     )
+    return code
 
 
 def _write_factors(work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype) -> None:
@@ -165,7 +173,7 @@ def _write_factors(work: Path, opened: OpenedRun, weights: Weights, dtype: torch
     opened.tokenizer.save(work / TOKENIZER)
 
 
-def _card(name: str, form: str, opened: OpenedRun, weights: Weights) -> Card:
+def _card(name: str, form: str, opened: OpenedRun, weights: Weights, code: str | None) -> Card:
     checkpoint, config, tokenizer = opened.checkpoint, opened.config, opened.tokenizer
     state = checkpoint.state
     try:
@@ -195,10 +203,11 @@ def _card(name: str, form: str, opened: OpenedRun, weights: Weights) -> Card:
         kept=dict(weights.kept),
         start=tokenizer.eos_piece,
         for_transformers=form == "hf",
+        code=code,
     )
 
 
-def _show(out: Path, form: str, step: int, weights: Weights) -> None:
+def _show(out: Path, form: str, step: int, weights: Weights, code: str | None) -> None:
     if weights.kept:
         layers = weights.kept.values()
         ranks = [kept.rank for kept in layers]
@@ -208,7 +217,12 @@ def _show(out: Path, form: str, step: int, weights: Weights) -> None:
             f"truncated {len(ranks)} layers from {before:.1f} modes in the mean to {sum(ranks) / len(ranks):.1f}, "
             f"which discards {total.share:.4%} of the energy of the products"
         )
-    use = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    trust = "" if code is None else ", trust_remote_code=True"
+    use = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
     if form == "factors":
         use = f"inrank_dist.load({str(out)!r})"
     print(f"wrote {out}, the model of step {step}; load it with {use}")
+    if code is not None:
+        print(
+            f"transformers has no class for model.layer_crossing; with trust_remote_code=True it executes {out / code}"
+        )

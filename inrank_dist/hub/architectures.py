@@ -4,7 +4,6 @@ from typing import Any
 
 from ..models import ModelSettings
 from ..models.huggingface import PREFIX
-from ..runtime.errors import UserError
 
 GPT2 = {
     "transformer.wte": ("tok_embed",),
@@ -58,14 +57,8 @@ def module_names(settings: ModelSettings, module: str) -> tuple[str, ...]:
 def transformers_config(settings: ModelSettings, vocab_size: int) -> dict[str, Any]:
     """Return the configuration of the same model in ``transformers``, with its ``model_type``.
 
-    Raises:
-        UserError: the model has no counterpart in ``transformers``.
+    With layer crossing it is that of the model without, which has the same parameters.
     """
-    if settings.layer_crossing:
-        raise UserError(
-            "model.layer_crossing is true, and transformers has no such model; write --format factors, or train with "
-            "model.layer_crossing: false"
-        )
     if settings.name == "hf":
         assert isinstance(settings.config, dict)
         return {**settings.config, "vocab_size": vocab_size}

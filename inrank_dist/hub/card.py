@@ -28,6 +28,7 @@ class Card:
         layers: by name.
         kept: results of a further truncation, by layer name.
         start: the token that starts a document.
+        code: file of the folder that transformers needs to execute, or None.
     """
 
     name: str
@@ -39,13 +40,18 @@ class Card:
     kept: Mapping[str, Kept]
     start: str
     for_transformers: bool
+    code: str | None = None
 
     def text(self) -> str:
         """Return the card in Markdown."""
-        lines = ["---", "pipeline_tag: text-generation", "tags: [inrank, low-rank]"]
+        tags = "inrank, low-rank" + ", custom_code" * (self.code is not None)
+        lines = ["---", "pipeline_tag: text-generation", f"tags: [{tags}]"]
         lines += ["library_name: transformers"] if self.for_transformers else []
         lines += ["---", "", f"# {self.name}", ""]
         lines += [f"A {self.architecture} language model, trained by inrank_dist with `lowrank.mode: {self.mode}`.", ""]
+        if self.code is not None:
+            lines += [f"`transformers` has no class for this model; its code is `{self.code}`.", ""]
+            lines += ["Write `trust_remote_code=True` in `from_pretrained` and `pipeline`.", ""]
         lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.facts.items()), ""]
         lines += [f"In training, documents started after `{self.start}`. The tokenizer does not add it.", ""]
         lines += [f"- {sentence}" for sentence in self.sentences] + [""]

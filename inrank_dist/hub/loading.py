@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..lowrank.kinds import kind_of
 from ..models import LanguageModel, ModelSettings
-from ..models.huggingface_config import OF_A_FILE, make_config
+from ..models.huggingface_config import LAYER_CROSSING, OF_A_FILE, make_config
 from ..runtime.errors import UserError
 from ..runtime.json_file import read_json
 from ..runtime.safetensors_file import opened
@@ -47,7 +47,7 @@ class TransformersWeights:
 
     def __init__(self, folder: Path, settings: ModelSettings, skeleton: LanguageModel) -> None:
         self._folder, self._target = folder, build_target(settings, skeleton.vocab_size)
-        _compare_configs(folder, self._target.config)
+        _compare_configs(folder, self._target.config, settings.layer_crossing)
         self._files = _files(folder)
         self._places: dict[str, tuple[str, int, int]] = {}
         self._locate(settings, skeleton)
@@ -98,17 +98,20 @@ class TransformersWeights:
             )
 
 
-def _compare_configs(folder: Path, ours: Any) -> None:
+def _compare_configs(folder: Path, ours: Any, layer_crossing: bool) -> None:
     """Raise ``UserError`` unless the folder's configuration describes the same model."""
     written = _read_object(folder / "config.json")
-    model_type = written.get("model_type")
-    if model_type != ours.model_type:
-        raise UserError(
-            f"{folder} holds a {model_type}, where the settings make a {ours.model_type}; write model.name: hf and "
-            f"model.config: {folder}"
-        )
+    found, wanted = written.get("model_type"), ours.model_type + LAYER_CROSSING * layer_crossing
+    if found != wanted:
+        plain = str(found).removesuffix(LAYER_CROSSING)
+        advice = f"model.name: hf and model.config: {folder}"
+        if found != plain:
+            advice = f"model.name: {plain} and model.layer_crossing: true"
+        elif found == ours.model_type:
+            advice = "model.layer_crossing: false"
+        raise UserError(f"{folder} holds a {found}, where the settings make a {wanted}; write {advice}")
     known = {key: value for key, value in written.items() if key not in WITHOUT_EFFECT}
-    theirs = make_config({"model_type": model_type, **known}, 1).to_dict()
+    theirs = make_config({**known, "model_type": ours.model_type}, 1).to_dict()
     mine = ours.to_dict()
     for each in (theirs, mine):  # what GPT-2 takes for a width that is not written
         if "n_inner" in each and each["n_inner"] is None:

@@ -7,6 +7,8 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from .writer import edit_json
+
 SPACE = "\u2581"
 """What SentencePiece writes for a space in a piece."""
 
@@ -48,6 +50,7 @@ def write_tokenizer(
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})  # as before version 5
 
 
 def fast_tokenizer(model: bytes) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Exports a checkpoint as a model folder of ``transformers``."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,15 @@ from transformers import GenerationConfig
 from ..lowrank.kinds import kind_of
 from ..models import ModelSettings
 from ..models.huggingface import PREFIX, build
-from ..models.huggingface_config import dtype_key
+from ..models.huggingface_config import LAYER_CROSSING, dtype_key
 from .architectures import module_names, transformers_config
-from .writer import Planned, write_tensors
+from .writer import Planned, edit_json, write_tensors
+
+LAYER_CROSSING_CODE = Path(__file__).with_name("modeling_layer_crossing.py")
+"""Classes of models with layer crossing, which ``transformers`` does not have."""
+
+CLASSES = {"gpt2": "GPT2LayerCrossing", "llama": "LlamaLayerCrossing"}
+"""``model_type`` -> start of the names of its classes in ``LAYER_CROSSING_CODE``."""
 
 
 def write_transformers(
@@ -27,7 +34,7 @@ def write_transformers(
     *,
     dtype: torch.dtype,
     max_shard_bytes: int,
-) -> None:
+) -> str | None:
     """Write configuration, generation configuration and weights. At most one layer is in memory at a time.
 
     Args:
@@ -38,8 +45,8 @@ def write_transformers(
         dtype: floating dtype of the weights. Each weight is rounded once.
         max_shard_bytes: size of a weight file above which a new one is started.
 
-    Raises:
-        UserError: the model has no counterpart in ``transformers``.
+    Returns:
+        The file with the code of the model, or None if ``transformers`` has its class.
     """
     target = build_target(settings, vocab_size)
     config = target.config
@@ -48,6 +55,12 @@ def write_transformers(
     config.bos_token_id = config.eos_token_id = eos_id
     setattr(config, dtype_key(config), dtype)
     config.save_pretrained(folder)
+    rope = getattr(config, "rope_parameters", None) or {}
+    changes: dict[str, Any] = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}  # before version 5
+    if settings.layer_crossing:
+        shutil.copy(LAYER_CROSSING_CODE, folder)
+        changes |= _layer_crossing(config.model_type)
+    edit_json(folder / "config.json", changes)
     GenerationConfig(bos_token_id=eos_id, eos_token_id=eos_id, pad_token_id=eos_id).save_pretrained(folder)
     planned = [
         Planned(name, tuple(parameter.shape), dtype, partial(_value, target, settings, name, weights))
@@ -60,16 +73,24 @@ def write_transformers(
         if name not in parameters
     ]
     write_tensors(folder, planned, max_shard_bytes)
+    return LAYER_CROSSING_CODE.name if settings.layer_crossing else None
 
 
 def build_target(settings: ModelSettings, vocab_size: int) -> Any:
-    """Build the model of ``transformers`` that corresponds to ours, on ``meta``.
-
-    Raises:
-        UserError: the model has no counterpart in ``transformers``.
-    """
+    """Build the model of ``transformers`` that corresponds to ours, on ``meta``, without layer crossing."""
     with torch.device("meta"):
         return build(transformers_config(settings, vocab_size), vocab_size)
+
+
+def _layer_crossing(model_type: str) -> dict[str, Any]:
+    """Return the entries of a configuration that name the classes with layer crossing."""
+    classes = CLASSES[model_type]
+    names = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    return {
+        "model_type": model_type + LAYER_CROSSING,
+        "architectures": [f"{classes}ForCausalLM"],
+        "auto_map": {auto: f"{LAYER_CROSSING_CODE.stem}.{classes}{name}" for auto, name in names.items()},
+    }
 
 
 def _value(target: nn.Module, settings: ModelSettings, name: str, weights: Callable[[str], Tensor]) -> Tensor:

@@ -1,9 +1,10 @@
 """Safetensors files of a model, written one tensor at a time."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,12 @@ def write_tensors(folder: Path, tensors: Sequence[Planned], max_shard_bytes: int
         total = sum(tensor.nbytes for tensor in tensors)
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
+
+
+def edit_json(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change entries of a JSON object that ``transformers`` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, tensors: Sequence[Planned]) -> None:

@@ -19,6 +19,10 @@ LEGACY_ROPE = ("partial_rotary_factor", "rope_scaling", "rope_theta")
 """Predecessors of ``rope_parameters``, which transformers 5 still accepts."""
 
 
+LAYER_CROSSING = "_layer_crossing"
+"""End of the ``model_type`` of exported models with layer crossing."""
+
+
 def read_config(value: Any, max_seq_len: int) -> dict[str, Any]:
     """Read and validate ``model.config``.
 
@@ -109,6 +113,11 @@ def _config_class(model_type: str) -> Any:
             f"model.name is hf, but transformers cannot be imported ({error}); pip install 'inrank_dist[hf]', or write "
             "model.name: gpt2 or llama"
         ) from None
+    if model_type.endswith(LAYER_CROSSING):
+        raise UserError(
+            f"model_type in model.config is {model_type!r}, which transformers does not have; write model.name: "
+            f"{model_type.removesuffix(LAYER_CROSSING)} and model.layer_crossing: true"
+        )
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"model_type in model.config is {model_type!r}{nearest(model_type, CONFIG_MAPPING.keys())}")
     return CONFIG_MAPPING[model_type]
