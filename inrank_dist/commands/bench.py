@@ -15,7 +15,7 @@ from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
 from ..train.memory import keep_freed_memory
-from . import bench_nodes, bench_parity, bench_speed
+from . import bench_data, bench_nodes, bench_parity, bench_speed
 from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MODULES: dict[str, tuple[Any, str]] = {
     "speed": (bench_speed, "time, memory and communication of a step, full rank against low rank (default)"),
     "parity": (bench_parity, "whether every engine and precision computes the same here as on the CPU"),
+    "data": (bench_data, "MB/s of preparing text, against tokenizers and datasets.map by hand"),
     "nodes": (bench_nodes, "health check before a job: whether all nodes answer and none is slow"),
 }
 """Subjects with a module of their own, and their help texts."""

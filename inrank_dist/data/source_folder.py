@@ -211,7 +211,7 @@ def _write_text(
             encoding = tokenizer.encode_documents(
                 (documents.pieces(index, advance) for index in range(len(documents))),
                 separate=not data.join_rows,
-                threads=data.num_workers or _cpus(),
+                threads=data.num_workers or cpus(),
             )
             first = tokenizer.eos_id if begin else None
             packed[name] = pack(encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first)
@@ -228,6 +228,6 @@ def _write_text(
     write_summary(work, packed, tokenizer, block_length, f"{tokens} {corpus.digest}", facts)
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
