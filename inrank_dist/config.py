@@ -205,6 +205,8 @@ class Config:
             no_effect("schedule.name is constant", "schedule", "min_lr_ratio")
         if self.eval.interval == 0:
             no_effect("eval.interval is 0", "eval", "batches")
+        if not self.log.trackers:
+            no_effect("log.trackers is []", "log", "project")
         if self.tokenizer.path:
             no_effect("tokenizer.path is set", "tokenizer", "kind", "max_training_bytes")
         else:

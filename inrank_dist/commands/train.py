@@ -32,6 +32,7 @@ from ..train.memory import keep_freed_memory
 from ..train.monitors import Monitors
 from ..train.run_folder import RunFolder, refuse_unwritable
 from ..train.session import build
+from ..train.trackers import check_installed
 from .common import add_config_arguments, read_config
 from .plan import show_plan
 
@@ -96,6 +97,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         )
     if engine.startswith("zero"):
         zero_config(zero_stage(engine), config, context.world_size)
+    check_installed(config.log.trackers)
     refuse_unwritable(config.run.folder)
     start = _start_of(config, arguments)
     seen = peek_checkpoint(config.run.folder) or start.peek()

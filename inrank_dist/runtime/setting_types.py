@@ -56,7 +56,11 @@ def in_words(expected: Any) -> str:
     if typing.get_origin(expected) is list and typing.get_origin(typing.get_args(expected)[0]) is dict:
         return "a list such as [{a: 1}, {a: 2}]"
     if typing.get_origin(expected) is list:
-        return "a list such as [1,2]" if typing.get_args(expected) == (int,) else "a list such as [a,b]"
+        (item,) = typing.get_args(expected)
+        if typing.get_origin(item) is Annotated:
+            names = list(item.__metadata__[0].names())
+            return f"a list of {', '.join(names)}, such as [{names[0]}]"
+        return "a list such as [1,2]" if item is int else "a list such as [a,b]"
     if typing.get_origin(expected) is dict:
         return "keys and values such as {a: 1}"
     if len(alternatives(expected)) > 1:

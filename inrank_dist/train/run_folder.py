@@ -11,6 +11,7 @@ from ..runtime.files import write_atomically
 from ..runtime.lock import Lock, LockHeld, LockLost
 from .checkpoint import Checkpoint, named_folders
 from .monitors import ConsoleMonitor, JsonlMonitor, Monitors, TensorBoardMonitor
+from .trackers.processes import RunTrackers
 
 log = logging.getLogger("inrank_dist")
 
@@ -52,7 +53,8 @@ class RunFolder:
             checkpoint: the checkpoint that the run resumes from, or None. Later records are removed.
 
         Raises:
-            UserError: if another job uses the folder or has trained in it in the meantime, or it cannot be written.
+            UserError: if another job uses the folder or has trained in it in the meantime, it cannot be written, or a
+                tracker of a new run cannot be opened.
         """
         folder, state = self.folder, checkpoint.state if checkpoint else None
         step = state.step if state else 0
@@ -70,10 +72,12 @@ class RunFolder:
                 _copy_history(checkpoint.run_folder / METRICS, folder / METRICS)
             metrics = JsonlMonitor(folder / METRICS)
             metrics.truncate_after(step, evaluation_due=state is not None and state.evaluation_due)
-            curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1)
+            curves = TensorBoardMonitor(folder / "tensorboard", purge_step=step + 1, config=config.to_yaml())
+            resumes = checkpoint is not None and checkpoint.is_in(folder)
+            trackers = RunTrackers(config.log.trackers, folder, resumes=resumes)
         except OSError as error:
             raise _unusable(folder, error) from None
-        return Monitors([self, metrics, curves, ConsoleMonitor(config.train.steps)])
+        return Monitors([self, metrics, curves, trackers, ConsoleMonitor(config.train.steps)])
 
     def check(self) -> None:
         """Check that this job still holds the folder.

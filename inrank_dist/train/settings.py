@@ -1,10 +1,12 @@
 """Settings of the training loop, the schedule, checkpoints, validation and logs."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
+from .trackers import TRACKERS
 
 
 def _at_least(section: str, settings: object, least: float, *names: str) -> None:
@@ -158,6 +160,15 @@ class LogSettings:
 
     interval: int = 10
     """Optimizer steps between log lines."""
+    trackers: list[Annotated[str, OneOf(lambda: TRACKERS)]] = field(default_factory=list)
+    """Experiment trackers that the run is also written to: wandb, mlflow, aim. Each needs its package, and is
+    configured by the package's own environment variables."""
+    project: str | None = None
+    """Project (Weights & Biases) or experiment (MLflow, Aim) of the run in the trackers. null: that of WANDB_PROJECT or
+    MLFLOW_EXPERIMENT_NAME, else inrank."""
 
     def __post_init__(self) -> None:
         _at_least("log", self, 1, "interval")
+        for name in self.trackers:
+            if self.trackers.count(name) > 1:
+                raise UserError(f"log.trackers names {name} twice; write it once")
