@@ -159,10 +159,11 @@ def test_a_tracker_that_cannot_be_opened_stops_a_new_run_only(
     assert "Closed is written to no more (no server at that address)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_tracker_that_does_not_end_is_stopped_with_its_helpers(
     tmp_path: Path, begin: Begin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "CLOSE_SECONDS", 3.0)
+    monkeypatch.setattr(processes, "STOP_SECONDS", 3.0)
     monitors = begin(Hanging)
     write(monitors, step(1))
     until(lambda: told(tmp_path, "log"))

@@ -1,5 +1,10 @@
 """Weights & Biases, MLflow and Aim without a network: their own readers find what was written."""
 
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +32,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def installed() -> list[str]:
-    return [name for name in TRACKERS if _is_installed(name)]
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        pytest.importorskip(name)
-    except pytest.skip.Exception:
-        return False
-    return True
+    return [name for name in TRACKERS if find_spec(name)]
 
 
 def write(run: Path, name: str, *records: dict[str, Any], at: int = 0, **changes: Any) -> Found:
@@ -130,3 +127,19 @@ def test_a_training_that_is_stopped_and_resumed_is_whole_in_all_of_them(tmp_path
         assert found.scalars[f"rank/{layer}"][-1][1] == summary["ranks"][layer]["rank"], name
         assert {"sample", "rank_table"} <= found.texts.keys(), name
         assert found.settings["train.steps"] == "12", name
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_aim_in_an_environment_of_its_own(tmp_path: Path) -> None:
+    """Aim takes older packages than the others, so the tools of development leave it out."""
+    if find_spec("aim") or sys.version_info >= (3, 13):
+        pytest.skip("Aim is here, or does not exist for this Python")
+    venv.create(tmp_path / "venv", with_pip=True)
+    (packages,) = (tmp_path / "venv/lib").glob("python*/site-packages")
+    (packages / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "aim"], check=True)
+    words = ["-m", "pytest", "-m", "slow and not nightly", "-p", "no:cacheprovider", "-k", "aim or training", __file__]
+    ended = subprocess.run([python, *words], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert ended.returncode == 0 and "skipped" not in ended.stdout, ended.stdout

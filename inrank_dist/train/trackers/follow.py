@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import importlib
 import json
-import select
+import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from ..monitors.scalars import Curves
 from .tracker import Description, State, Tracker, state_path
 
 POLL_SECONDS = 1.0
-FINISH_SECONDS = 60
-"""How long this process lives after its standard input has ended, whatever the tracker does."""
+LINGER_SECONDS = 90
+"""How long this process lives after its standard input has ended, or the tracker has failed, whatever the tracker does.
+For a training that was killed: one that ends waits for less."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,15 +37,16 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     name, place, folder, start = arguments
     module, _, attribute = place.partition(":")
-    path = state_path(Path(folder), name)
+    path, ended = state_path(Path(folder), name), threading.Event()
+    threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
     _wait_for_predecessor()
     if start == "new":
         path.unlink(missing_ok=True)
     try:
-        follow(getattr(importlib.import_module(module), attribute), Path(folder), path)
+        follow(getattr(importlib.import_module(module), attribute), Path(folder), path, ended)
         return 0
     except BaseException as error:
-        signal.alarm(FINISH_SECONDS)
+        signal.alarm(LINGER_SECONDS)
         traceback.print_exc()
         state = State.load(path)
         state.error = " ".join(str(error).split()) or type(error).__name__
@@ -51,8 +54,8 @@ def main(arguments: list[str]) -> int:
         return 1
 
 
-def follow(kind: type[Tracker], folder: Path, path: Path) -> None:
-    """Open the run in the tracker, write its records to it until standard input ends, and close it.
+def follow(kind: type[Tracker], folder: Path, path: Path, ended: threading.Event) -> None:
+    """Open the run in the tracker, write its records to it until ``ended``, and close it.
 
     Records up to the last step that was written before are left out, so that a step has one value in the tracker also
     after a resume. A tracker that was not there before receives all of them.
@@ -64,7 +67,7 @@ def follow(kind: type[Tracker], folder: Path, path: Path) -> None:
     state = State(tracker.id, state.sent if tracker.id == state.id else {})
     state.save(path)
     sent, curves, finished = dict(state.sent), Curves(), False
-    for records in _appended(folder / "metrics.jsonl"):
+    for records in _appended(folder / "metrics.jsonl", ended):
         for record in records:
             kind_of_record, entries = str(record.get("kind")), curves.entries(record)
             finished = kind_of_record == "summary"
@@ -76,21 +79,27 @@ def follow(kind: type[Tracker], folder: Path, path: Path) -> None:
     tracker.close(finished)
 
 
-def _appended(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the records of a file, then what is appended to it, until standard input ends."""
-    rest, ended = b"", False
+def _appended(path: Path, ended: threading.Event) -> Iterator[list[dict[str, Any]]]:
+    """Yield the records of a file, then what is appended to it, until ``ended``."""
+    rest, last = b"", False
     with path.open("rb") as file:
-        while not ended:
-            ended = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
-            if ended:
-                signal.alarm(FINISH_SECONDS)
+        while not last:
+            last = ended.wait(POLL_SECONDS)
             *lines, rest = (rest + file.read()).split(b"\n")
             yield [json.loads(line) for line in lines]
 
 
+def _wait_for_end(ended: threading.Event) -> None:
+    """Set ``ended`` at the end of standard input."""
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held at exit
+        pass
+    signal.alarm(LINGER_SECONDS)
+    ended.set()
+
+
 def _wait_for_predecessor() -> None:
     """Wait until the process of a job that was killed has let go of the tracker's log, which is our standard output."""
-    deadline = time.monotonic() + FINISH_SECONDS
+    deadline = time.monotonic() + LINGER_SECONDS
     while time.monotonic() < deadline:
         try:
             fcntl.flock(sys.stdout.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

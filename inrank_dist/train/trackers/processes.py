@@ -21,8 +21,9 @@ log = logging.getLogger("inrank_dist")
 
 OPEN_SECONDS = 30.0
 """How long a new run waits for its trackers to open."""
-CLOSE_SECONDS = 20.0
-"""How long the end of a run waits for its trackers, all together."""
+FINISH_SECONDS, STOP_SECONDS = 60.0, 15.0
+"""How long a run that is complete, and one that stops before, waits for its trackers, all together. A run that stops
+has little time, and its trackers receive the rest when it is resumed."""
 
 
 class RunTrackers:
@@ -42,7 +43,7 @@ class RunTrackers:
     """
 
     def __init__(self, names: Sequence[str], folder: Path, *, resumes: bool) -> None:
-        self._folder = folder
+        self._folder, self._finished = folder, False
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for name in names:
@@ -55,9 +56,10 @@ class RunTrackers:
 
     def write(self, record: dict[str, Any]) -> None:
         """Warn of a tracker whose process has ended. The processes read the records themselves."""
+        self._finished = record.get("kind") == "summary"
         for name, process in list(self._running.items()):
             if process.poll() is not None:
-                del self._running[name]
+                _end(self._running.pop(name))
                 log.warning(
                     "warning: %s is written to no more (%s); the run goes on, and metrics.jsonl has all of it",
                     name,
@@ -70,17 +72,16 @@ class RunTrackers:
         for process in running.values():
             assert process.stdin is not None
             process.stdin.close()
-        deadline = time.monotonic() + CLOSE_SECONDS
+        seconds = FINISH_SECONDS if self._finished else STOP_SECONDS
+        deadline = time.monotonic() + seconds
         for name, process in running.items():
             try:
                 if process.wait(max(deadline - time.monotonic(), 0)):
                     reason = self._reason(name, process)
                     log.warning("warning: the end of the run was not written to %s (%s)", name, reason)
             except subprocess.TimeoutExpired:
-                log.warning("warning: %s was not done within %g s and was stopped", name, CLOSE_SECONDS)
-            with suppress(ProcessLookupError):  # its own helpers, too
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                log.warning("warning: %s was not done within %g s and was stopped", name, seconds)
+            _end(process)
 
     def _start(self, name: str, resumes: bool) -> subprocess.Popen[bytes]:
         kind, path = TRACKERS[name], state_path(self._folder, name)
@@ -89,8 +90,8 @@ class RunTrackers:
             path.unlink(missing_ok=True)
         # Everything that this process can import the other one can; a folder of the tracker's name in the working
         # directory must not be taken for its package.
-        environment = {**kind.environment, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        environment["PYTHONSAFEPATH"] = "1"
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = {**kind.environment, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
         place = f"{kind.__module__}:{kind.__qualname__}"
         words = [name, place, str(self._folder.absolute()), "resumed" if resumes else "new"]
         with path.with_suffix(".log").open("ab") as output:
@@ -110,7 +111,7 @@ class RunTrackers:
             for name in list(waiting):
                 process, path = self._running[name], state_path(self._folder, name)
                 if process.poll() is not None:
-                    del self._running[name]
+                    _end(self._running.pop(name))
                     raise UserError(
                         f"log.trackers has {name}, which cannot be opened ({self._reason(name, process)}); see "
                         f"{path.with_suffix('.log')}, or write log.trackers without it"
@@ -122,3 +123,12 @@ class RunTrackers:
     def _reason(self, name: str, process: subprocess.Popen[bytes]) -> str:
         path = state_path(self._folder, name)
         return State.load(path).error or f"exit status {process.returncode}; see {path.with_suffix('.log')}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a tracker's process and its helpers, such as the service of Weights & Biases."""
+    assert process.stdin is not None
+    process.stdin.close()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
