@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...runtime.yaml_text import shown
 from .tracker import Description, Tracker
@@ -35,10 +35,12 @@ class MlflowRun(Tracker):
             for section, keys in run.config.items()
             for key, value in keys.items()
         }
-        known: dict[str, Any] = {}
+        known: dict[str, str] = {}
+        changed: dict[str, str] = {}
         if id is not None:
             try:
-                known = self._client.get_run(id).data.params
+                data = self._client.get_run(id).data
+                known, changed = data.params, data.tags
                 self._client.update_run(id, status="RUNNING")
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -54,7 +56,7 @@ class MlflowRun(Tracker):
         for start in range(0, len(new), AT_ONCE):
             self._client.log_batch(id, params=new[start : start + AT_ONCE])
         for key, value in settings.items():
-            if known.get(key, value) != value:
+            if changed.get(key, known.get(key, value)) != value:
                 self._client.set_tag(id, key, value)
 
     def log(self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str]) -> None:
