@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "a sample order that depends on the number of processes",
         "data/loader.py",
-        "self._seed = seed\n",
-        "self._seed = seed + world_size - 1\n",
+        "[weight for _, weight in parts], seed)",
+        "[weight for _, weight in parts], seed + world_size - 1)",
         (f"{ENGINES}[ddp-2-None-2]",),
     ),
     Fault(

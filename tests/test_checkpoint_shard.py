@@ -168,8 +168,8 @@ def test_every_row_is_saved_once_and_by_all_alike(
 ) -> None:
     """Replicas share the work; it is a whole checkpoint (``stored_tensors`` counts the rows)."""
     config = small_config(
-        corpus, run__dir=tmp_path, lowrank__warmup_steps=12, train__steps=12,
-        train__global_batch_size=12, train__micro_batch_size=1, parallel__engine=engine,
+        corpus, run__dir=tmp_path, lowrank__interval=2, lowrank__warmup_steps=4, train__steps=4,
+        train__global_batch_size=world_size, train__micro_batch_size=1, parallel__engine=engine,
         parallel__shard_size=shard_size,
     )  # fmt: skip
     pool.run("runs:train_in_worker", config, world_size=world_size)

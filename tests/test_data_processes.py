@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from queue import Queue
 from typing import Any
 
 import pytest
+from forked import CONTEXT
 
 from inrank_dist.data import DataSettings, TokenizerSettings, prepare
 from inrank_dist.runtime import files
@@ -25,7 +25,7 @@ from inrank_dist.runtime.errors import UserError
 from inrank_dist.runtime.lock import Lock
 
 WORLD_SIZE = 3
-SPAWN = multiprocessing.get_context("spawn")
+pytestmark = pytest.mark.xdist_group("faults")  # beside the others whose processes are forked
 
 
 def prepare_small(cache: Path, vocab_size: int) -> Any:
@@ -56,8 +56,8 @@ def one_process(barrier: Barrier, answers: Queue, root: Path) -> None:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each of three processes got in each case, as {case: [(result, tokenizers trained), ...]}."""
     root = tmp_path_factory.mktemp("together")
-    barrier, queue = SPAWN.Barrier(WORLD_SIZE), SPAWN.Queue()
-    processes = [SPAWN.Process(target=one_process, args=(barrier, queue, root)) for _ in range(WORLD_SIZE)]
+    barrier, queue = CONTEXT.Barrier(WORLD_SIZE), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=one_process, args=(barrier, queue, root)) for _ in range(WORLD_SIZE)]
     for process in processes:
         process.start()
     found: dict[str, Any] = {"root": root}
@@ -146,7 +146,7 @@ def prepare_for_ever(cache: Path) -> None:
 
 def test_a_killed_preparation(tmp_path: Path) -> None:
     """SIGKILL in the middle: nothing that looks complete, no lock that stays, and the next start cleans up."""
-    process = SPAWN.Process(target=prepare_for_ever, args=(tmp_path,))
+    process = CONTEXT.Process(target=prepare_for_ever, args=(tmp_path,))
     process.start()
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".*.tmp-*/train.arrow")):
@@ -209,8 +209,8 @@ def build_behind_a_barrier(final: Path, building: Event, done: Event) -> None:
 
 def test_a_neighbour_in_another_pid_namespace(tmp_path: Path) -> None:
     """Containers have process IDs of their own under one host name: that an ID is not there says nothing."""
-    building, done = SPAWN.Event(), SPAWN.Event()
-    process = SPAWN.Process(target=build_behind_a_barrier, args=(tmp_path / "first", building, done))
+    building, done = CONTEXT.Event(), CONTEXT.Event()
+    process = CONTEXT.Process(target=build_behind_a_barrier, args=(tmp_path / "first", building, done))
     process.start()
     assert building.wait(60)
     second = "from pathlib import Path; from inrank_dist.runtime import files; import sys; "

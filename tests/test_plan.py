@@ -7,7 +7,7 @@ import pytest
 import torch
 from cost_checks import fetched_in_a_step, peak_of_a_micro_batch
 from pool import Pool
-from runs import Fails, small_config, train
+from runs import Fails, short_config, small_config, train
 from sharing import nightly, slow
 
 from inrank_dist.commands.main import main
@@ -163,7 +163,9 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     }
     adamw = ["--optimizer.name", "adamw"]  # the quickstart's own moves factors alone
     for mode, stages in headings.items():
-        assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), "--lowrank.mode", mode, *adamw]) == 0
+        small = ["--model.num_layers", "3", "--model.hidden_size", "64"]
+        words = ["plan", "--config", str(CONFIGS / "quickstart.yaml"), "--lowrank.mode", mode, *adamw, *small]
+        assert main(words) == 0
         out = capsys.readouterr().out
         assert all(stage in out for stage in stages)
         assert "dense" in out
@@ -246,13 +248,13 @@ def test_does_it_fit_and_how_long_does_a_step_take(capsys: pytest.CaptureFixture
 
 def test_the_ranks_of_a_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
     """One more column, of the parameters that the run ended with; another model's run is refused by a layer's name."""
-    config = small_config(corpus, run__dir=tmp_path / "mine")
+    config = short_config(corpus, run__dir=tmp_path / "mine")
     _, table = train(config)
     (tmp_path / "mine" / "config.yaml").write_text(config.to_yaml())
     words = ["plan", "--config", str(tmp_path / "mine" / "config.yaml"), "--ranks-from", str(tmp_path / "mine")]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "ranks of mine, step 30" in out
+    assert "ranks of mine, step 12" in out
     mean = sum(rank for rank, _, _ in table.values()) / len(table)
     assert f"mean {mean:.1f}" in out
     stored = stored_tensors(list_checkpoints(tmp_path / "mine")[-1])

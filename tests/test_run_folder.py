@@ -16,6 +16,8 @@ from inrank_dist.commands.main import main
 from inrank_dist.train import run_folder
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 
+pytestmark = pytest.mark.xdist_group("faults")  # beside the others whose processes are forked
+
 STEPS = 12
 
 
