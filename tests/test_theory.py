@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inrank_dist.commands.main import main
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, feedback, glrl, incremental, invariant
+from inrank_dist.theory import EXPERIMENTS, feedback, glrl, incremental, invariant, sensing
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
@@ -125,6 +125,28 @@ def test_greedy_learning_of_a_whole_matrix_is_its_truncated_svd() -> None:
 def test_glrl_in_small() -> None:
     found = claims_of(glrl.EXPERIMENT, size=10, targets=(3.0, 1.0), observed=0.8, starts=(1e-3, 1e-9), seeds=(0,))
     assert all(claim.holds for claim in found.values()), found
+
+
+def test_a_step_of_sensing() -> None:
+    """Its gradient by autograd; the imbalance, which gradient flow conserves, changes in second order only."""
+    problem = sensing.make_problem(sensing.Settings(size=6, measurements=20), 0)
+    U, V = random(6, 3, seed=1).requires_grad_(), random(6, 3, seed=2).requires_grad_()
+    ((problem.maps @ (U @ V.T).flatten() - problem.values).square().sum() / 2).backward()
+    with torch.no_grad():
+        gradient, _ = problem.gradient(U @ V.T)
+        moved_U, moved_V = sensing.step(U, V, gradient, 0.1)
+        torch.testing.assert_close(moved_U, U - 0.1 * U.grad)
+        torch.testing.assert_close(moved_V, V - 0.1 * V.grad)
+        change = sensing.imbalance(moved_U, moved_V) - sensing.imbalance(U, V)
+        second = V.T @ gradient.T @ gradient @ V - U.T @ gradient @ gradient.T @ U
+        torch.testing.assert_close(change, 0.01 * second)
+
+
+def test_sensing_in_small() -> None:
+    changes = {"size": 12, "targets": (1.0,), "measurements": 80, "widths": (2, 12), "starts": (1.0, 1e-2, 1e-5)}
+    found = claims_of(sensing.EXPERIMENT, **changes, steps=1000, seeds=(0,))
+    assert found["small_start"].holds and found["large_start"].holds and found["balanced"].holds
+    assert sensing.exponent((1e-1, 1e-2, 1e-3), [5e-2, 5e-4, 5e-6]) == pytest.approx(2)
 
 
 def test_feedback_in_small() -> None:
