@@ -2,10 +2,10 @@
 
 Source: Soltanolkotabi, Stöger, Xie, Implicit Balancing and Regularization: Generalization and Convergence Guarantees
 for Overparameterized Asymmetric Matrix Sensing, arXiv 2303.14244. ``M: (d, d)`` of rank ``r`` is seen through ``n``
-random measurements, fewer than ``d^2``, ``y_i = <A_i, M>``. Gradient descent on ``|A(U V^T) - y|^2 / 2`` with ``U, V: (d, k)``, ``k`` up to
-``d``, fits many matrices; from a start of scale ``alpha`` it finds one whose distance to ``M`` falls as a power of
-``alpha``. The factors first align with the top singular vectors of ``A^*(y)``, then grow, and stay balanced:
-``U^T U - V^T V``, which gradient flow conserves, stays small.
+random measurements ``y_i = <A_i, M>``, fewer than ``d^2``. Gradient descent on ``|A(U V^T) - y|^2 / 2`` with
+``U, V: (d, k)``, ``k`` up to ``d``, fits many matrices; from a start of scale ``alpha`` it finds one whose distance to
+``M`` falls as a power of ``alpha``. The factors first align with the top singular vectors of ``A^*(y)``, then grow, and
+stay balanced: ``U^T U - V^T V``, which gradient flow conserves, stays small.
 """
 
 from __future__ import annotations
