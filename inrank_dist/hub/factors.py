@@ -105,7 +105,7 @@ def read_factors(folder: Path, settings: ModelSettings, skeleton: LanguageModel)
     check_tensors(folder / TENSORS, convert(skeleton, layout))
 
     def read(name: str) -> Tensor:
-        with safe_open(folder / TENSORS, "pt") as file:
+        with opened(folder / TENSORS, "export the model again", "write a folder of --format factors") as file:
             value: Tensor = file.get_tensor(name)
         return value
 

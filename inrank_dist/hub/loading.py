@@ -57,7 +57,7 @@ class TransformersWeights:
         theirs, first, end = self._places[name]
         path, _, leaf = theirs.rpartition(".")
         module = self._target.get_submodule(path)
-        with safe_open(self._files[self._stored(theirs)], "pt") as file:
+        with opened(self._files[self._stored(theirs)], "write a complete folder", "write a complete folder") as file:
             value: Tensor = file.get_tensor(self._stored(theirs))
         kind = kind_of(module)
         matrix = kind.matrix(value) if kind is not None and leaf == "weight" else value

@@ -4,15 +4,18 @@ import functools
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..lowrank.allocation import least_fraction
 from ..lowrank.convert import LayerLayout, Layout, find_targets
+from ..lowrank.division import assign_owners
 from ..lowrank.init import generator_for, start_base, start_factors
 from ..lowrank.kinds import matrix_shape
 from ..lowrank.spectrum import Factors
 from ..lowrank.truncate import truncated_weight
 from ..models.values import InitialValues
+from ..runtime.context import Context
 from ..runtime.errors import UserError
 from .settings import LowRankSettings
 
@@ -96,6 +99,9 @@ class StartValues:
         self, dense: InitialValues, shapes: dict[str, tuple[int, int]], settings: LowRankSettings, seed: int
     ) -> None:
         self.dense, self.shapes, self.settings, self.seed = dense, shapes, settings, seed
+        self._context: Context | None = None
+        self._owner: dict[str, int] = {}
+        self._own: dict[str, Factors] = {}
         # One draw gives both U and V of a layer, which are requested one after the other.
         self.factors = functools.lru_cache(maxsize=1)(self._factors)
 
@@ -111,34 +117,73 @@ class StartValues:
             return getattr(self.factors(layer), leaf)
         return self.dense.parameter(name)
 
+    def cut_loaded(self, context: Context) -> None:
+        """Truncate the loaded weights that start as factors, each layer in one process of the job.
+
+        The other processes get the factors when they ask for them. Then all must ask for the same layers in the same
+        order. So all have the same bits even where their machines round differently. Until then a process holds the
+        factors of its layers, about as much as its share of the model.
+
+        With ``initial_energy`` this sets ``ranks``.
+
+        Args:
+            context: context with an initialised process group.
+
+        Raises:
+            UserError: on all processes, if a weight cannot be truncated.
+        """
+        settings = self.settings
+        if settings.init != "loaded" or settings.base != "none" or settings.dense_fraction:
+            return
+        # An SVD takes a time proportional to out * in * min(out, in), and an owner is assigned by the cube of a size.
+        sizes = {layer: round((math.prod(shape) * min(shape)) ** (1 / 3)) for layer, shape in self.shapes.items()}
+        self._context, self._owner = context, assign_owners(sizes, context.world_size)
+        own = [layer for layer, owner in self._owner.items() if owner == context.rank]
+        self._own = context.on_all_ranks(lambda: {layer: self._truncated(layer) for layer in own})
+        if settings.initial_energy is not None:
+            found = context.gather({layer: factors.U.shape[1] for layer, factors in self._own.items()})
+            self.ranks = {layer: found[self._owner[layer]][layer] for layer in self.shapes}
+
     def _factors(self, layer: str) -> Factors:
-        """Draw both factors of a layer."""
-        out_features, in_features = self.shapes[layer]
-        rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]
-        modes = self.settings.rule.modes(rank, min(out_features, in_features))
+        """Return both factors of a layer."""
         init = self.settings.init if self.settings.base == "none" else None
         if init == "loaded":
-            best = self._truncated(layer, rank=modes)
-            return Factors(best.U.float(), best.V.float())
+            return self._cut(layer)
         generator, std = generator_for(self.seed, layer, "factors"), 0.0 if init is None else self.std(layer)
-        return start_factors(out_features, in_features, modes, init, std, generator)
+        return start_factors(*self.shapes[layer], self._modes(layer), init, std, generator)
+
+    def _modes(self, layer: str) -> int:
+        rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]
+        return self.settings.rule.modes(rank, min(self.shapes[layer]))
+
+    def _cut(self, layer: str) -> Factors:
+        """Return the factors of a loaded weight, from the process that has truncated it."""
+        if self._context is None:
+            return self._truncated(layer)
+        owner, sizes = self._owner[layer], self.shapes[layer]
+        if owner == self._context.rank:
+            factors = self._own.pop(layer, None) or self._truncated(layer)
+            both = torch.cat((factors.U, factors.V))
+        else:
+            both = torch.empty(sum(sizes), self._modes(layer))
+        self._context.broadcast(both, owner)
+        return Factors(*both.split(sizes))
 
     def _loaded(self, layer: str) -> Tensor:
         """Return the loaded weight of a layer as its matrix ``(out, in)``, float32."""
         return self.dense.parameter(f"{layer}.weight").reshape(self.shapes[layer])
 
-    def _truncated(self, layer: str, *, rank: int | None = None, energy: float | None = None) -> Factors:
+    def _truncated(self, layer: str) -> Factors:
+        """Return the float32 factors of the best approximation of a loaded weight."""
+        energy = None if self.ranks is not None else self.settings.initial_energy
+        rank = self._modes(layer) if energy is None else None
         try:
-            return truncated_weight(self._loaded(layer), rank=rank, energy=energy).factors
-        except ValueError as error:
+            best = truncated_weight(self._loaded(layer), rank=rank, energy=energy).factors
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{layer} of the loaded model cannot be factored: {error}; write another folder") from None
-
-    def ranks_of_energy(self) -> dict[str, int]:
-        """Return the rank of each loaded weight that keeps ``initial_energy``.
-
-        Each layer takes an SVD. Processes may round differently, so one of them should decide for all.
-        """
-        return {layer: self._truncated(layer, energy=self.settings.initial_energy).U.shape[1] for layer in self.shapes}
+        return Factors(best.U.float(), best.V.float())
 
     def std(self, layer: str) -> float:
         """Return the standard deviation of the dense weight of a layer at initialisation."""

@@ -107,6 +107,11 @@ class Context:
         if dist.is_initialized():
             dist.all_reduce(tensor)
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite a tensor on the CPU with that of process ``source``."""
+        if dist.is_initialized():
+            dist.broadcast(tensor, source)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if dist.is_initialized():

@@ -11,17 +11,14 @@ from ..hub.factors import DESCRIPTION, read_factors, refuse_activation, refuse_o
 from ..hub.weights import Cut, Weights
 from ..models import LanguageModel
 from ..models.values import InitialValues, LoadedValues
+from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
-from .checkpoint import Checkpoint, TensorReader, find_checkpoint
-from .checkpoint.state import read_state
-
-Share = Callable[[Callable[[], Path]], Path]
-"""Runs a function and returns its result, in a job that of process 0 in all processes."""
+from .checkpoint import Checkpoint, TensorReader, branch_point, peek_checkpoint
 
 
 def initial_values(
-    config: Config, skeleton: LanguageModel, tokenizer: Tokenizer | None = None, share: Share = lambda find: find()
+    config: Config, skeleton: LanguageModel, tokenizer: Tokenizer | None = None, context: Context | None = None
 ) -> InitialValues:
     """Return the initial values of the dense model.
 
@@ -29,27 +26,45 @@ def initial_values(
         config: the configuration.
         skeleton: the dense model on ``meta``.
         tokenizer: tokenizer of the run, which must be that of the folder if the folder has one of ours.
-        share: selects the checkpoint of a run once for all processes.
+        context: context of a job, whose processes divide the hashing of a checkpoint. None: tensors are not hashed,
+            which suffices to find mistakes before a job starts.
 
     Raises:
-        UserError: ``model.init_from`` is not a folder that holds this model.
+        UserError: ``model.init_from`` is not a folder that holds this model; on all processes of ``context``.
     """
     random = skeleton.initial_values(config.run.seed)
     if config.model.init_from is None:
         return random
     folder = expand_home(config.model.init_from, "model.init_from")
     try:
-        if (folder / "checkpoints").is_dir():
-            found = share(lambda: find_checkpoint(folder).folder)
-            checkpoint = Checkpoint(found, read_state(found))
-            _check_tokenizer(tokenizer, checkpoint.tokenizer_file)
-            return LoadedValues(_of_run(checkpoint, config, skeleton), random)
-        if (folder / DESCRIPTION).exists():
-            _check_tokenizer(tokenizer, folder / "tokenizer.model")
-            return LoadedValues(read_factors(folder, config.model, skeleton), random)
-        return LoadedValues(_of_transformers(folder, config, skeleton), random)
+        checkpoint = _checkpoint(folder, context)
+
+        def load() -> Callable[[str], Tensor]:
+            if checkpoint:
+                _check_tokenizer(tokenizer, checkpoint.tokenizer_file)
+                return _of_run(checkpoint, config, skeleton)
+            if (folder / DESCRIPTION).exists():
+                _check_tokenizer(tokenizer, folder / "tokenizer.model")
+                return read_factors(folder, config.model, skeleton)
+            return _of_transformers(folder, config, skeleton)
+
+        return LoadedValues(load() if context is None else context.on_all_ranks(load), random)
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
+
+
+def _checkpoint(folder: Path, context: Context | None) -> Checkpoint | None:
+    """Return the newest checkpoint of a run, the same in all processes, or None if the folder is no run."""
+
+    def is_run() -> bool:
+        return (folder / "checkpoints").is_dir()
+
+    if context is not None:
+        return branch_point(folder, None, context) if context.gather(context.on_rank_zero(is_run))[0] else None
+    found = peek_checkpoint(folder) if is_run() else None
+    if found is None and is_run():
+        raise UserError(f"{folder} holds no checkpoint; train it first")
+    return found
 
 
 def _check_tokenizer(tokenizer: Tokenizer | None, file: Path) -> None:

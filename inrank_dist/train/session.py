@@ -64,12 +64,10 @@ def build(
     if saved:
         dense_values = skeleton.initial_values(config.run.seed)
     else:
-        share = lambda find: context.gather(context.on_rank_zero(find))[0]  # noqa: E731
-        dense_values = initial_values(config, skeleton, data.tokenizer, share)
+        dense_values = initial_values(config, skeleton, data.tokenizer, context)
     values = StartValues(dense_values, shapes, config.lowrank, config.run.seed)
-    finds_ranks = config.lowrank.initial_energy is not None
-    if finds_ranks and not saved:
-        values.ranks = context.gather(context.on_rank_zero(values.ranks_of_energy))[0]
+    if not saved:
+        values.cut_loaded(context)
     layout = saved.layout if saved else start_layout(shapes, config.lowrank, values.ranks)
     if not fits(layout, shapes, config.lowrank):
         first = sorted(layout.keys() ^ shapes.keys())[0]
@@ -78,7 +76,7 @@ def build(
             f"{config.lowrank.targets} makes {len(shapes)}, and {first} is in one of them only; write those it was "
             "trained with, or another run.dir"
         )
-    if finds_ranks:
+    if config.lowrank.initial_energy is not None:
         values.ranks = {name: layer.rank for name, layer in layout.items()}
     start = start_layout(shapes, config.lowrank, values.ranks)
     engine = build_engine(config, context, skeleton, layout, None if saved else values)
