@@ -253,11 +253,15 @@ class TokenizerSettings:
     """Number of tokens, including 256 byte pieces (so that any text can be encoded) and the document separator."""
 
     path: str | None = None
-    """Tokenizer to load instead of training one: a SentencePiece model file, a tokenizer.json of Hugging Face, or a
-    folder that holds one."""
+    """Tokenizer to load instead of training one: a SentencePiece model file, a tokenizer.json of Hugging Face, a folder
+    that holds one, or a .tiktoken file."""
+
+    pattern: Literal["gpt2", "cl100k", "o200k"] | None = None
+    """For a .tiktoken file: the encoding of tiktoken whose pattern splits the text. cl100k is also that of Llama 3."""
 
     eos_token: str | None = None
-    """Token that separates documents, in a tokenizer of Hugging Face. null: the eos_token of its configuration."""
+    """Token that separates documents, in a tokenizer of Hugging Face. null: the eos_token of its configuration. For a
+    .tiktoken file: <|endoftext|>, with the id after the last rank."""
 
     special_tokens_in_text: bool = False
     """Whether special tokens of a tokenizer of Hugging Face that occur in a text are taken for tokens. false: they are

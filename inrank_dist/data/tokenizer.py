@@ -229,10 +229,16 @@ def load_tokenizer(settings: TokenizerSettings) -> Tokenizer:
     """
     assert settings.path is not None
     path = expand_home(settings.path, "tokenizer.path")
-    if path.is_dir() or path.suffix == ".json":
+    if settings.pattern and path.suffix != ".tiktoken":
+        raise UserError(
+            f"tokenizer.pattern is {settings.pattern} but {settings.path} is not a .tiktoken file; leave pattern out"
+        )
+    if path.is_dir() or path.suffix in (".json", ".tiktoken"):
         from .whole_documents import read_hugging_face
 
-        tokenizer: Tokenizer = read_hugging_face(path, settings.eos_token, settings.special_tokens_in_text)
+        tokenizer: Tokenizer = read_hugging_face(
+            path, settings.eos_token, settings.special_tokens_in_text, settings.pattern
+        )
     else:
         tokenizer = Tokenizer.load(settings.path)
         for key, value in (

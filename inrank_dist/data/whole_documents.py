@@ -12,6 +12,7 @@ import numpy as np
 
 from ..runtime.errors import UserError
 from ..runtime.json_file import read_json
+from . import tiktoken_ranks
 from .tokenizer import BATCH_CHARACTERS, LARGEST, Tokenizer, refuse_large, refuse_surrogates
 
 #: End-of-document tokens to look for in a ``tokenizer.json`` that comes without a ``tokenizer_config.json``.
@@ -132,19 +133,26 @@ def _plain_errors() -> Iterator[None]:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
-def read_hugging_face(path: Path, eos_token: str | None, special_tokens_in_text: bool) -> HuggingFaceTokenizer:
-    """Read a ``tokenizer.json``, or the folder that holds one.
+def read_hugging_face(
+    path: Path, eos_token: str | None, special_tokens_in_text: bool, pattern: str | None = None
+) -> HuggingFaceTokenizer:
+    """Read a ``tokenizer.json``, the folder that holds one, or a file of ``tiktoken``.
 
     Args:
         eos_token: the token that separates documents. None: the one in ``tokenizer_config.json`` or
             ``special_tokens_map.json`` beside it, or else one with a well-known name.
         special_tokens_in_text: whether special tokens in a text are taken for tokens.
+        pattern: for a file of ``tiktoken``, key of ``tiktoken_ranks.PATTERNS``.
 
     Raises:
         UserError: a file cannot be used, or no such token is found.
     """
     file = path / "tokenizer.json" if path.is_dir() else path
-    content = _read_json(file)
+    if file.suffix == ".tiktoken":
+        eos_token = eos_token or tiktoken_ranks.EOS
+        content = tiktoken_ranks.tokenizer_json(file, pattern, eos_token)
+    else:
+        content = _read_json(file)
     if not isinstance(content.get("model"), dict):
         raise UserError(f"tokenizer {file} is not a tokenizer of Hugging Face; write the path of one")
     if eos_token is None:
