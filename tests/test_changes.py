@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import Fails, small_config, tensor_bytes
 
+from inrank_dist.commands import plan
 from inrank_dist.commands.main import main
 from inrank_dist.config import SECTIONS, SETTINGS
+from inrank_dist.engine.activations import micro_batch_activations
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
 
 CHANGES: dict[str, Any] = {
@@ -31,6 +34,21 @@ def words(folder: Path, corpus: Path, name: str = "run", **changes: Any) -> list
     config = small_config(corpus, run__dir=folder / name, **CHANGES | changes)
     (folder / f"{name}.yaml").write_text(config.to_yaml())
     return ["train", "--config", str(folder / f"{name}.yaml")]
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a dry run, of which nothing is looked at here, takes seconds to count the activations of a layout:
+    each count serves all."""
+    counts: dict[int, Any] = {}
+
+    def counted(model: torch.nn.Module, *shape: Any, **options: Any) -> Any:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size not in counts:
+            counts[size] = micro_batch_activations(model, *shape, **options)
+        return counts[size]
+
+    monkeypatch.setattr(plan, "micro_batch_activations", counted)
 
 
 @pytest.fixture(scope="module")
