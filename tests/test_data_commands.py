@@ -184,7 +184,7 @@ def test_bench_data_prepares_the_same_text_both_ways(
     """By hand, each batch of documents loses less than a row; ours loses less than a row in all."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     file = tmp_path / "result.json"
-    main(["bench", "data", "--megabytes", "2", "--rounds", "1", "--threads", "2", "--json", str(file)])
+    main(["bench", "data", "--megabytes", "1", "--rounds", "1", "--threads", "2", "--json", str(file)])
     assert "inrank prepare, SentencePiece" in capsys.readouterr().out
     by_hand, same, ours = json.loads(file.read_text())["routes"]
     assert 0 <= same["tokens"] - by_hand["tokens"] <= 4 * 1024

@@ -172,7 +172,7 @@ def _write(texts: Iterator[str], folder: Path, megabytes: int) -> int:
     with (folder / "text.jsonl").open("w") as file, (folder / "validation.jsonl").open("w") as validation:
         for text in texts:
             line = json.dumps({"text": text}) + "\n"
-            if size < 1e6:
+            if size < 2e5:
                 validation.write(line)
             file.write(line)
             size += len(text.encode())
