@@ -109,6 +109,11 @@ class Config:
                 f"model.init_from is {folder} but tokenizer.path is null, so a tokenizer with other tokens would be "
                 "trained; write the tokenizer.path of that model"
             )
+        if folder is not None and low.track_updates:
+            raise UserError(
+                f"lowrank.track_updates is {low.track_updates} but model.init_from is {folder}; W(0) is drawn from the "
+                "seed; write lowrank.track_updates: 0"
+            )
         if low.mode == "full" or low.dense_fraction:
             return
         if folder is None and low.init == "loaded":

@@ -29,11 +29,7 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
     """
     if settings.mode == "full":
         return {}
-    try:
-        targets = find_targets(skeleton, settings.targets)
-    except ValueError as error:
-        raise UserError(f"lowrank.targets: {error}") from None
-    shapes = {name: matrix_shape(layer) for name, layer in targets.items()}
+    shapes = target_shapes(skeleton, settings)
     for name, shape in shapes.items():
         limit = settings.rule.cap(min(shape)) if settings.grows else min(shape)
         if settings.initial_rank > limit:
@@ -48,6 +44,19 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
             f"{least_fraction(shapes):.2g} of their dense parameters; write at least {least:g}"
         )
     return shapes
+
+
+def target_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tuple[int, int]]:
+    """Return ``(out, in)`` of each target, in the order of the model, in any mode.
+
+    Raises:
+        UserError: a target is invalid or matches no layer, or a matched layer cannot be factored.
+    """
+    try:
+        targets = find_targets(skeleton, settings.targets)
+    except ValueError as error:
+        raise UserError(f"lowrank.targets: {error}") from None
+    return {name: matrix_shape(layer) for name, layer in targets.items()}
 
 
 def start_layout(

@@ -48,7 +48,7 @@ Base = Literal["frozen", "none", "decay"]
 class LowRankSettings:
     """Settings of the factored layers, of their initialisation and of the growth of their rank."""
 
-    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse",), fixed=("targets",))
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse", "track_updates"), fixed=("targets",))
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model. fixed: factors of constant rank. inrank: the rank may grow until the end. efficient: the rank
@@ -113,6 +113,9 @@ class LowRankSettings:
     """Growth raises ranks to a multiple of this. The freeze rounds ranks up or down to a multiple such that the least
     energy is discarded. null: growth raises ranks to any value, and the freeze rounds to a multiple of 64 on GPUs and
     of 8 on CPUs."""
+    track_updates: int = 0
+    """Optimizer steps between measurements of the spectrum of W(t) - W(0) of each target while it is dense, also in
+    mode full: the evidence of arXiv 2306.11250 for low-rank learning. Needs memory for one dense layer. 0: never."""
     fuse: bool = True
     """Compute factors that read the same input (q, k, v; gate, up) as one product. The result is the same."""
     activation: Activation = "none"
@@ -142,6 +145,8 @@ class LowRankSettings:
             )
         if not 0 < self.threshold < 1:
             raise UserError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
+        if self.track_updates < 0:
+            raise UserError(f"lowrank.track_updates is {self.track_updates}; write a number of steps, or 0 for never")
         for name in ("max_rank_fraction", "freeze_fraction", "final_budget"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
@@ -305,7 +310,8 @@ class LowRankSettings:
     def without_effect(self) -> list[tuple[str, str]]:
         """Return the settings that have no effect in combination with the others, each with the reason."""
         if self.mode == "full":
-            return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name != "mode"]
+            used = ("mode", "targets", "track_updates") if self.track_updates else ("mode",)
+            return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name not in used]
         idle = []
         if self.initial_energy is not None:
             idle.append(("initial_rank", "lowrank.initial_energy finds the rank of each layer"))

@@ -18,6 +18,7 @@ from .curves import dynamics_figures, loss_figure, rank_figures, threshold_of
 from .history import History
 from .reading import mode_of, reading
 from .style import page
+from .updates import update_figures
 
 
 def write_report(run_folder: Path, report: Path | None = None) -> Path:
@@ -72,6 +73,7 @@ def _page(run_folder: Path, history: History) -> str:
         f'<h2>Honest reading</h2><div class="reading"><ul>{statements}</ul></div>',
         f"<h2>Training</h2>{loss_figure(history)}{dynamics_figures(history)}",
         rank_figures(history, threshold_of(settings)),
+        update_figures(history),
         sections.layer_table(history),
         sections.event_table(history),
         sections.samples(history),

@@ -45,6 +45,7 @@ class History:
     ``summary`` is empty unless the run has finished after its last logged step. ``layers`` maps names to ``Layer`` in
     the order in which the run first named them. ``means`` holds the mean over all layers of the rank, null rank,
     explained ratio and effective rank at every check, with each layer keeping its value until its next check.
+    ``updates`` maps steps to measurements of the cumulative updates, by layer.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -54,6 +55,7 @@ class History:
         self.rank_changes: list[RankChange] = []
         self.base_removals: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
+        self.updates: dict[int, dict[str, dict[str, Any]]] = {}
         self._decision_seconds: dict[int, float] = {}
         self.layers: dict[str, Layer] = {}
         self.table = RankTable()
@@ -86,6 +88,8 @@ class History:
                 self.base_removals.append(record)
             elif kind == "sample":
                 self.samples.append(record)
+            elif kind == "updates":
+                self.updates[step] = record.get("layers") or {}
         self.steps = [steps[step] for step in sorted(steps)]
         self.evals = [evals[step] for step in sorted(evals)]
 

@@ -6,7 +6,7 @@ from ..config import Config
 from ..data import Loader, LoaderState, Prefetcher, Prepared
 from ..lowrank.convert import convert
 from ..method.controller import RankController
-from ..method.initial import StartValues, fits, layer_shapes, start_layout
+from ..method.initial import StartValues, fits, layer_shapes, start_layout, target_shapes
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.stop import StopRequest
@@ -21,6 +21,7 @@ from .profiling import StepProfiler
 from .records import Records
 from .separation import refuse_leaks
 from .speed import known_peak
+from .updates import UpdateTracker
 
 
 def build(
@@ -85,6 +86,9 @@ def build(
     peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
     dense, at_start = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
     every = [*callbacks, Sample(), Records(peak, dense, at_start)]
+    if config.lowrank.track_updates:
+        shapes = target_shapes(skeleton, config.lowrank)
+        every.append(UpdateTracker(config.lowrank.track_updates, shapes, dense_values, config.run.seed))
     names = [callback.name for callback in every if callback.name]
     if len(names) > len(set(names)):
         raise ValueError(f"two callbacks have the same name, under which their state is saved: {sorted(names)}")

@@ -59,6 +59,8 @@ class ConsoleMonitor:
             self._print(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
         elif kind == "rank_event":
             self._rank_event(record)
+        elif kind == "updates":
+            self._print(_updates(record))
         elif kind == "profile":
             self._print(_profile(record))
         elif kind == "base_removed":
@@ -223,6 +225,16 @@ def _loss_and_perplexity(record: dict[str, Any]) -> str:
     if isinstance(sources, dict) and sources:
         line += "  (" + ", ".join(f"{label} {fixed(loss, 4)}" for label, loss in sources.items()) + ")"
     return line
+
+
+def _updates(record: dict[str, Any]) -> str:
+    layers = (record.get("layers") or {}).values()
+    ranks = [
+        f"{word} rank {fixed(mean(number(layer.get(f'{word}_rank')) for layer in layers), 1)} "
+        f"(null {fixed(mean(number(layer.get(f'null_{word}_rank')) for layer in layers), 1)})"
+        for word in ("effective", "stable")
+    ]
+    return f"{_at(record)}  cumulative updates, mean over {plural(len(layers), 'dense layer')}: {', '.join(ranks)}"
 
 
 def _at(record: dict[str, Any]) -> str:

@@ -1,0 +1,81 @@
+"""Callback that records the spectra of the cumulative updates of dense layers."""
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..lowrank.criterion import effective_rank
+from ..lowrank.init import generator_for
+from ..lowrank.updates import recorded_indices, singular_values, stable_rank, update_spectra
+from ..models.values import InitialValues
+from .callbacks import Callback
+from .health import Verdict
+
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+
+class UpdateTracker(Callback):
+    """Writes a record of the kind ``updates`` every ``interval`` steps and after the last one.
+
+    For each layer it has the effective and the stable rank, those of a Gaussian matrix of the same shape
+    (``null_...``), and singular values with their indices.
+
+    Args:
+        interval: optimizer steps between measurements.
+        shapes: layer -> ``(out, in)``. Layers are measured while they are dense.
+        initial: initial values of the dense model. They are drawn again at each measurement.
+        seed: seed of the Gaussian matrices.
+    """
+
+    def __init__(self, interval: int, shapes: Mapping[str, tuple[int, int]], initial: InitialValues, seed: int) -> None:
+        self._interval, self._shapes, self._initial, self._seed = interval, shapes, initial, seed
+        self._nulls: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def on_step_end(self, trainer: "Trainer", verdict: Verdict, rate: float, records: list[dict[str, Any]]) -> None:
+        if trainer.step % self._interval and trainer.step != trainer.config.train.steps:
+            return
+        engine = trainer.engine
+        shapes = {name: shape for name, shape in self._shapes.items() if name not in engine.layout}
+        if not shapes:
+            return
+        began = time.perf_counter()
+
+        def rows(name: str) -> tuple[int, Tensor]:
+            return engine.placement(name).counted_rows(shapes[name][0])[0], engine.dense_factors([name])[name].U
+
+        def initial(name: str) -> Tensor:
+            return self._initial.parameter(f"{name}.weight").reshape(shapes[name])
+
+        spectra = update_spectra(rows, shapes, initial, engine.processes)
+        if trainer.context.rank:
+            return  # process 0 alone writes records
+        layers = {name: self._entry(sigma, shapes[name]) for name, sigma in spectra.items()}
+        trainer.monitors.write(
+            {"kind": "updates", "step": trainer.step, "layers": layers, "seconds": time.perf_counter() - began}
+        )
+
+    def _entry(self, sigma: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
+        effective, stable = self._null(shape)
+        indices = recorded_indices(len(sigma))
+        return {
+            "shape": list(shape),
+            "effective_rank": effective_rank(sigma),
+            "null_effective_rank": effective,
+            "stable_rank": stable_rank(sigma),
+            "null_stable_rank": stable,
+            "indices": [index + 1 for index in indices],
+            "sigma": sigma[indices].tolist(),
+        }
+
+    def _null(self, shape: tuple[int, int]) -> tuple[float, float]:
+        """Return the effective and the stable rank of a Gaussian matrix of this shape or its transpose."""
+        key = (min(shape), max(shape))
+        if key not in self._nulls:
+            generator = generator_for(self._seed, "null update", *key)
+            sigma = singular_values(torch.randn(key, generator=generator, dtype=torch.float64))
+            self._nulls[key] = effective_rank(sigma), stable_rank(sigma)
+        return self._nulls[key]
