@@ -25,6 +25,7 @@ from inrank_dist.train.monitors import (
     console,
     read_metrics,
 )
+from inrank_dist.train.monitors.scalars import Curves
 
 LAYERS = {"blocks.0.mlp.up": 14, "blocks.0.mlp.down": 16}
 START = {
@@ -438,3 +439,13 @@ def test_without_monitors_records_go_nowhere() -> None:
     monitors = Monitors()
     monitors.write(step(1))
     monitors.close()
+
+
+def test_tags_of_updates_and_of_the_sources_of_a_mixture() -> None:
+    curves = Curves()
+    layer = {"effective_rank": 3.0, "stable_rank": 2.0, "null_effective_rank": 9.0, "null_stable_rank": None}
+    made = curves.entries({"kind": "updates", "step": 5, "layers": {"a": layer}})
+    assert made.step == 5
+    assert made.scalars == {"update_effective_rank/a": 3, "update_stable_rank/a": 2, "update_null_effective_rank/a": 9}
+    made = curves.entries({"kind": "eval", "step": 6, "loss": 2.0, "perplexity": 7.4, "sources": {"x": 1.0, "y": 3.0}})
+    assert made.scalars["validation_loss/x"] == 1.0 and made.scalars["validation_loss/y"] == 3.0

@@ -11,6 +11,7 @@ from .text import fixed, number
 
 STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu", "mfu_dense", "parameters", "tokens")
 EVAL_TAGS = ("loss", "perplexity")
+UPDATE_TAGS = ("effective_rank", "null_effective_rank", "stable_rank", "null_stable_rank")
 SUMMARY_TAGS = (
     *("train_loss", "validation_loss", "perplexity", "tokens", "seconds", "flops", "peak_memory"),
     *("parameters", "parameters_dense", "parameters_start"),
@@ -36,8 +37,9 @@ class Curves:
     """Makes entries from the records of a run, which it must see in order.
 
     Tags of scalars: ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``,
-    ``validation/{loss,perplexity}``; for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
-    ``effective_rank/NAME``; over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``; at the end
+    ``validation/{loss,perplexity}``; for each source of a mixture ``validation_loss/LABEL``; for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
+    ``effective_rank/NAME``; for each dense layer whose cumulative update is tracked
+    ``update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME``; over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``; at the end
     ``summary/{train_loss,validation_loss,perplexity,parameters,...}``. Tags of texts: ``sample`` and, at the end,
     ``rank_table``.
     """
@@ -54,6 +56,11 @@ class Curves:
             _add(made, "train", {tag: record.get(tag) for tag in STEP_TAGS})
         elif kind == "eval":
             _add(made, "validation", {tag: record.get(tag) for tag in EVAL_TAGS})
+            _add(made, "validation_loss", record.get("sources") or {})
+        elif kind == "updates":
+            for name, layer in (record.get("layers") or {}).items():
+                for tag in UPDATE_TAGS:
+                    _add(made, f"update_{tag}", {name: layer.get(tag)})
         elif kind in ("rank_event", "rank_check"):
             self._add_ranks(made, record.get("layers") or {})
         elif kind == "sample":
