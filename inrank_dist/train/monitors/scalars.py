@@ -36,12 +36,17 @@ class Entries:
 class Curves:
     """Makes entries from the records of a run, which it must see in order.
 
-    Tags of scalars: ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``,
-    ``validation/{loss,perplexity}``; for each source of a mixture ``validation_loss/LABEL``; for each layer ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``,
-    ``effective_rank/NAME``; for each dense layer whose cumulative update is tracked
-    ``update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME``; over all layers ``rank_mean/rank`` and ``rank_mean/null_rank``; at the end
-    ``summary/{train_loss,validation_loss,perplexity,parameters,...}``. Tags of texts: ``sample`` and, at the end,
-    ``rank_table``.
+    Tags of scalars:
+
+    - ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``
+    - ``validation/{loss,perplexity}``, and ``validation_loss/LABEL`` for each source of a mixture
+    - ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``, ``effective_rank/NAME`` for each layer
+    - ``rank_mean/{rank,null_rank}`` over all layers
+    - ``update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME`` for each dense layer whose
+      cumulative update is tracked
+    - ``summary/{train_loss,validation_loss,perplexity,parameters,...}`` at the end
+
+    Tags of texts: ``sample`` and, at the end, ``rank_table``.
     """
 
     def __init__(self) -> None:
