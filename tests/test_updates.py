@@ -154,3 +154,14 @@ def test_the_report_and_the_console_show_them(tmp_path: Path, capsys: pytest.Cap
     page = (tmp_path / "report.html").read_text()
     assert "Cumulative updates" in page and "a&lt;b&gt;" in page and "a<b>" not in page
     assert "1.3 (2.5)" in page and "singular value 2" in page
+
+
+def test_the_learning_rate_is_scaled_once_layers_are_factored(corpus: Path, tmp_path: Path) -> None:
+    dense: dict[str, Any] = {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__dense_fraction": 0.5}
+    plain, _ = train(short_config(corpus, run__dir=tmp_path / "plain", **dense))
+    halved, _ = train(short_config(corpus, run__dir=tmp_path / "half", lowrank__factorized_lr_scale=0.5, **dense))
+    rates = [[each["lr"] for each in run.records if each["kind"] == "step"] for run in (plain, halved)]
+    assert rates[1] == [*rates[0][:6], *(rate / 2 for rate in rates[0][6:])]
+    assert plain.losses()[:7] == halved.losses()[:7] and plain.losses()[7] != halved.losses()[7]
+    with pytest.raises(UserError, match=r"lowrank\.factorized_lr_scale is 0\.0; write a number above 0"):
+        short_config(corpus, lowrank__factorized_lr_scale=0, **dense)

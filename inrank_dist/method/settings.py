@@ -1,5 +1,6 @@
 """Settings of the low-rank method (YAML section ``lowrank``)."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -62,6 +63,8 @@ class LowRankSettings:
     """Fraction of train.steps during which the layers are dense. Each is then replaced by its best low-rank
     approximation (arXiv 2305.02538): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in
     its spectrum. 0: the layers start as factors."""
+    factorized_lr_scale: float = 1.0
+    """With dense_fraction: factor of all learning rates once the layers are factored (published: 0.5)."""
     buffer: int = 8
     """Number b of modes trained beyond the active rank. One decision raises the rank by at most b."""
     threshold: float = 0.9
@@ -150,6 +153,8 @@ class LowRankSettings:
         for name in ("max_rank_fraction", "freeze_fraction", "final_budget"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
+        if not 0 < self.factorized_lr_scale < math.inf:
+            raise UserError(f"lowrank.factorized_lr_scale is {self.factorized_lr_scale}; write a number above 0")
         if not self.frobenius_decay >= 0:
             raise UserError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
         if not self.targets:
@@ -271,6 +276,10 @@ class LowRankSettings:
             return max(latest, self.warmup_steps if self.base == "decay" else self.dense_steps(steps))
         return (self.dense_steps(steps) or self.warmup_steps) if self.freeze_step is None else self.freeze_step
 
+    def lr_scale(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rates after ``step`` of ``steps`` optimizer steps."""
+        return self.factorized_lr_scale if 0 < self.dense_steps(steps) <= step else 1.0
+
     def dense_steps(self, steps: int) -> int:
         """Return the number of optimizer steps with dense layers in a run of ``steps``."""
         if self.mode == "full" or not self.dense_fraction:
@@ -330,6 +339,8 @@ class LowRankSettings:
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
         if self.base != "decay" and (not self.freezes or self.freeze_step is not None or self.dense_fraction):
             idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
+        if not self.dense_fraction:
+            idle.append(("factorized_lr_scale", "lowrank.dense_fraction is 0"))
         if self.dense_fraction:
             idle.append(("init", "with lowrank.dense_fraction the factors come from the dense weights"))
             if self.grows:

@@ -89,15 +89,18 @@ def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence
     jumps = []
     for name in ("lr", "matrix_lr") if config.optimizer.orthogonalises else ("lr",):
         peak_before, peak = getattr(before.optimizer, name), getattr(config.optimizer, name)
-        last = learning_rate(before.schedule, peak_before, step - 1, steps_before)
-        planned = learning_rate(before.schedule, peak_before, step, steps_before)
-        now = learning_rate(config.schedule, peak, step, steps)
+        last, planned = (
+            learning_rate(before.schedule, peak_before, each, steps_before)
+            * before.lowrank.lr_scale(each, steps_before)
+            for each in (step - 1, step)
+        )
+        now = learning_rate(config.schedule, peak, step, steps) * config.lowrank.lr_scale(step, steps)
         if not math.isclose(now, planned, rel_tol=0.01):
             what = "the learning rate" if name == "lr" else "that of the matrices"
             jumps.append(f"{what} goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}")
     if not jumps:
         return None
-    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr")
+    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr", "lowrank.factorized_lr_scale")
     reasons = [change for change in changes if change.key in rates or change.key.startswith("schedule.")]
     line = f"{' and '.join(jumps)}, since {', '.join(map(str, reasons))}"
     if steps == steps_before:

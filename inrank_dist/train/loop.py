@@ -214,7 +214,9 @@ class Trainer:
     def _update(self, batches: Batches) -> tuple[Verdict, float]:
         """Run the forward and backward passes, and the optimizer unless the verdict is to skip the step."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
-        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, self.config.train.steps)
+        steps = self.config.train.steps
+        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, steps)
+        rate *= self.config.lowrank.lr_scale(self.step, steps)
         self.ranks.before_step(self.step)
         loss = self.engine.accumulate(batches, self._tokens_per_step)
         norm, local_norm = self.engine.gradient_norm()
