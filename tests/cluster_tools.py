@@ -179,8 +179,9 @@ class Program:
 
 
 def job_config(corpus: Path, folder: Path, **changes: Any) -> tuple[Config, Path]:
-    """``runs.small_config`` with its run in ``folder``/run, and the YAML file of it in ``folder``."""
-    config = small_config(corpus, **({"run__dir": folder / "run", "train__micro_batch_size": 4} | changes))
+    """``runs.small_config`` of one block with its run in ``folder``/run, and the YAML file of it in ``folder``."""
+    settings = {"run__dir": folder / "run", "train__micro_batch_size": 4, "model__num_layers": 1}
+    config = small_config(corpus, **settings | changes)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "config.yaml"
     file.write_text(config.to_yaml())
