@@ -160,7 +160,7 @@ def chained_fault(step: int, folder: Path) -> Fault:
 @pytest.mark.parametrize(
     ("engine", "steps"),
     [
-        slow("fsdp", (1, 2, 3, 6, 7, 9, 12, 14, 15, 18, 20, 21, 24, 26, 27, 30, 33, 35, 37, 39)),
+        slow("fsdp", (1, 2, 3, 6, 9, 12, 15, 20, 24, 27, 30, 35)),  # each phase at least once
         slow("zero2", (5, 12, 21, 30)),
         nightly("fsdp", range(1, STEPS)),
         nightly("zero3", (6, 15, 20, 24)),
