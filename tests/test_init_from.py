@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import inrank_dist
-from inrank_dist.commands.main import main
 from inrank_dist.config import Config
+from inrank_dist.data import prepare
 from inrank_dist.data.settings import TokenizerSettings
 from inrank_dist.data.tokenizer import train_tokenizer
 from inrank_dist.lowrank.layer import LowRankLayer
 from inrank_dist.runtime.context import Context
 from inrank_dist.runtime.errors import UserError
+from inrank_dist.train.evaluation import validation_loss
 
 RUNS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -86,21 +87,23 @@ def test_full_rank_goes_on_with_the_same_function(source: Source, tmp_path: Path
     torch.testing.assert_close(found, source.model(ids), rtol=0, atol=2e-6)
 
 
-def test_the_validation_loss_is_the_same(gpt2: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After a step with a rate that moves nothing, as ``inrank eval`` measures it."""
+def test_the_validation_loss_is_the_same(source: Source, tmp_path: Path) -> None:
+    """After a step with a rate that moves nothing, as ``inrank eval`` computes it."""
 
     def validation(run: Path) -> float:
-        capsys.readouterr()
-        assert main(["eval", "--run", str(run)]) == 0
-        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss"))
-        return float(line.split()[2])
+        trained = loaded(run)
+        config = trained.config
+        data = prepare(config.data, config.tokenizer, config.model.max_seq_len, progress=False)
+        found = validation_loss(data, trained.model, batch_size=4, max_sequences=None, device=torch.device("cpu"))
+        assert found is not None
+        return found.loss
 
-    still = {"lowrank__mode": "full", "train__steps": 1, "checkpoint__interval": 1, "optimizer__lr": 1e-12}
-    train(gpt2.config("transformers", tmp_path / "full", **still))
-    assert validation(tmp_path / "full") == validation(gpt2.run)
-    fixed = FIXED | still | {"lowrank__mode": "fixed", "lowrank__initial_rank": 32}
-    train(gpt2.config("transformers", tmp_path / "fixed", **fixed))
-    assert validation(tmp_path / "fixed") == pytest.approx(validation(gpt2.run), abs=1e-4)
+    expected = validation(source.run)
+    still = {"train__steps": 1, "checkpoint__interval": 1, "optimizer__lr": 1e-12}
+    train(source.config("transformers", tmp_path / "full", **still, lowrank__mode="full"))
+    assert validation(tmp_path / "full") == pytest.approx(expected, rel=0, abs=1e-6)
+    train(source.config("transformers", tmp_path / "fixed", **FIXED | still, lowrank__initial_energy=1.0))
+    assert validation(tmp_path / "fixed") == pytest.approx(expected, rel=0, abs=1e-4)
 
 
 def test_a_rank_is_the_best_approximation(source: Source, tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_a_run_from_text_to_export(folder: Path, llama: Path, corpus: Path, tmp_
     out = export(tmp_path / "run", tmp_path / "out")
     if kind == "hugging face":
         exported = AutoTokenizer.from_pretrained(out)
-        assert all(exported(text).input_ids == tokenizer.encode(text) for text in strings(100))
+        for text in strings(2000):
+            assert exported(text).input_ids == tokenizer.encode(text)
+            assert exported.decode(tokenizer.encode(text)) == text
     else:
         assert (out / "tokenizer.model").read_bytes() == llama.read_bytes()
 
