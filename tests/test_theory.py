@@ -13,10 +13,13 @@ from torch import Tensor
 
 from inrank_dist.commands.main import main
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, feedback, glrl, incremental, invariant, sensing
+from inrank_dist.theory import EXPERIMENTS, completion, feedback, glrl, incremental, invariant, sensing
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
+
+LONG = ("completion", "sgd-rank")
+"""Experiments that take more than a minute."""
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -149,6 +152,51 @@ def test_sensing_in_small() -> None:
     assert sensing.exponent((1e-1, 1e-2, 1e-3), [5e-2, 5e-4, 5e-6]) == pytest.approx(2)
 
 
+def small_completion() -> tuple[completion.Settings, completion.Problem, list[Tensor]]:
+    settings = completion.Settings(size=24, rank=2, observed=0.5, eps=0.5)
+    problem = completion.make_problem(settings, 24, settings.rate, 0)
+    return settings, problem, completion.start_weights(settings, (24,) * 4, settings.eps, 0)
+
+
+def test_the_compressed_network_starts_as_the_wide_one() -> None:
+    """On the input directions that are touched; elsewhere it is zero."""
+    _, problem, weights = small_completion()
+    network = completion.Compressed(weights, problem, 2, 0.5)
+    torch.testing.assert_close(network.output() @ network.V, product(weights) @ network.V)
+    outside = torch.eye(24, dtype=torch.float64) - network.V @ network.V.T
+    assert float((network.output() @ outside).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["compressed", "chain"])
+def test_the_steps_of_completion_are_those_of_autograd(kind: str) -> None:
+    _, problem, weights = small_completion()
+    gamma = 0.25
+    network: Any = completion.Chain(weights)
+    if kind == "compressed":
+        network = completion.Compressed(weights, problem, 2, gamma)
+        network.inner = [each + 0.1 * random(4, 4, seed=index) for index, each in enumerate(network.inner)]
+    tensors = network.weights if kind == "chain" else [network.U, network.V, *network.inner]
+    scales = [1.0] * 3 if kind == "chain" else [gamma, gamma, 1.0, 1.0, 1.0]
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    if kind == "chain":
+        output = product(leaves)
+    else:
+        output = leaves[0] @ product(leaves[2:]) @ leaves[1].T
+    (problem.mask * (output - problem.truth)).square().sum().div(2).backward()
+    network.descend(problem.mask * (network.output() - problem.truth), 1e-3)
+    for tensor, leaf, scale in zip(tensors, leaves, scales, strict=True):
+        torch.testing.assert_close(tensor, leaf.detach() - 1e-3 * scale * leaf.grad)
+
+
+def test_completion_in_small() -> None:
+    sizes = {"size": 80, "observed": 0.5, "rank": 2, "eps": 0.15, "goal": 1e-3, "rate": 0.4}
+    found = claims_of(completion.EXPERIMENT, **sizes, sweep_size=80, sweep_eps=0.1, sweep_rate=0.4, sweep_ranks=(2, 4))
+    for name in ("full_error", "compressed_error", "stall", "flat"):
+        assert found[name].holds, found[name]
+    assert found["iterations"].measured < 1.5
+    assert found["stall_error"].measured > 1e-2 and found["narrow"].measured > 1.2
+
+
 def test_feedback_in_small() -> None:
     found = claims_of(feedback.EXPERIMENT, size=16, rank=3, extra=1, tail_length=12, steps=3000, seeds=(0,))
     assert all(found[name].holds for name in ("sufficient_descent", "sufficient_feedback", "sketch", "flat_error"))
@@ -260,7 +308,10 @@ def test_progress_is_said_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in LONG)) for name in EXPERIMENTS]
+)
 def test_what_the_experiments_show(name: str) -> None:
     """Full size: all claims hold."""
     experiment = EXPERIMENTS[name]

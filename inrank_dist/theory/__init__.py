@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import feedback, glrl, incremental, invariant, sensing
+from . import completion, feedback, glrl, incremental, invariant, sensing
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
     "incremental": incremental.EXPERIMENT,
     "glrl": glrl.EXPERIMENT,
     "invariant": invariant.EXPERIMENT,
+    "completion": completion.EXPERIMENT,
     "sensing": sensing.EXPERIMENT,
     "feedback": feedback.EXPERIMENT,
 }
