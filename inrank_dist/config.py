@@ -99,6 +99,11 @@ class Config:
                 f"lowrank.warmup_steps is {low.warmup_steps} but train.steps is {steps}, so the base would stay; "
                 f"write at most {steps}, or lowrank.base: frozen"
             )
+        if low.frobenius_in_loss and low.frobenius_decay and self.parallel.engine.startswith("zero"):
+            raise UserError(
+                f"lowrank.frobenius_in_loss is true and parallel.engine is {self.parallel.engine}, which partitions "
+                "gradients into flat pieces; write parallel.engine: fsdp, or lowrank.frobenius_in_loss: false"
+            )
         self._check_loaded()
         self._check_optimizer()
 

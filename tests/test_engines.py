@@ -200,6 +200,7 @@ VARIANTS = {
         "lowrank__final_budget": 0.3,
     },
     "frobenius decay": {"lowrank__frobenius_decay": 0.5},
+    "frobenius in the loss": {"lowrank__frobenius_decay": 0.5, "lowrank__frobenius_in_loss": "true"},
     "multiple of 2, patterns": {
         "lowrank__multiple_of": 2,
         "lowrank__initial_rank": 2,
@@ -212,7 +213,7 @@ VARIANTS = {
 }
 
 
-MATRICES = ("muon", "spectron", "lora_muon", "dense, lora_muon")
+NOT_WITH_ZERO = ("muon", "spectron", "lora_muon", "dense, lora_muon", "frobenius in the loss")
 """Which ZeRO, that cuts parameters anywhere, is refused with."""
 
 OF_THE_DECISION = (
@@ -230,7 +231,7 @@ OF_THE_DECISION = (
         *(
             (nightly if variant in OF_THE_DECISION else slow)("zero3", variant)
             for variant in VARIANTS
-            if variant not in MATRICES
+            if variant not in NOT_WITH_ZERO
         ),
     ],
 )

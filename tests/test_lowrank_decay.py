@@ -1,5 +1,7 @@
 """Frobenius decay: the gradient of ``|U V^T|_F^2 / 2`` from Grams alone (arXiv 2209.13569), and in the engine."""
 
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -26,13 +28,11 @@ def test_gradient_needs_the_grams_only(out: int, in_: int, R: int) -> None:
     assert torch.allclose(V @ grams.U, expected[1], rtol=1e-12, atol=1e-12)
 
 
-def test_one_step_moves_both_factors_by_the_gradient_at_the_same_point() -> None:
-    # Decoupled, as weight decay is: the difference to a step without it is lr * decay * gradient, with both gradients
-    # taken before either factor moves, and nothing but the factors differs.
+def build(strength: float, *, in_loss: bool = False) -> tuple[Engine, Any]:
+    """An engine of two low-rank layers, and its initial values by name."""
     with torch.device("meta"):
         settings = ModelSettings(name="gpt2", num_layers=1, num_heads=2, hidden_size=8, max_seq_len=8)
         skeleton = build_model(settings, 16)
-    layout = {"blocks.0.mlp.up": LayerLayout(3, 3, False), "blocks.0.mlp.down": LayerLayout(2, 2, False)}
     shapes = {"up": (32, 8, 3), "down": (8, 32, 2)}
 
     def start(name: str) -> torch.Tensor:
@@ -42,22 +42,46 @@ def test_one_step_moves_both_factors_by_the_gradient_at_the_same_point() -> None
             return reference.normal(out if leaf == "U" else in_, R, len(name) + ord(leaf))
         return 0.1 * torch.ones(skeleton.get_parameter(name).shape)
 
+    engine = Engine(
+        skeleton,
+        LAYOUT,
+        start,
+        context=Context(),
+        optimizer=OptimizerSettings(weight_decay=0.0),
+        options=BuildOptions(frobenius_decay=strength, frobenius_in_loss=in_loss),
+    )
+    return engine, start
+
+
+LAYOUT = {"blocks.0.mlp.up": LayerLayout(3, 3, False), "blocks.0.mlp.down": LayerLayout(2, 2, False)}
+TOKENS = torch.arange(16).view(2, 8)
+
+
+def test_in_the_loss_it_adds_the_gradient_of_the_term() -> None:
+    gradients = {}
+    for strength in (0.0, 0.7):
+        engine, start = build(strength, in_loss=True)
+        engine.accumulate([(TOKENS, TOKENS)], TOKENS.numel())
+        gradients[strength] = {name: p.grad.clone().double() for name, p in engine.module.named_parameters()}
+    for layer in LAYOUT:
+        U, V = start(f"{layer}.U"), start(f"{layer}.V")
+        for leaf, gradient in zip("UV", reference.gradients(U, V, half_square), strict=True):
+            added = gradients[0.7].pop(f"{layer}.{leaf}") - gradients[0.0].pop(f"{layer}.{leaf}")
+            assert torch.allclose(added, 0.7 * gradient.double(), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, gradients[0.0][name]) for name, value in gradients[0.7].items())
+
+
+def test_one_step_moves_both_factors_by_the_gradient_at_the_same_point() -> None:
+    # Decoupled, as weight decay is: the difference to a step without it is lr * decay * gradient, with both gradients
+    # taken before either factor moves, and nothing but the factors differs.
     lr, decay = 1e-2, 0.7
-    tokens = torch.arange(16).view(2, 8)
     after = {}
     for strength in (0.0, decay):
-        engine = Engine(
-            skeleton,
-            layout,
-            start,
-            context=Context(),
-            optimizer=OptimizerSettings(weight_decay=0.0),
-            options=BuildOptions(frobenius_decay=strength),
-        )
-        engine.accumulate([(tokens, tokens)], tokens.numel())
+        engine, start = build(strength)
+        engine.accumulate([(TOKENS, TOKENS)], TOKENS.numel())
         engine.step(lr, engine.gradient_norm()[0])
         after[strength] = {name: p.detach().cpu().double() for name, p in engine.module.named_parameters()}
-    for layer in layout:
+    for layer in LAYOUT:
         U, V = start(f"{layer}.U"), start(f"{layer}.V")
         for leaf, gradient in zip("UV", reference.gradients(U, V, half_square), strict=True):
             moved = after[decay].pop(f"{layer}.{leaf}") - after[0.0].pop(f"{layer}.{leaf}")

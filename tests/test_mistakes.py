@@ -138,6 +138,10 @@ def damaged(trained: Path, tmp_path: Path) -> Path:
         ("--lowrank.targets ['mlp(']", "'mlp(' is not a regular expression"),
         ("--lowrank.max_rank_fraction 0", "lowrank.max_rank_fraction is 0"),
         ("--lowrank.frobenius_decay=-1", "lowrank.frobenius_decay is -1"),
+        (
+            "--lowrank.frobenius_decay=1 --lowrank.frobenius_in_loss true --parallel.engine zero2",
+            "write parallel.engine: fsdp, or lowrank.frobenius_in_loss: false",
+        ),
         # the training
         ("--optimizer.lr -1e-3", "optimizer.lr is -0.001"),
         ("--optimizer.beta2 1", "optimizer.beta2 is 1.0"),

@@ -156,6 +156,8 @@ class Engine(CheckpointableModel):
                 # Gradients are averaged over processes. Multiply by their number to obtain the sum.
                 self._backward(loss * (self.context.world_size / tokens))
             total += loss.detach()
+        if training and self.options.frobenius_decay > 0 and self.options.frobenius_in_loss:
+            self._add_product_gradients(self.options.frobenius_decay)
         return total
 
     def _accumulating(self, last: bool) -> AbstractContextManager[object]:
@@ -235,7 +237,7 @@ class Engine(CheckpointableModel):
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        if self.options.frobenius_decay > 0:
+        if self.options.frobenius_decay > 0 and not self.options.frobenius_in_loss:
             self._decay_products(lr * self.optimizer_settings.matrix_scale * self.options.frobenius_decay)
         clip = self.options.grad_clip
         self._move((clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else None)
@@ -265,6 +267,16 @@ class Engine(CheckpointableModel):
             U, V = held.U, held.V
             U -= rate * (U @ grams[layer].V.to(U.dtype))
             V -= rate * (V @ grams[layer].U.to(V.dtype))
+
+    @torch.no_grad()
+    def _add_product_gradients(self, strength: float) -> None:
+        """Add the gradient of ``strength * |U V^T|_F^2 / 2`` to this process's rows of the gradients of all factors."""
+        grams, parameters = gram_matrices(self.factors(), self.context.sum), self.parameters()
+        for layer, held in self.held_rows(self.layout).items():
+            for name, rows, other in (("U", held.U, grams[layer].V), ("V", held.V, grams[layer].U)):
+                gradient = parameters[f"{layer}.{name}"].grad
+                assert gradient is not None
+                self._local(gradient).add_(rows @ other.to(rows.dtype), alpha=strength)
 
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
         """Compute the gradients of all factors on a global batch, without dropout and without an optimizer step.

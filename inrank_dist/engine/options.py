@@ -18,6 +18,7 @@ class BuildOptions:
         activation_checkpointing: recompute each block in the backward pass.
         grad_clip: maximum gradient norm. 0: no clipping.
         frobenius_decay: coefficient of the decoupled decay of ``|U V^T|_F^2 / 2``. 0: no decay.
+        frobenius_in_loss: add the gradient of the decay to that of the loss instead.
         reduce_each_micro_batch: reduce-scatter gradients after every micro-batch instead of the last one, so that
             unsharded gradients are not kept (FSDP2).
     """
@@ -30,4 +31,5 @@ class BuildOptions:
     activation_checkpointing: bool = False
     grad_clip: float = 1.0
     frobenius_decay: float = 0.0
+    frobenius_in_loss: bool = False
     reduce_each_micro_batch: bool = True

@@ -126,6 +126,9 @@ class LowRankSettings:
     of the factors is then not the weight of a linear layer, so it cannot be measured, truncated or decayed."""
     frobenius_decay: float = 0.0
     """Decoupled decay of the Frobenius norm of the product U V^T, instead of weight decay of the factors. 0: off."""
+    frobenius_in_loss: bool = False
+    """Add frobenius_decay / 2 * |U V^T|_F^2 to the loss instead, whose gradient is clipped and enters the moments. The
+    logged loss does not include it. Not with ZeRO."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -339,6 +342,8 @@ class LowRankSettings:
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
         if self.base != "decay" and (not self.freezes or self.freeze_step is not None or self.dense_fraction):
             idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
+        if not self.frobenius_decay:
+            idle.append(("frobenius_in_loss", "lowrank.frobenius_decay is 0"))
         if not self.dense_fraction:
             idle.append(("factorized_lr_scale", "lowrank.dense_fraction is 0"))
         if self.dense_fraction:

@@ -52,6 +52,7 @@ def build_engine(
         activation_checkpointing=config.train.activation_checkpointing,
         grad_clip=config.train.grad_clip,
         frobenius_decay=config.lowrank.frobenius_decay,
+        frobenius_in_loss=config.lowrank.frobenius_in_loss,
         reduce_each_micro_batch=config.parallel.reduce_each_micro_batch,
     )
     name = config.parallel.resolve(context.world_size)
