@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inrank_dist.commands.main import main
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, completion, feedback, glrl, incremental, invariant, sensing
+from inrank_dist.theory import EXPERIMENTS, completion, feedback, glrl, incremental, invariant, sensing, sgd_rank
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
@@ -195,6 +195,50 @@ def test_completion_in_small() -> None:
         assert found[name].holds, found[name]
     assert found["iterations"].measured < 1.5
     assert found["stall_error"].measured > 1e-2 and found["narrow"].measured > 1.2
+
+
+@pytest.mark.parametrize("kind", sgd_rank.KINDS)
+def test_the_networks_against_plain_layers(kind: str) -> None:
+    """Two networks side by side: the logits of each by conv2d, and a step by autograd with weight decay."""
+    settings = sgd_rank.Settings(channels=5, width=6, depth=2)
+    networks = sgd_rank.Networks(kind, settings, [0, 1])
+    images, labels = (
+        torch.stack(each) for each in zip(*(sgd_rank.make_data(settings, s) for s in (0, 1)), strict=True)
+    )
+    before = [weight.detach().clone() for weight in networks.weights]
+    networks.step(images, labels, 0.1, torch.tensor([0.0, 0.5], dtype=torch.float64))
+    for index in range(2):
+        weights = [weight[index].requires_grad_() for weight in before]
+        x = images[index] if kind != "dense" else images[index].reshape(-1, 16, 1, 1)
+        for layer, weight in enumerate(weights[:-1]):
+            size = networks.kernel
+            kernel = weight.reshape(len(weight), size, size, -1).permute(0, 3, 1, 2)
+            y = torch.nn.functional.conv2d(x, kernel, padding=size // 2).relu()
+            x = x + y if kind == "residual" and layer else y
+        loss = torch.nn.functional.cross_entropy(x.mean((2, 3)) @ weights[-1].T, labels[index])
+        for moved, weight, gradient in zip(networks.weights, weights, torch.autograd.grad(loss, weights), strict=True):
+            expected = (1 - 0.1 * (0.0, 0.5)[index]) * weight - 0.1 * gradient
+            torch.testing.assert_close(moved[index].detach(), expected.detach())
+
+
+def test_the_rank_of_what_few_steps_add() -> None:
+    """``k`` steps with batches of ``B`` add a matrix of rank ``k B`` at most to the faded start of a linear layer."""
+    settings = sgd_rank.Settings(width=24, depth=1)
+    networks = sgd_rank.Networks("dense", settings, [0])
+    images, labels = sgd_rank.make_data(settings, 0)
+    start, decay = networks.weights[1].detach().clone(), 0.1
+    for index in range(2):
+        at = slice(3 * index, 3 * index + 3)
+        networks.step(images[None, at], labels[None, at], 0.2, torch.tensor([decay], dtype=torch.float64))
+    values = torch.linalg.svdvals(networks.weights[1].detach() - (1 - 0.2 * decay) ** 2 * start)[0]
+    assert int((values > 1e-12 * values[0]).sum()) == 6
+
+
+def test_weight_decay_lowers_the_rank_in_small() -> None:
+    settings = sgd_rank.Settings(width=12, depth=2, steps=600, every=300)
+    low, high = sgd_rank.train("dense", settings, [(0, 0.0), (0, 0.08)], 4, Progress())
+    assert low.ranks[0] == high.ranks[0] == 12 and low.ranks[-1] == 12 and high.ranks[-1] < 7
+    assert low.accuracy > 0.95
 
 
 def test_feedback_in_small() -> None:

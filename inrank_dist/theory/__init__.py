@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import completion, feedback, glrl, incremental, invariant, sensing
+from . import completion, feedback, glrl, incremental, invariant, sensing, sgd_rank
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
@@ -13,6 +13,7 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
     "invariant": invariant.EXPERIMENT,
     "completion": completion.EXPERIMENT,
     "sensing": sensing.EXPERIMENT,
+    "sgd-rank": sgd_rank.EXPERIMENT,
     "feedback": feedback.EXPERIMENT,
 }
 """Name -> experiment. A new one is a file and a line here."""
