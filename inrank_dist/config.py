@@ -220,7 +220,7 @@ class Config:
         if self.tokenizer.path:
             no_effect("tokenizer.path is set", "tokenizer", "kind", "max_training_bytes")
         else:
-            no_effect("tokenizer.path is null", "tokenizer", "eos_token", "special_tokens_in_text")
+            no_effect("tokenizer.path is null", "tokenizer", "eos_token", "special_tokens_in_text", "pattern")
         idle.update({f"data.{key}": why for key, why in self.data.without_effect()})
         return idle
 

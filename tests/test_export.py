@@ -86,6 +86,15 @@ def export(run: Path, out: Path, *words: object) -> Path:
     return out
 
 
+def test_a_relative_run_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README writes it."""
+    monkeypatch.chdir(run_folder.parent)
+    absolute = export(run_folder, tmp_path / "absolute", "--format", "factors")
+    relative = export(Path(run_folder.name), tmp_path / "relative", "--format", "factors")
+    for name in ("model.safetensors", "inrank.json"):
+        assert (absolute / name).read_bytes() == (relative / name).read_bytes()
+
+
 def prompts(vocab_size: int, count: int) -> Tensor:
     return torch.randint(vocab_size, (count, 16), generator=torch.Generator().manual_seed(0))
 

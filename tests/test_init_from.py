@@ -123,6 +123,24 @@ def test_a_rank_is_the_best_approximation(source: Source, tmp_path: Path) -> Non
             torch.testing.assert_close(layer.weight(torch.float64), (U[:, :2] * sigma[:2]) @ Vh[:2], rtol=0, atol=1e-6)
 
 
+def test_documents_may_be_kept_apart_from_now_on(gpt2: Source, tmp_path: Path) -> None:
+    """It changes no parameter."""
+    config = gpt2.config("run", tmp_path, lowrank__mode="full", model__mask_documents="true")
+    logits_at_the_start(config, prompts(gpt2.vocab_size, 2))
+
+
+def test_what_a_run_was_loaded_from_cannot_change(gpt2: Source, tmp_path: Path, fails: Fails) -> None:
+    """Else nobody would know what its weights were at the start, which lowrank.track_updates needs."""
+    still = {"lowrank__mode": "full", "train__steps": 1, "checkpoint__interval": 1}
+    config = gpt2.config("run", tmp_path / "run", **still)
+    train(config)
+    config.model.init_from = None
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    words = ["--train.steps", "2", "--allow-change", "train.steps", "--allow-change", "model.init_from"]
+    error = fails("train", "--config", tmp_path / "config.yaml", *words)
+    assert "was trained with model.init_from" in error and "which cannot change within a run" in error
+
+
 @pytest.mark.slow
 def test_an_energy_finds_the_rank_of_each_layer(pool: Pool, gpt2: Source, tmp_path: Path) -> None:
     config = gpt2.config("transformers", tmp_path / "run", **FIXED, lowrank__initial_energy=0.8, train__steps=4)

@@ -145,6 +145,7 @@ def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> Non
 
 
 UNUSED = {"freeze_patience", "freeze_fraction", "final_budget"}
+ALWAYS = {"factorized_lr_scale", "frobenius_in_loss", "track_updates"}
 FREEZING = UNUSED | {"freeze_step", "final"}
 
 
@@ -164,16 +165,15 @@ FREEZING = UNUSED | {"freeze_step", "final"}
 )
 def test_settings_without_effect_are_named(changes: dict, idle: set[str]) -> None:
     reasons = LowRankSettings(**changes).without_effect()
-    assert {key for key, _ in reasons} == idle | {"factorized_lr_scale", "frobenius_in_loss"}
-    assert len(reasons) == len(idle) + 2
+    assert {key for key, _ in reasons} == idle | ALWAYS
+    assert len(reasons) == len(idle) + len(ALWAYS)
     assert all(reason for _, reason in reasons)
 
 
 def test_settings_without_effect_in_mode_fixed() -> None:
     growth = {
         "buffer", "threshold", "criterion", "measure", "interval", "max_rank_fraction", "multiple_of", "growth_init",
-        "factorized_lr_scale", "frobenius_in_loss",
-    } | FREEZING  # fmt: skip
+    } | FREEZING | ALWAYS  # fmt: skip
     assert {key for key, _ in LowRankSettings(mode="fixed").without_effect()} == growth
     still = LowRankSettings(mode="fixed", base="none").without_effect()
     assert {key for key, _ in still} == growth | {"warmup_steps"}

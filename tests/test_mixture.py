@@ -223,7 +223,10 @@ FILES = {"source": "files", "paths": ["a.txt"]}
         ([FILES, {"source": "stdlib", "wieght": 2}], r"data\.sources has the unknown setting .wieght.*weight"),
         ([FILES, {"cache_dir": "x"}], r"item 2 of data\.sources has the unknown setting 'cache_dir'"),
         ([FILES, {"source": "stdin"}], r"item 2 of data\.sources has source stdin; write one of stdlib"),
-        ([FILES, {"source": "stdlib", "weight": 0}], r"item 2 of data\.sources has weight 0; write a number above 0"),
+        ([FILES, {"source": "stdlib", "weight": 0}], r"item 2 of data\.sources has weight 0; write a number from"),
+        ([FILES, {"source": "stdlib", "weight": 1e308}], r"item 2 of data\.sources has weight 1e\+308; write a number"),
+        ([FILES, {"source": "stdlib", "label": "a\ud800"}], r"item 2 of data\.sources has label .*; write at most 64"),
+        ([FILES, {"source": "stdlib", "label": "a (b)"}], r"item 2 of data\.sources has label 'a \(b\)'; write"),
         ([FILES, {"source": "stdlib", "weight": "2"}], r"item 2 of data\.sources has weight '2'; write a number"),
         ([FILES, {"source": "files"}], r"item 2 of data\.sources: data\.paths is empty.*; write data\.paths"),
         ([FILES, {"source": "mixture"}], r"item 2 of data\.sources is a mixture itself"),
@@ -257,6 +260,21 @@ def test_settings_of_one_source_have_no_effect_on_a_mixture(tmp_path: Path) -> N
     assert load_config(file)[0].to_yaml() == text, "a resumed run reads it again"
 
 
+def test_a_leak_between_sources_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What one source holds out must not be what another trains on."""
+    for seed, name in enumerate("ab"):
+        write(tmp_path, name, seed)
+    both = {"source": "files", "paths": [f"{tmp_path}/a/*.txt", f"{tmp_path}/b/*.txt"], "label": "both"}
+    alone = {"source": "files", "paths": [f"{tmp_path}/a/*.txt"], "validation_fraction": 0.3, "label": "alone"}
+    leaking = DataSettings(source="mixture", sources=[alone, both], cache_dir=str(tmp_path / "cache"))
+    prepared(leaking)
+    assert "validation documents" in caplog.text
+    assert "of source alone are in the training text of source both, so its validation loss is too low" in caplog.text
+    caplog.clear()
+    prepared(mixture(tmp_path, 1.0, 1.0))
+    assert "warning" not in caplog.text
+
+
 class TestValidationBytes:
     """A validation set of fixed size."""
 
@@ -270,12 +288,21 @@ class TestValidationBytes:
     def test_documents_are_held_out_up_to_it(self, tmp_path: Path) -> None:
         write(tmp_path, "a", 0)
         one = self.facts(prepared(self.settings(tmp_path, validation_bytes=1000)))
-        assert 1000 <= one["validation_bytes"] < 1450
+        assert one["validation_bytes"] == 1000
         write(tmp_path, "a/more", 2, documents=60)
         for path in (tmp_path / "a/more").iterdir():
             path.rename(tmp_path / f"a/m{path.name}")
         two = self.facts(prepared(self.settings(tmp_path, validation_bytes=1000)))
-        assert 1000 <= two["validation_bytes"] < 1450 and two["train_bytes"] > 2 * one["train_bytes"]
+        assert two["validation_bytes"] == 1000 and two["train_bytes"] > 2 * one["train_bytes"]
+
+    def test_large_documents_make_up_for_too_few_small_ones(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        for index, size in enumerate([200, *[3000] * 9]):
+            (tmp_path / f"a/{index}.txt").write_text(chr(ord("a") + index) * size)
+        facts = self.facts(prepared(self.settings(tmp_path, validation_bytes=2000)))
+        assert facts["validation_bytes"] == 2000 and facts["train_bytes"] == 8 * 3000
+        facts = self.facts(prepared(self.settings(tmp_path, validation_bytes=500)))
+        assert facts["validation_bytes"] == 500
 
     def test_separate_validation_data_is_truncated(self, tmp_path: Path) -> None:
         write(tmp_path, "a", 0)

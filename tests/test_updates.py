@@ -128,6 +128,11 @@ def test_settings() -> None:
     assert not config.without_effect(given)
     config, given = load_config(None, [*model, *full])
     assert config.without_effect(given) == ["lowrank.targets has no effect: lowrank.mode is full"]
+    config, given = load_config(None, [*model, "--lowrank.track_updates=5", "--tokenizer.pattern=gpt2"])
+    assert config.without_effect(given) == [
+        "lowrank.track_updates has no effect: lowrank.dense_fraction is 0, so no target is ever dense",
+        "tokenizer.pattern has no effect: tokenizer.path is null",
+    ]
     with pytest.raises(UserError, match=r"lowrank\.track_updates is -1; write a number of steps, or 0"):
         load_config(None, [*model, "--lowrank.track_updates=-1"])
     with pytest.raises(UserError, match=r"lowrank\.track_updates is 5 but model\.init_from is x; W\(0\) is drawn"):

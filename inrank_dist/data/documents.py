@@ -29,10 +29,10 @@ class Corpus:
 def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
     """Drop empty documents, hold out validation data, shuffle in a fixed order, and truncate to ``data.max_bytes``.
 
-    Held out are the documents with the smallest hashes, until they reach ``data.validation_bytes``, or else
-    ``data.validation_fraction`` of the bytes. The hash is of the document's name, or else of its text, so that copies
-    stay together. A document larger than that is held out only if all are. Separate validation data is truncated to
-    ``data.validation_bytes``.
+    Held out are the documents with the smallest hashes, until they reach ``data.validation_fraction`` of the bytes. The
+    hash is of the document's name, or else of its text, so that copies stay together. A document larger than that share
+    is held out only if all are. With ``data.validation_bytes`` larger ones are also held out where the others do not
+    reach it, and the validation data is truncated to exactly that; what is cut off is not trained on either.
 
     Raises:
         UserError: there is no text, or too few documents to hold one out.
@@ -49,14 +49,14 @@ def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
                 f"data.validation_bytes is {data.validation_bytes}, more than half of the {train.total_bytes} bytes of "
                 "text; write less, or give more text"
             )
-        train, validation = _hold_out(train, keys, share)
+        train, validation = _hold_out(train, keys, share, reach=data.validation_bytes is not None)
     parts = []
     for name, part in (("training", train), ("validation", validation)):
         part = part.take(np.flatnonzero(part.sizes))
         if not data.join_rows:
             part = part.take(stable_permutation(len(part), ORDER_SEED))
         caps = {"max_bytes": data.max_bytes}
-        if name == "validation" and data.has_own_validation:
+        if name == "validation":
             caps["validation_bytes"] = data.validation_bytes
         for key, cap in caps.items():
             if cap is not None:
@@ -82,8 +82,13 @@ def _sha256(text: str) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
 
 
-def _hold_out(train: Documents, keys: np.ndarray, share: float) -> tuple[Documents, Documents]:
-    """Hold out at least ``share`` bytes. ``keys`` are hashes (n, 32) uint8."""
+def _hold_out(train: Documents, keys: np.ndarray, share: float, *, reach: bool = False) -> tuple[Documents, Documents]:
+    """Hold out documents of ``share`` bytes or less each, until they reach ``share`` together.
+
+    Args:
+        keys: hashes (n, 32) uint8, in whose order documents are held out.
+        reach: whether to add larger documents, the smallest first, where the others do not reach ``share``.
+    """
     full = np.flatnonzero(train.sizes)
     # A single document larger than the whole share would make validation both too large and too uniform.
     eligible = full[train.sizes[full] <= share]
@@ -91,6 +96,9 @@ def _hold_out(train: Documents, keys: np.ndarray, share: float) -> tuple[Documen
         eligible = full
     first_bytes = np.ascontiguousarray(keys).view(">u8")[:, 0]
     by_key = eligible[np.argsort(first_bytes[eligible], kind="stable")]
+    if reach and train.sizes[eligible].sum() < share:
+        larger = np.setdiff1d(full, eligible)
+        by_key = np.concatenate([by_key, larger[np.argsort(train.sizes[larger], kind="stable")]])
     count = int(np.searchsorted(np.cumsum(train.sizes[by_key]), share)) + 1
     while count < len(by_key) and first_bytes[by_key[count]] == first_bytes[by_key[count - 1]]:
         count += 1

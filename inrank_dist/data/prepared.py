@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
@@ -15,17 +16,18 @@ from ..runtime.errors import UserError
 from ..runtime.files import MARKER
 from .hashing import hash_files
 from .packing import Packed, unigram_entropy
+from .stored import Documents
 from .tokenizer import Tokenizer
 
 logger = logging.getLogger("inrank_dist")
 
 #: Incremented whenever the same settings and text would be prepared differently; folders of older formats are ignored.
 #: The fingerprint, which checkpoints store, changes only if the tokens do.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
-SUMMARY, TOKENIZER = "prepared.json", "tokenizer.model"
+SUMMARY, TOKENIZER, DOCUMENTS = "prepared.json", "tokenizer.model", "documents.npz"
 PARTS = ("train", "validation")
-FILES = {MARKER, TOKENIZER, *(f"{part}.arrow" for part in PARTS)}
+FILES = {MARKER, TOKENIZER, DOCUMENTS, *(f"{part}.arrow" for part in PARTS)}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def mix(sources: Sequence[Source]) -> Prepared:
     """Combine prepared data of one tokenizer and block length to a mixture."""
     parts = [source.data for source in sources]
     first, total = parts[0], sum(source.weight for source in sources)
+    _warn_of_leaks(sources)
     what = json.dumps([[source.data.fingerprint, source.weight / total] for source in sources])
     return Prepared(
         folder=first.folder.parent,
@@ -93,6 +96,38 @@ def mix(sources: Sequence[Source]) -> Prepared:
     )
 
 
+def _warn_of_leaks(sources: Sequence[Source]) -> None:
+    """Warn if validation documents of one source are in the training text of another."""
+    documents = {}
+    for source in sources:
+        with np.load(source.data.folder / DOCUMENTS, allow_pickle=False) as stored:
+            documents[source.label] = {name: stored[name] for name in stored.files}
+    for label, held_out in documents.items():
+        for other, trained in documents.items():
+            shared = np.isin(held_out["validation"], trained["train"])
+            if other != label and shared.any():
+                logger.warning(
+                    "warning: %s of %s validation documents (%.1f%% of the bytes) of source %s are in the training "
+                    "text of source %s, so its validation loss is too low",
+                    *(f"{int(shared.sum()):,}", f"{len(shared):,}"),
+                    100 * held_out["sizes"][shared].sum() / held_out["sizes"].sum(),
+                    *(label, other),
+                )
+
+
+def write_documents(work: Path, train: Documents | None = None, validation: Documents | None = None) -> None:
+    """Write the first 8 bytes of the hashes of all documents, by which those of other sources are recognised.
+
+    Without documents (tokens, joined rows) the file is empty.
+    """
+    hashes = {
+        name: np.zeros(0, ">u8") if part is None else np.ascontiguousarray(part.digests).view(">u8")[:, 0]
+        for name, part in (("train", train), ("validation", validation))
+    }
+    sizes = np.zeros(0, np.int64) if validation is None else validation.sizes
+    np.savez(work / DOCUMENTS, train=hashes["train"], validation=hashes["validation"], sizes=sizes)
+
+
 def write_summary(
     work: Path,
     packed: dict[str, Packed],
@@ -101,8 +136,8 @@ def write_summary(
     contents: str,
     facts: dict[str, Any],
 ) -> None:
-    """Complete ``work``, which holds train.arrow and validation.arrow: add tokenizer.model, and prepared.json with a
-    hash of each file.
+    """Complete ``work``, which holds train.arrow, validation.arrow and documents.npz: add tokenizer.model, and
+    prepared.json with a hash of each file.
 
     Args:
         packed: rows, and the count of each token, of both parts.

@@ -1,7 +1,7 @@
 """Settings of the text to train on and of its tokenizer."""
 
 import dataclasses
-import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +16,9 @@ from ..runtime.yaml_text import shown
 MIN_VOCABULARY = 300
 
 MAX_VOCABULARY = 1 << 24
+
+#: Bounds of the weight of a source, within which sums and shares are exact enough.
+MIN_WEIGHT, MAX_WEIGHT = 1e-9, 1e9
 
 
 @dataclass(kw_only=True)
@@ -83,8 +86,8 @@ class DataSettings:
 
     validation_bytes: int | None = None
     """Bytes (UTF-8) of text to hold out for validation, instead of validation_fraction: a validation set whose size
-    does not depend on the amount of training text. Separate validation data is truncated to it. null: see
-    validation_fraction."""
+    does not depend on the amount of training text. Separate validation data is truncated to it. A document that is cut
+    is not trained on. null: see validation_fraction."""
 
     max_bytes: int | None = None
     """Maximum bytes (UTF-8) of training text, and of validation text; null for all. Documents are taken in a fixed
@@ -161,9 +164,17 @@ class DataSettings:
             if not fits(value, types[key]):
                 raise UserError(f"{place} has {key} {shown(value)}; write {in_words(types[key])}")
         weight = float(given.pop("weight", 1))
-        if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"{place} has weight {weight:g}; write a number above 0, or leave the source out")
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+            raise UserError(
+                f"{place} has weight {weight:g}; write a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, or leave the "
+                "source out"
+            )
         label = given.pop("label", f"{number}-{given.get('source', 'stdlib')}")
+        if not re.fullmatch(r"[A-Za-z0-9_.-][A-Za-z0-9_. -]{0,63}", label):
+            raise UserError(
+                f"{place} has label {label!r}; write at most 64 letters (a to z), digits, dots, dashes, underscores or "
+                "spaces"
+            )
         if given.get("source") == "mixture":
             raise UserError(f"{place} is a mixture itself; write its sources one by one")
         try:

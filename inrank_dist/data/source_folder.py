@@ -15,7 +15,7 @@ from .corpus import Source, open_source
 from .documents import Corpus, choose_documents
 from .hashing import Hashed, check_unchanged, hash_files
 from .packing import Packed, pack
-from .prepared import FORMAT_VERSION, Prepared, check_complete, open_folder, unreadable, write_summary
+from .prepared import FORMAT_VERSION, Prepared, check_complete, open_folder, unreadable, write_documents, write_summary
 from .progress import phase
 from .settings import DataSettings, TokenizerSettings
 from .stored import Documents
@@ -138,6 +138,7 @@ def _prepare_tokens(
                 stream = (each.astype(tokenizer.dtype) for each in tokens)
                 packed[name] = pack(stream, tokenizer.dtype, block_length, work / f"{name}.arrow")
         check_unchanged(hashes)
+        write_documents(work)
         facts = {"documents_in_both": (0, 0)}
         write_summary(work, packed, tokenizer, block_length, f"tokens {identity}", facts)
 
@@ -217,6 +218,7 @@ def _write_text(
             packed[name] = pack(encoding, tokenizer.dtype, block_length, work / f"{name}.arrow", first=first)
             irregular = irregular or encoding.irregular
     shutil.rmtree(work / SCRATCH)
+    write_documents(work, **({} if data.join_rows else parts))
     # If rows and cuts are as in format 2, so are the tokens, and checkpoints of that format can be resumed.
     tokens = f"3 {begin} {irregular}" if begin or irregular else "2"
     facts = {

@@ -30,6 +30,9 @@ DESCRIPTION = "inrank.json"
 
 TENSORS = "model.safetensors"
 
+SAME_PARAMETERS = ("init_from", "dropout", "vocab_size", "mask_documents", "restart_positions")
+"""Settings of a model that change none of its parameters, or are compared by themselves."""
+
 LARGEST_VOCABULARY = 1 << 24
 
 LARGEST_DESCRIPTION = 64 << 20
@@ -118,7 +121,7 @@ def refuse_other_model(
     """Raise ``UserError`` unless both settings make the same model."""
     for field in dataclasses.fields(ours):
         found, wanted = getattr(theirs, field.name), getattr(ours, field.name)
-        if field.name not in ("init_from", "dropout", "vocab_size") and found != wanted:
+        if field.name not in SAME_PARAMETERS and found != wanted:
             raise UserError(f"{folder} has model.{field.name} {found}, not {wanted}; write model.{field.name}: {found}")
     if their_vocab_size != vocab_size:
         raise UserError(

@@ -346,6 +346,7 @@ class LowRankSettings:
             idle.append(("frobenius_in_loss", "lowrank.frobenius_decay is 0"))
         if not self.dense_fraction:
             idle.append(("factorized_lr_scale", "lowrank.dense_fraction is 0"))
+            idle.append(("track_updates", "lowrank.dense_fraction is 0, so no target is ever dense"))
         if self.dense_fraction:
             idle.append(("init", "with lowrank.dense_fraction the factors come from the dense weights"))
             if self.grows:

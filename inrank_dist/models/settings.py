@@ -46,6 +46,7 @@ class ModelSettings:
             "max_seq_len",
             "tie_embeddings",
             "vocab_size",
+            "init_from",
         )
     )
 

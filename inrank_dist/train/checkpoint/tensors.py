@@ -72,7 +72,7 @@ class TensorReader:
         self._parts: dict[str, list[tuple[int, str]]] = {}
         for index, place in metadata.storage_data.items():
             first = index.offset[0] if index.offset else 0
-            self._parts.setdefault(index.fqn, []).append((first, place.relative_path))
+            self._parts.setdefault(index.fqn, []).append((first, Path(place.relative_path).name))
 
     def __call__(self, name: str) -> Tensor:
         """Return a tensor on the CPU.

@@ -68,14 +68,16 @@ def follow(kind: type[Tracker], folder: Path, path: Path, ended: threading.Event
     state.save(path)
     sent, curves, finished = dict(state.sent), Curves(), False
     for records in _appended(folder / "metrics.jsonl", ended):
-        for record in records:
-            kind_of_record, entries = str(record.get("kind")), curves.entries(record)
-            finished = kind_of_record == "summary"
-            if (entries.scalars or entries.texts) and entries.step > sent.get(kind_of_record, -1):
-                tracker.log(entries.step, entries.scalars, entries.texts)
-                state.sent[kind_of_record] = entries.step
-        if records:
-            state.save(path)
+        try:
+            for record in records:
+                kind_of_record, entries = str(record.get("kind")), curves.entries(record)
+                finished = kind_of_record == "summary"
+                if (entries.scalars or entries.texts) and entries.step > sent.get(kind_of_record, -1):
+                    tracker.log(entries.step, entries.scalars, entries.texts)
+                    state.sent[kind_of_record] = entries.step
+        finally:
+            if records:
+                state.save(path)  # also if the tracker fails, so that a resumed run does not repeat what was sent
     tracker.close(finished)
 
 
