@@ -17,6 +17,9 @@ from ..runtime.errors import UserError
 VOCAB_SIZE = 8192
 BLOCK_LENGTH = 1024
 
+#: Size of the validation data, which every route prepares as well.
+VALIDATION_BYTES = 100_000
+
 #: Rows that ``datasets.map`` passes to a function at a time, its default.
 ROWS = 1000
 
@@ -114,7 +117,7 @@ def measure_preparation(texts: Iterator[str], megabytes: int, threads: int, roun
     Reading, tokenising, packing and writing count; importing and training a tokenizer do not.
 
     Args:
-        texts: documents, of which the first ``megabytes`` are taken.
+        texts: documents, of which the first are validation data and the next ``megabytes`` are taken.
         megabytes: size of the text, in 10^6 bytes of UTF-8.
         threads: threads of ours, processes of ``datasets.map``.
         rounds: number of rounds.
@@ -167,13 +170,15 @@ def _cpu_seconds() -> float:
 
 
 def _write(texts: Iterator[str], folder: Path, megabytes: int) -> int:
-    """Write text.jsonl, and its first documents as validation.jsonl. Returns the bytes of text."""
-    size = 0
+    """Write validation.jsonl with the first documents, and text.jsonl with the others. Returns the bytes of text."""
+    size = held_out = 0
     with (folder / "text.jsonl").open("w") as file, (folder / "validation.jsonl").open("w") as validation:
         for text in texts:
             line = json.dumps({"text": text}) + "\n"
-            if size < 2e5:
+            if held_out < VALIDATION_BYTES:
                 validation.write(line)
+                held_out += len(text.encode())
+                continue
             file.write(line)
             size += len(text.encode())
             if size >= megabytes * 1e6:
