@@ -23,7 +23,8 @@ def rows(count: int) -> Dataset:
 
 def loader(count: int = 20, *, rank: int = 0, world_size: int = 1, **options: Any) -> Loader:
     settings: dict[str, Any] = {"global_batch_size": 12, "micro_batch_size": 1, "seed": 3, **options}
-    data: Any = SimpleNamespace(train=rows(count), fingerprint="f", sources=())
+    data: Any = SimpleNamespace(train=rows(count), fingerprint="f")
+    data.parts = (SimpleNamespace(data=data, share=1.0),)
     return Loader(data, rank=rank, world_size=world_size, **settings)
 
 

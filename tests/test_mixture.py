@@ -101,7 +101,7 @@ def prepared(data: DataSettings, **tokenizer: Any) -> Prepared:
 def test_a_mixture_holds_its_sources(tmp_path: Path) -> None:
     found = prepared(mixture(tmp_path, 3.0, 1.0))
     (a, b) = found.sources
-    assert (a.label, a.weight, b.label) == ("a", 3.0, "b")
+    assert (a.label, a.share, b.label) == ("a", 0.75, "b")
     for part in ("train", "validation"):
         rows = getattr(found, part)["input_ids"][:]
         assert rows == [*getattr(a.data, part)["input_ids"][:], *getattr(b.data, part)["input_ids"][:]]

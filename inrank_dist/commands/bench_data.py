@@ -2,8 +2,8 @@
 
 import argparse
 import importlib.metadata
-import itertools
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     from ..data.source_folder import cpus
 
     threads = arguments.threads or cpus()
-    size, routes = measure_preparation(_texts(arguments.paths), arguments.megabytes, threads, arguments.rounds)
+    with tempfile.TemporaryDirectory(prefix="inrank-bench-") as scratch:
+        texts = _texts(arguments.paths, Path(scratch))
+        size, routes = measure_preparation(texts, arguments.megabytes, threads, arguments.rounds)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("", "seconds", "MB/s", "speed-up", "CPU seconds", "tokens"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -69,26 +71,13 @@ def run(arguments: argparse.Namespace) -> None:
     write_record(arguments.json, record)
 
 
-def _texts(paths: list[str] | None) -> Iterator[str]:
+def _texts(paths: list[str] | None, scratch: Path) -> Iterator[str]:
     """Documents of files, or those of the standard library again and again."""
-    from ..data.globs import find_files
-    from ..data.readers import SUFFIXES, read_file
+    from ..data import DataSettings
+    from ..data.corpus import open_source
 
-    if paths:
-        for path in find_files("paths", paths, SUFFIXES):
-            text = ""
-            for piece in read_file(path, text_column="text", document_separator=None):
-                text += piece.text
-                if piece.last:
-                    yield text
-                    text = ""
-        return
-    yield from itertools.cycle(_library())
-
-
-def _library() -> list[str]:
-    import sysconfig
-
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in root.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
-    return [text for path in files if (text := path.read_bytes().decode(errors="ignore"))]
+    data = DataSettings(source="files", paths=paths) if paths else DataSettings()
+    documents = open_source(data, remember=False).read(scratch, False).train
+    yield from documents
+    while not paths:
+        yield from documents

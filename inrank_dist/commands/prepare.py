@@ -25,6 +25,6 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"validation tokens   {data.validation_tokens} in {len(data.validation)} blocks")
     for source in data.sources:
         print(
-            f"  {source.label:<17} weight {source.weight:g}, {source.data.train_tokens} tokens in {source.data.folder}"
+            f"  {source.label:<17} share {source.share:.3g}, {source.data.train_tokens} tokens in {source.data.folder}"
         )
     print(f"unigram entropy     {data.unigram_entropy:.4f} nats per token (validation text)")

@@ -16,7 +16,7 @@ from ..runtime.errors import UserError, nearest
 from ..runtime.home import path_argument
 from ..theory import EXPERIMENTS
 from ..theory.experiment import Finished, Progress
-from ..theory.page import claim_cells, write_result
+from ..theory.page import claim_cells, unwritable, write_result
 from .common import at_least_one, console, no_overrides
 
 log = logging.getLogger("inrank_dist")
@@ -90,6 +90,4 @@ def refuse_unwritable(folder: Path) -> None:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
-        raise UserError(
-            f"--output is {folder}, and it cannot be written ({error.strerror or error}); write a folder that can"
-        ) from None
+        raise unwritable(folder, error) from None

@@ -92,8 +92,8 @@ class Loader:
             _check_state(state, seed, data.fingerprint)
         self._dataset = data.train.with_format("numpy")
         self._samples = len(data.train)
-        parts = [(len(source.data.train), source.weight) for source in data.sources] or [(self._samples, 1.0)]
-        self._order = SampleOrder([rows for rows, _ in parts], [weight for _, weight in parts], seed)
+        sizes, shares = [len(part.data.train) for part in data.parts], [part.share for part in data.parts]
+        self._order = SampleOrder(sizes, shares, seed)
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._local_batch_size = global_batch_size // world_size

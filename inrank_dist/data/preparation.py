@@ -15,7 +15,7 @@ from ..runtime.home import expand_home
 from . import source_folder
 from .prepared import FORMAT_VERSION, TOKENIZER, Prepared, Source, mix
 from .progress import quiet_datasets
-from .settings import DataSettings, TokenizerSettings, WeightedSource
+from .settings import DataSettings, SourceShare, TokenizerSettings
 from .tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("inrank_dist")
@@ -55,7 +55,7 @@ def prepare(
         for source in data.mixture:
             with _named(source):
                 prepared = source_folder.prepare_source(source.data, chosen, block_length, progress=progress)
-            sources.append(Source(source.label, source.weight, prepared))
+            sources.append(Source(source.label, source.share, prepared))
         return mix(sources)
 
 
@@ -94,12 +94,12 @@ def find_prepared(
             prepared = source_folder.find_source(source.data, chosen, block_length)
         if prepared is None:
             return None
-        sources.append(Source(source.label, source.weight, prepared))
+        sources.append(Source(source.label, source.share, prepared))
     return mix(sources)
 
 
 @contextmanager
-def _named(source: WeightedSource) -> Iterator[None]:
+def _named(source: SourceShare) -> Iterator[None]:
     """Say in errors which source of a mixture they are about."""
     try:
         yield
@@ -118,7 +118,7 @@ def _given_tokenizer(settings: TokenizerSettings, saved: Tokenizer | None) -> To
 
 
 def _tokenizer_of_mixture(data: DataSettings, settings: TokenizerSettings, progress: bool) -> Tokenizer:
-    """Train a tokenizer, unless that has been done. Each source contributes text in proportion to its weight."""
+    """Train a tokenizer, unless that has been done. Each source contributes text in proportion to its share."""
     for source in data.mixture:
         if source.data.source == "tokens":
             raise UserError(
@@ -129,11 +129,10 @@ def _tokenizer_of_mixture(data: DataSettings, settings: TokenizerSettings, progr
 
     def build(work: Path) -> None:
         texts: list[str] = []
-        total = sum(source.weight for source in data.mixture)
         for source in data.mixture:
             with _named(source):
                 corpus = source_folder.read_corpus(source.data, work, progress)
-                texts += corpus.train.heads(int(settings.max_training_bytes * source.weight / total))
+                texts += corpus.train.heads(int(settings.max_training_bytes * source.share))
             shutil.rmtree(work / source_folder.SCRATCH)
         source_folder.train_on(texts, settings, progress).save(work / TOKENIZER)
 
@@ -151,7 +150,7 @@ def _tokenizer_folder(data: DataSettings, settings: TokenizerSettings, *, rememb
     for source in data.mixture:
         with _named(source):
             identity = source_folder.source_identity(source.data, remember=remember)
-        sources.append([source_folder.corpus_key(identity, source.data), source.weight])
+        sources.append([source_folder.corpus_key(identity, source.data), source.share])
     key = json.dumps([FORMAT_VERSION, sources, source_folder.training_key(settings)], sort_keys=True)
     name = f"tokenizer-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return expand_home(data.cache_dir, "data.cache_dir").absolute() / name

@@ -36,12 +36,12 @@ class Source:
 
     Attributes:
         label: name of the source.
-        weight: share of the training rows to take from it, relative to the other weights.
+        share: share of the training rows to take from it; those of all sources add up to 1.
         data: its prepared data.
     """
 
     label: str
-    weight: float
+    share: float
     data: "Prepared"
 
 
@@ -75,13 +75,18 @@ class Prepared:
     unigram_entropy: float
     sources: tuple[Source, ...] = ()
 
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The sources of a mixture, or these data as the only source."""
+        return self.sources or (Source("", 1.0, self),)
+
 
 def mix(sources: Sequence[Source]) -> Prepared:
     """Combine prepared data of one tokenizer and block length to a mixture."""
     parts = [source.data for source in sources]
-    first, total = parts[0], sum(source.weight for source in sources)
+    first = parts[0]
     _warn_of_leaks(sources)
-    what = json.dumps([[source.data.fingerprint, source.weight / total] for source in sources])
+    what = json.dumps([[source.data.fingerprint, source.share] for source in sources])
     return Prepared(
         folder=first.folder.parent,
         train=concatenate_datasets([part.train for part in parts]),
@@ -91,7 +96,7 @@ def mix(sources: Sequence[Source]) -> Prepared:
         block_length=first.block_length,
         train_tokens=sum(part.train_tokens for part in parts),
         validation_tokens=sum(part.validation_tokens for part in parts),
-        unigram_entropy=sum(source.weight / total * source.data.unigram_entropy for source in sources),
+        unigram_entropy=sum(source.share * source.data.unigram_entropy for source in sources),
         sources=tuple(sources),
     )
 

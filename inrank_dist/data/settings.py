@@ -139,7 +139,7 @@ class DataSettings:
             )
 
     @property
-    def mixture(self) -> list["WeightedSource"]:
+    def mixture(self) -> list["SourceShare"]:
         """The sources of a mixture; empty for other sources.
 
         Raises:
@@ -147,13 +147,15 @@ class DataSettings:
         """
         if self.source != "mixture":
             return []
-        found = [self._weighted(number, dict(given)) for number, given in enumerate(self.sources, 1)]
-        labels = [source.label for source in found]
+        weighted = [self._weighted(number, dict(given)) for number, given in enumerate(self.sources, 1)]
+        labels = [label for label, _, _ in weighted]
         if twice := next((label for label in labels if labels.count(label) > 1), None):
             raise UserError(f"data.sources has the label {twice} twice; write different labels")
-        return found
+        total = sum(weight for _, weight, _ in weighted)
+        return [SourceShare(label, weight / total, data) for label, weight, data in weighted]
 
-    def _weighted(self, number: int, given: dict[str, Any]) -> "WeightedSource":
+    def _weighted(self, number: int, given: dict[str, Any]) -> tuple[str, float, "DataSettings"]:
+        """Return the label, the weight and the settings of a source."""
         place = f"item {number} of data.sources"
         types = typing.get_type_hints(DataSettings) | {"weight": float, "label": str}
         known = [*(setting.name for setting in dataclasses.fields(self)), "weight", "label"]
@@ -183,7 +185,7 @@ class DataSettings:
             raise UserError(f"{place}: {error}") from error
         if idle := next((f"{key} has no effect: {why}" for key, why in data.without_effect() if key in given), None):
             raise UserError(f"{place}: {idle}; leave it out")
-        return WeightedSource(label, weight, data)
+        return label, weight, data
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Settings that have no effect, with the reasons."""
@@ -237,17 +239,17 @@ SHARED = ("sources", "cache_dir", "num_workers")
 
 
 @dataclass(frozen=True)
-class WeightedSource:
+class SourceShare:
     """A source of a mixture.
 
     Attributes:
         label: name of the source.
-        weight: share of the training sequences, relative to the other weights.
+        share: share of the training sequences; those of all sources add up to 1.
         data: the settings of the source.
     """
 
     label: str
-    weight: float
+    share: float
     data: DataSettings
 
 

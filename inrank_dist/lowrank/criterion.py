@@ -58,6 +58,16 @@ def effective_rank(sigma: Tensor) -> float:
     return float(sigma.sum()) / top if top > 0 else 0.0
 
 
+def stable_rank(sigma: Tensor) -> float:
+    """Return the squared Frobenius norm divided by the squared spectral norm; 0 for a zero matrix.
+
+    Args:
+        sigma: ``(R,)`` singular values, descending.
+    """
+    top = float(sigma[0]) if sigma.numel() else 0.0
+    return float((sigma / top).square().sum()) if top > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Decision:
     """The result of the rule for one layer.

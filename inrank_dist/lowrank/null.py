@@ -6,7 +6,7 @@ import torch
 
 from .criterion import RankRule
 from .init import generator_for
-from .spectrum import Factors, Grams, gram_matrices, singular_values
+from .spectrum import Factors, Grams, dense_singular_values, gram_matrices, singular_values
 
 Shape = tuple[int, int]
 """``(out, in)`` of a layer."""
@@ -56,8 +56,9 @@ class NullRanks:
         """Apply the rule to an i.i.d. Gaussian dense weight of every shape."""
         for shape in sorted({_tall(shape) for shape in shapes}):
             weight = torch.randn(shape, generator=generator_for(self.seed, "null dense", *shape), dtype=torch.float64)
-            sigma = torch.linalg.eigvalsh(weight.T @ weight).clamp(min=0).sqrt().flip(0)
-            self._ranks[shape] = self.rule.decide(sigma, min(shape), min(shape), may_shrink=True).after
+            self._ranks[shape] = self.rule.decide(
+                dense_singular_values(weight), min(shape), min(shape), may_shrink=True
+            ).after
         self.checks += 1
 
     def of(self, shape: Shape) -> int:

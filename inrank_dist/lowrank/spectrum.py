@@ -231,6 +231,19 @@ def singular_values(grams: Grams) -> Tensor:
     return sigma
 
 
+def dense_singular_values(matrix: Tensor) -> Tensor:
+    """Return the singular values of a float64 matrix from the Gram matrix of its shorter side.
+
+    Returns:
+        ``(min(out, in),)`` float64, descending, on the CPU. They are NaN if the matrix is not finite.
+    """
+    rows, columns = matrix.shape
+    gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
+    if not gram.isfinite().all():
+        return torch.full((min(rows, columns),), torch.nan, dtype=torch.float64)
+    return torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(0)
+
+
 @dataclass(frozen=True)
 class Spectra:
     """The spectra of all layers.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .division import Processes, assign_owners, solve_once
+from .spectrum import dense_singular_values
 
 #: Singular values up to this index are recorded one by one, and a quarter of an octave apart above it.
 DENSE_UP_TO = 64
@@ -46,33 +47,10 @@ def update_spectra(
             weight[first : first + len(held)] = held
             processes.sum(weight)
         if owner[name] == processes.rank:
-            solved[name] = singular_values(weight.double() - initial(name).to(weight.device, torch.float64))
+            solved[name] = dense_singular_values(weight.double() - initial(name).to(weight.device, torch.float64))
     sizes = {name: [(min(shape),)] for name, shape in shapes.items()}
     answers = solve_once(sizes, lambda name: [solved[name]], owner, processes)
     return {name: sigma for name, (sigma,) in answers.items()}
-
-
-def singular_values(matrix: Tensor) -> Tensor:
-    """Return the singular values of a float64 matrix from the Gram matrix of its shorter side.
-
-    Returns:
-        ``(min(out, in),)`` float64, descending, on the CPU. They are NaN if the matrix is not finite.
-    """
-    rows, columns = matrix.shape
-    gram = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
-    if not gram.isfinite().all():
-        return torch.full((min(rows, columns),), torch.nan, dtype=torch.float64)
-    return torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(0)
-
-
-def stable_rank(sigma: Tensor) -> float:
-    """Return the squared Frobenius norm divided by the squared spectral norm; 0 for a zero matrix.
-
-    Args:
-        sigma: ``(R,)`` singular values, descending.
-    """
-    top = float(sigma[0]) if sigma.numel() else 0.0
-    return float((sigma / top).square().sum()) if top > 0 else 0.0
 
 
 def recorded_indices(count: int) -> list[int]:

@@ -161,9 +161,12 @@ class Decoder(LanguageModel):
         self.check_length(input_ids)
         documents = self.documents(input_ids)
         x = self.embed(input_ids, documents.positions if documents else None)
-        outputs: dict[str, Tensor] | None = {} if self.settings.layer_crossing else None
+        outputs: dict[str, Tensor] = {}
         for block in self.blocks:
-            x, outputs = block(x, outputs, documents) if outputs is not None else (block(x, None, documents), None)
+            if self.settings.layer_crossing:
+                x, outputs = block(x, outputs, documents)
+            else:
+                x = block(x, None, documents)
         logits = self.head(self.final_norm(x))
         if targets is None:
             return logits

@@ -34,10 +34,15 @@ def write_result(finished: Finished, folder: Path) -> tuple[Path, Path]:
         write_atomically(record, (json.dumps(as_record(finished), indent=1, allow_nan=False) + "\n").encode())
         write_atomically(html, as_page(finished).encode())
     except OSError as error:
-        raise UserError(
-            f"--output is {folder}, and it cannot be written ({error.strerror or error}); write a folder that can"
-        ) from None
+        raise unwritable(folder, error) from None
     return html, record
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """The error of an output folder."""
+    return UserError(
+        f"--output is {folder}, and it cannot be written ({error.strerror or error}); write a folder that can"
+    )
 
 
 def as_record(finished: Finished) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ..runtime.resume import OnResume
 from ..runtime.yaml_text import shown
 from .building import dense_skeleton
 from .checkpoint import Checkpoint, mismatch, named_folders, step_of
-from .schedule import decay_begins, learning_rate
+from .schedule import decay_begins, planned_rate
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,8 @@ def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence
         return None
     jumps = []
     for name in ("lr", "matrix_lr") if config.optimizer.orthogonalises else ("lr",):
-        peak_before, peak = getattr(before.optimizer, name), getattr(config.optimizer, name)
-        last, planned = (
-            learning_rate(before.schedule, peak_before, each, steps_before)
-            * before.lowrank.lr_scale(each, steps_before)
-            for each in (step - 1, step)
-        )
-        now = learning_rate(config.schedule, peak, step, steps) * config.lowrank.lr_scale(step, steps)
+        last, planned = (planned_rate(before, name, each) for each in (step - 1, step))
+        now = planned_rate(config, name, step)
         if not math.isclose(now, planned, rel_tol=0.01):
             what = "the learning rate" if name == "lr" else "that of the matrices"
             jumps.append(f"{what} goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}")

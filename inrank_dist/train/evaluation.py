@@ -57,13 +57,12 @@ def validation_loss(
     Returns:
         The losses, the same in all processes, or None if interrupted.
     """
-    parts = [(source.data.validation, source.weight) for source in data.sources] or [(data.validation, 1.0)]
-    all_weights = sum(weight for _, weight in parts)
+    parts = data.parts
     totals = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
-    for total, (dataset, weight) in zip(totals, parts, strict=True):
-        share = None if max_sequences is None else max(round(max_sequences * weight / all_weights), 1)
+    for total, part in zip(totals, parts, strict=True):
+        count = None if max_sequences is None else max(round(max_sequences * part.share), 1)
         for batch in validation_batches(
-            dataset, batch_size=batch_size, rank=rank, world_size=world_size, max_sequences=share
+            part.data.validation, batch_size=batch_size, rank=rank, world_size=world_size, max_sequences=count
         ):
             if interrupted():
                 return None
@@ -72,7 +71,7 @@ def validation_loss(
     add_up(totals)
     losses = (totals[:, 0] / totals[:, 1]).tolist()
     return ValidationLoss(
-        loss=sum(loss * weight for loss, (_, weight) in zip(losses, parts, strict=True)) / all_weights,
+        loss=sum(loss * part.share for loss, part in zip(losses, parts, strict=True)),
         tokens=int(totals[:, 1].sum()),
         sources={source.label: loss for source, loss in zip(data.sources, losses, strict=False)},
     )

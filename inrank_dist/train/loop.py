@@ -31,7 +31,7 @@ from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
 from .records import notice, perplexity
-from .schedule import learning_rate
+from .schedule import planned_rate
 
 
 class Trainer:
@@ -214,9 +214,7 @@ class Trainer:
     def _update(self, batches: Batches) -> tuple[Verdict, float]:
         """Run the forward and backward passes, and the optimizer unless the verdict is to skip the step."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
-        steps = self.config.train.steps
-        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step, steps)
-        rate *= self.config.lowrank.lr_scale(self.step, steps)
+        rate = planned_rate(self.config, "lr", self.step)
         self.ranks.before_step(self.step)
         loss = self.engine.accumulate(batches, self._tokens_per_step)
         norm, local_norm = self.engine.gradient_norm()

@@ -124,13 +124,12 @@ class Records(Callback):
 
 def _sources(data: "Prepared", sequences: int) -> dict[str, list[dict[str, Any]]]:
     """Return the sources of a mixture, with the number of epochs over each in a run of ``sequences`` sequences."""
-    total = sum(source.weight for source in data.sources)
     sources = [
         {
             "label": source.label,
-            "share": source.weight / total,
+            "share": source.share,
             "train_tokens": source.data.train_tokens,
-            "epochs": sequences * source.weight / total / len(source.data.train),
+            "epochs": sequences * source.share / len(source.data.train),
         }
         for source in data.sources
     ]

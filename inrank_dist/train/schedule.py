@@ -1,8 +1,12 @@
 """Learning rate schedules."""
 
 import math
+from typing import TYPE_CHECKING
 
 from .settings import ScheduleSettings
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 
 def learning_rate(settings: ScheduleSettings, peak: float, step: int, steps: int) -> float:
@@ -26,6 +30,19 @@ def learning_rate(settings: ScheduleSettings, peak: float, step: int, steps: int
     done = max(0.0, (step - begin) / max(steps - begin, 1))
     share = (1 + math.cos(math.pi * done)) / 2 if settings.name == "cosine" else 1 - done
     return peak * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)
+
+
+def planned_rate(config: "Config", name: str, step: int) -> float:
+    """Return the learning rate of the next optimizer step of a run, also after layers were factored.
+
+    Args:
+        config: the configuration of the run.
+        name: ``lr`` or ``matrix_lr``, the setting of the optimizer with the peak.
+        step: number of completed optimizer steps.
+    """
+    steps = config.train.steps
+    rate = learning_rate(config.schedule, getattr(config.optimizer, name), step, steps)
+    return rate * config.lowrank.lr_scale(step, steps)
 
 
 def decay_begins(settings: ScheduleSettings, steps: int) -> int:

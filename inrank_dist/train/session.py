@@ -87,8 +87,8 @@ def build(
     dense, at_start = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
     every = [*callbacks, Sample(), Records(peak, dense, at_start)]
     if config.lowrank.track_updates:
-        shapes = target_shapes(skeleton, config.lowrank)
-        every.append(UpdateTracker(config.lowrank.track_updates, shapes, dense_values, config.run.seed))
+        tracked = target_shapes(skeleton, config.lowrank)
+        every.append(UpdateTracker(config.lowrank.track_updates, tracked, dense_values, config.run.seed))
     names = [callback.name for callback in every if callback.name]
     if len(names) > len(set(names)):
         raise ValueError(f"two callbacks have the same name, under which their state is saved: {sorted(names)}")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..lowrank.criterion import effective_rank
+from ..lowrank.criterion import effective_rank, stable_rank
 from ..lowrank.init import generator_for
-from ..lowrank.updates import recorded_indices, singular_values, stable_rank, update_spectra
+from ..lowrank.spectrum import dense_singular_values
+from ..lowrank.updates import recorded_indices, update_spectra
 from ..models.values import InitialValues
 from .callbacks import Callback
 from .health import Verdict
@@ -76,6 +77,6 @@ class UpdateTracker(Callback):
         key = (min(shape), max(shape))
         if key not in self._nulls:
             generator = generator_for(self._seed, "null update", *key)
-            sigma = singular_values(torch.randn(key, generator=generator, dtype=torch.float64))
+            sigma = dense_singular_values(torch.randn(key, generator=generator, dtype=torch.float64))
             self._nulls[key] = effective_rank(sigma), stable_rank(sigma)
         return self._nulls[key]
