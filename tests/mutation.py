@@ -130,8 +130,8 @@ FAULTS = [
     Fault(
         "the schedule a step ahead",
         "train/loop.py",
-        "self.config.optimizer.lr, self.step, self.config.train.steps)",
-        "self.config.optimizer.lr, self.step + 1, self.config.train.steps)",
+        'planned_rate(self.config, "lr", self.step)',
+        'planned_rate(self.config, "lr", self.step + 1)',
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
@@ -165,8 +165,8 @@ FAULTS = [
     Fault(
         "a sample order that depends on the number of processes",
         "data/loader.py",
-        "[weight for _, weight in parts], seed)",
-        "[weight for _, weight in parts], seed + world_size - 1)",
+        "SampleOrder(sizes, shares, seed)",
+        "SampleOrder(sizes, shares, seed + world_size - 1)",
         (f"{ENGINES}[ddp-2-None-2]",),
     ),
     Fault(
