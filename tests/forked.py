@@ -1,4 +1,7 @@
-"""Where processes of tests come from: a server that has imported everything, from which they are forked at no cost."""
+"""Where processes of tests come from: a server that has imported everything, from which they are forked at no cost.
+
+Such a process has the environment that the server was started with, which may be that of any test.
+"""
 
 import multiprocessing
 import os
@@ -23,3 +26,9 @@ CONTEXT.set_forkserver_preload(
         "runs",
     ]
 )
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    """Replace all environment variables of this process, with those of the test that needs it."""
+    os.environ.clear()
+    os.environ.update(environment)

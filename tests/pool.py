@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from forked import CONTEXT
+from forked import CONTEXT, set_environment
 from torch.distributed import TCPStore
 
 
@@ -32,7 +32,7 @@ class Pool:
         # The store listens on a port that the system picks, as torchrun's does.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank, (_, pipe) in enumerate(self.workers[:world_size]):
-            pipe.send((function, arguments, timeout, place(rank, world_size, store.port)))
+            pipe.send((function, arguments, timeout, os.environ | place(rank, world_size, store.port)))
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout
         pipes = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:world_size])}
@@ -102,7 +102,7 @@ def _work(pipe: Connection) -> None:
             function, arguments, timeout, environment = pipe.recv()
         except (EOFError, OSError):
             return
-        os.environ.update(environment)
+        set_environment(environment)
         _forget_deepspeed()
         module, _, name = function.partition(":")
         importlib.import_module(module)

@@ -3,13 +3,16 @@
 The `fake` process group has any size and sends nothing, so shards that are small, uneven or empty are real here.
 """
 
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from pool import Pool
 from runs import SMALL
 from sharing import nightly, slow
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -94,12 +97,19 @@ def check(engine: Engine, rank: int, world_size: int, modes: int, *, base: bool)
 
 
 @pytest.fixture
-def process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Context]:
+def pool() -> Iterator[Pool]:
+    """A process of its own for each case: device meshes that differ only in this process's rank are equal, and DTensor
+    keeps what it has worked out for one."""
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@contextmanager
+def one_process(rank: int, world_size: int) -> Iterator[Context]:
     """One process among many that do not exist."""
-    rank, world_size = request.param
     environment = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": world_size, "MASTER_ADDR": "none", "MASTER_PORT": 1}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
+    os.environ.update({name: str(value) for name, value in environment.items()})
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     context = Context()
     context.device = torch.device("cpu")  # the fake group has no device of its own
@@ -112,16 +122,27 @@ FAST, SLOW, NIGHTLY = [(500, 512)], [(1023, 1024), (0, 512), (917, 1024)], [(511
 
 
 @pytest.mark.parametrize(
-    "process",
-    [*FAST, *map(slow, SLOW), *map(nightly, NIGHTLY)],
-    indirect=True,
+    ("rank", "world_size"),
+    [*FAST, *(slow(*case) for case in SLOW), *(nightly(*case) for case in NIGHTLY)],
     ids=[f"{rank} of {world_size}" for rank, world_size in FAST + SLOW + NIGHTLY],
 )
 def test_one_process_of_many_holds_its_share_through_growth_and_freeze(
-    process: Context, capsys: pytest.CaptureFixture[str]
+    pool: Pool, capsys: pytest.CaptureFixture[str], rank: int, world_size: int
 ) -> None:
     """Every parameter and moment has its share of rows here, and nothing assumes that there are any: 5,504 over 1,024
     processes leave the last 106 without."""
+    (report,) = pool.run("test_scale:through_growth_and_freeze", rank, world_size, world_size=1)
+    with capsys.disabled():
+        print(report, end="")
+
+
+def through_growth_and_freeze(rank: int, world_size: int) -> str:
+    with one_process(rank, world_size) as process:
+        return checked(process)
+
+
+def checked(process: Context) -> str:
+    """Times and bytes, as text."""
     rank, world_size = process.rank, process.world_size
     settings = config()
     held, seconds = [], []
@@ -152,10 +173,10 @@ def test_one_process_of_many_holds_its_share_through_growth_and_freeze(
     seconds.append(time.perf_counter() - began)
     held.append(check(engine, rank, world_size, RANK, base=False))
 
-    with capsys.disabled():
-        print(f"\nprocess {rank} of {world_size}:", end="")
-        for name, time_, size in zip(("build", "growth", "freeze"), seconds, held, strict=True):
-            print(f"  {name} {time_:.1f} s, {size / 1e6:.2f} MB", end="")
+    parts = zip(("build", "growth", "freeze"), seconds, held, strict=True)
+    return f"\nprocess {rank} of {world_size}:" + "".join(
+        f"  {name} {time_:.1f} s, {size / 1e6:.2f} MB" for name, time_, size in parts
+    )
 
 
 def reshape(engine: Engine, layer: LayerLayout, event: RankEvent) -> None:

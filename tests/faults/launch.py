@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked import CONTEXT
+from forked import CONTEXT, set_environment
 from pool import place
 from torch.distributed import TCPStore
 
@@ -37,7 +37,7 @@ class Job:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.processes = []
         for rank in range(world_size):
-            environment = place(rank, world_size, self.store.port) if world_size > 1 else {}
+            environment = os.environ | (place(rank, world_size, self.store.port) if world_size > 1 else {})
             arguments = ([str(word) for word in words], folder, rank, environment, fault)
             process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
             process.start()
@@ -79,7 +79,7 @@ def _run(words: list[str], folder: Path, rank: int, environment: dict[str, str],
     output = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(environment)
+    set_environment(environment)
     torch.set_num_threads(1)
     from inrank_dist.commands.main import main
 
