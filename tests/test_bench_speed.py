@@ -27,6 +27,7 @@ def outcome(times: dict[Form, float], width: int = 64, flops: dict[Form, int] | 
     return Outcome(Shape(width, 1, 64, 16, 1, "all", 16), 16, 16, 8, "local", 16, Peak(1e12, "given"), rows)
 
 
+@pytest.mark.slow
 def test_every_form_is_measured_on_one_process() -> None:
     forms = [form for form in {**dict.fromkeys(STANDARD), **dict.fromkeys(ABLATION)} if not form.compiled]
     got = measure_speed(TINY, forms, Context(), engine="local", bf16=False, rounds=3)

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from pool import Pool
 from runs import small_config, train, trainer_of
 from safetensors import safe_open
+from sharing import slow
 
 from inrank_dist.data.hashing import hash_file
 from inrank_dist.engine.checkpointable import SavedRows
@@ -105,6 +106,7 @@ print(sync, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_saving_holds_one_tensor_and_staging_one_copy(tmp_path: Path) -> None:
     """Of 96 MiB in 12 tensors, where fetching copies as with ZeRO or from a GPU; resident memory, whoever takes it."""
     ran = subprocess.run(
@@ -162,7 +164,9 @@ def test_everything_is_flushed_before_it_has_its_name(
     assert "checkpoints" in after
 
 
-@pytest.mark.parametrize(("engine", "world_size", "shard_size"), [("ddp", 3, None), ("fsdp", 4, 2), ("fsdp", 3, None)])
+@pytest.mark.parametrize(
+    ("engine", "world_size", "shard_size"), [slow("ddp", 3, None), ("fsdp", 4, 2), slow("fsdp", 3, None)]
+)
 def test_every_row_is_saved_once_and_by_all_alike(
     pool: Pool, corpus: Path, tmp_path: Path, engine: str, world_size: int, shard_size: int | None
 ) -> None:

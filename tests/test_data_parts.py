@@ -113,7 +113,7 @@ def cut_anywhere(self: Cutter, neighbours: Any) -> None:
     self._neighbours, self._line_ends_are_safe = frozenset(), True
 
 
-@pytest.mark.parametrize("limits", [(20, 40, 60), (5, 8, 8), (1000, 1 << 14, 1 << 17)])
+@pytest.mark.parametrize("limits", [(20, 40, 60), (5, 8, 8), slow((1000, 1 << 14, 1 << 17))])
 def test_parts_depend_on_the_text_alone(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int, int]
 ) -> None:
@@ -157,7 +157,7 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, t
 """
 
 
-@pytest.mark.parametrize("line", [slow("some words of a line\n"), slow("some words without an end "), "noends"])
+@pytest.mark.parametrize("line", [slow("some words of a line\n"), slow("some words without an end "), slow("noends")])
 def test_memory_does_not_depend_on_the_document(tmp_path: Path, line: str) -> None:
     """One document of 16 MB, from a source that never holds it: a few MB above one of 1 MB, whatever its lines."""
     train_tokenizer([SOURCE], TokenizerSettings(vocab_size=600)).save(tmp_path / "m.model")

@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("variant", "world_size", "shard_size"),
     [
-        ("decay", 2, None),
+        slow("decay", 2, None),
         ("decay", 3, None),
         pytest.param("update", 2, None, marks=pytest.mark.slow),
         pytest.param("gradient", 2, None, marks=pytest.mark.slow),
@@ -163,7 +163,7 @@ MEMORY: dict[str, tuple[int, dict[str, Any]]] = {
         pytest.param("decay, uneven", marks=pytest.mark.slow),
         pytest.param("product", marks=pytest.mark.slow),
         nightly("product, uneven"),
-        "update",
+        slow("update"),
         nightly("zero2"),
         nightly("zero3"),
     ],

@@ -256,7 +256,7 @@ def test_other_signals_too(corpus: Path, tmp_path: Path, number: signal.Signals)
     assert f"saved at step {newest.state.step}" in ended.output
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [slow(1), 2])
 def test_a_process_without_a_safe_point_leaves_in_time(corpus: Path, tmp_path: Path, world_size: int) -> None:
     """A hang after a signal must not outlast the scheduler's patience: the last complete checkpoint stands. The process
     that gets the signal waits in C for the other one, where Python's own handlers do not run."""
@@ -338,7 +338,7 @@ def test_a_mistake_that_one_process_finds_is_told_once_a_node(
     assert exit_message(0, (1, 2, "it is wrong")) == says
 
 
-@pytest.mark.parametrize("phase", ["forward", "decision"])
+@pytest.mark.parametrize("phase", ["forward", slow("decision")])
 def test_an_error_is_told_first_and_by_its_process(corpus: Path, tmp_path: Path, phase: str) -> None:
     """The others leave at once with one line; nobody waits for a timeout."""
     fault = Fault("raise", 1, 12, phase, str(tmp_path / "fired"))
@@ -366,6 +366,7 @@ def test_a_process_that_hangs_is_named(corpus: Path, tmp_path: Path) -> None:
     assert [bool(json.loads(dumps[f"process-{rank}.json"])["entries"]) for rank in (0, 1)] == [True, True]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_is_named_by_the_others(corpus: Path, tmp_path: Path) -> None:
     """SIGSTOP, a machine that is gone: it cannot speak for itself."""
     fault = Fault("stop", 1, 8, "backward", str(tmp_path / "fired"))

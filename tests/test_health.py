@@ -145,7 +145,7 @@ def test_no_deviations_is_no_watch() -> None:
     assert all(judged(watched, loss).spike is None for loss in [3.0] * WINDOW + [1e6])
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, slow(True)])
 @pytest.mark.parametrize("engine", ["local", slow("fsdp")])
 def test_a_disk_that_takes_no_more_stops_the_run_and_loses_nothing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, asynchronous: bool

@@ -232,7 +232,7 @@ def test_every_engine_gives_the_same_run(pool: Pool, corpus: Path, model_type: s
     ("engine", "changes"),
     [
         ("fsdp", {}),
-        ("ddp", {"train__precision": "bf16"}),
+        slow("ddp", {"train__precision": "bf16"}),
         nightly("fsdp", {"train__precision": "bf16", "train__compile": "true"}),  # minutes of compilation
         slow("fsdp", {"train__activation_checkpointing": "true"}),
         slow("zero2", {}),

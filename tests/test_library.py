@@ -63,7 +63,7 @@ def test_every_sharding_gives_the_run_of_one_process(
 
 
 # While ranks grow, and when they are frozen.
-@pytest.mark.parametrize(("name", "at"), [("gpt2", 4), ("own", 10), slow("gpt2", 10), slow("own", 4)])
+@pytest.mark.parametrize(("name", "at"), [("gpt2", 4), slow("own", 10), slow("gpt2", 10), slow("own", 4)])
 def test_a_run_resumed_on_other_processes_is_the_straight_run(name: str, at: int, pool: Pool, tmp_path: Path) -> None:
     straight = alone(name, STEPS, {})
     pool.run("library_checks:in_processes", name, "fsdp", at, {}, str(tmp_path / "saved"), world_size=2, timeout=120)

@@ -75,6 +75,7 @@ def test_a_killed_job_is_in_nobodys_way(tmp_path: Path, corpus: Path, paused: An
     assert steps_in_metrics(tmp_path) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_two_jobs_that_both_saw_no_folder(tmp_path: Path, corpus: Path, paused: Any) -> None:
     first = paused("prepare", None)
     (second,) = launch(words(tmp_path, corpus), tmp_path / "second", world_size=1)
