@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import python_block
 from runs import Fails, small_config, train
 from safetensors.torch import load_file, save_file
 from sharing import slow
@@ -87,7 +88,7 @@ def export(run: Path, out: Path, *words: object) -> Path:
 
 
 def test_a_relative_run_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the README writes it."""
+    """As the pages write it."""
     monkeypatch.chdir(run_folder.parent)
     absolute = export(run_folder, tmp_path / "absolute", "--format", "factors")
     relative = export(Path(run_folder.name), tmp_path / "relative", "--format", "factors")
@@ -249,16 +250,14 @@ def test_a_cut_is_the_best_approximation(
 
 
 @pytest.mark.parametrize("step", [WARM_UP, LAST])
-def test_the_lines_of_the_readme_read_the_factors(
+def test_the_lines_of_the_page_read_the_factors(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     ours = loaded(run_folder, step)
     export(run_folder, tmp_path / "my-factors", "--format", "factors", "--step", step)
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "my-factors" in block)
     variables: dict[str, Any] = {}
-    exec(code, variables)
+    exec(python_block("my-factors/inrank.json"), variables)
     dense = inrank_dist.merge(ours.model, ours.skeleton)
     assert all(torch.equal(variables["state"][name], parameter) for name, parameter in dense.named_parameters())
 

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import python_block
 from runs import Fails, small_config, train
 from safetensors.torch import load_file
 from sharing import slow
@@ -155,14 +155,12 @@ def test_it_is_saved_and_loaded_again(exported: Exported, tmp_path: Path) -> Non
         assert torch.equal(trusted(again)(ids).logits, model(ids).logits)
 
 
-def test_the_lines_of_the_readme_generate_text(
+def test_the_lines_of_the_page_generate_text(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pipeline(" in block)
     (tmp_path / "my-model").symlink_to(exported.folder)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), {})
+    exec(python_block("pipeline(").replace("max_new_tokens=64", "max_new_tokens=8"), {})
     assert capsys.readouterr().out.startswith("def ")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from library_checks import MODELS, alone, make_run, train
+from pages import python_block
 from pool import Pool
 from sharing import slow
 
@@ -133,18 +134,12 @@ def test_shardings_that_cannot_work_are_refused_by_name(pool: Pool) -> None:
         assert "FSDP1" in flat and "write torch.distributed.fsdp.fully_shard" in flat
 
 
-def readme_example() -> str:
-    """The training loop of the README."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    section = text.partition("## In your own training loop")[2]
-    return section.partition("```python\n")[2].partition("```")[0]
-
-
 @pytest.mark.slow
-def test_the_loop_of_the_readme(tmp_path: Path) -> None:
+def test_the_loop_of_the_page(tmp_path: Path) -> None:
     """Under 60 lines, on two processes: ranks grow, are frozen, and the merged model is one of transformers."""
-    (tmp_path / "grow.py").write_text(readme_example())
-    assert len(readme_example().splitlines()) < 60
+    loop = python_block("fully_shard")
+    (tmp_path / "grow.py").write_text(loop)
+    assert len(loop.splitlines()) < 60
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "grow.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
