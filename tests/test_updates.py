@@ -72,7 +72,7 @@ def test_a_full_rank_run_measures_its_updates(corpus: Path, tmp_path: Path) -> N
         weight = next(tensor for key, tensor in weights.items() if key.endswith(f"{name}.weight"))
         difference = weight.double() - initial.parameter(f"{name}.weight").double()
         sigma = torch.linalg.svdvals(difference)
-        assert layer["sigma"] == pytest.approx(sigma.tolist(), rel=1e-6, abs=1e-9)
+        assert layer["sigma"] == pytest.approx(sigma.tolist(), rel=1e-5, abs=1e-9)
         assert layer["indices"] == list(range(1, 33)) and layer["shape"] == list(weight.shape)
         assert layer["effective_rank"] == pytest.approx(float(sigma.sum() / sigma[0]))
         assert layer["stable_rank"] == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2))

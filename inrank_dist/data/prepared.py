@@ -60,6 +60,10 @@ class Prepared:
     training tokens, with add-one smoothing. It is the loss of a model that knows token frequencies but no context. A
     model that learns anything gets below it. For a mixture it is the weighted mean over the sources.
 
+    ``bytes_per_token`` is the mean number of UTF-8 bytes of the validation text per token, separators included, and for
+    a mixture the weighted mean over the sources. None if it is unknown: the source has tokens and no text, or it was
+    prepared by a version that did not count its tokens.
+
     ``sources`` are the sources of a mixture, whose rows follow each other in ``train`` and ``validation``. Otherwise it
     is empty. ``folder`` of a mixture is the folder that contains those of the sources.
     """
@@ -73,6 +77,7 @@ class Prepared:
     train_tokens: int
     validation_tokens: int
     unigram_entropy: float
+    bytes_per_token: float | None = None
     sources: tuple[Source, ...] = ()
 
     @property
@@ -84,7 +89,7 @@ class Prepared:
 def mix(sources: Sequence[Source]) -> Prepared:
     """Combine prepared data of one tokenizer and block length to a mixture."""
     parts = [source.data for source in sources]
-    first = parts[0]
+    first, bytes_per_token = parts[0], [part.bytes_per_token for part in parts]
     _warn_of_leaks(sources)
     what = json.dumps([[source.data.fingerprint, source.share] for source in sources])
     return Prepared(
@@ -97,6 +102,9 @@ def mix(sources: Sequence[Source]) -> Prepared:
         train_tokens=sum(part.train_tokens for part in parts),
         validation_tokens=sum(part.validation_tokens for part in parts),
         unigram_entropy=sum(source.share * source.data.unigram_entropy for source in sources),
+        bytes_per_token=None
+        if None in bytes_per_token
+        else sum(source.share * (size or 0.0) for source, size in zip(sources, bytes_per_token, strict=True)),
         sources=tuple(sources),
     )
 
@@ -168,6 +176,7 @@ def write_summary(
         "block_length": block_length,
         "train_tokens": train_rows * block_length,
         "validation_tokens": validation_rows * block_length,
+        "validation_text_tokens": int(validation_counts.sum()),  # including those that fill no row
         "unigram_entropy": unigram_entropy(train_counts, validation_counts, tokenizer.vocab_size),
         **facts,
         "tokenizer": tokenizer.fingerprint,
@@ -215,6 +224,9 @@ def open_folder(folder: Path, *, remember: bool = True) -> Prepared:
             train_tokens=summary["train_tokens"],
             validation_tokens=summary["validation_tokens"],
             unigram_entropy=summary["unigram_entropy"],
+            bytes_per_token=summary["validation_bytes"] / summary["validation_text_tokens"]
+            if {"validation_bytes", "validation_text_tokens"} <= summary.keys()
+            else None,
         )
     except PermissionError as error:
         raise unreadable(folder, error) from error

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .criterion import RankRule
 from .init import generator_for
@@ -43,27 +44,36 @@ class NullRanks:
         self.opens_at_random = opens_at_random
         self.checks = 0
         self._ranks: dict[Shape, int] = {}
+        self._spectra: dict[Shape, Tensor] = {}
 
     def advance(self, shapes: set[Shape], *, may_shrink: bool = False) -> None:
         """Apply the rule once more to every shape. Every call must pass the same ``shapes``."""
-        for shape in sorted({_tall(shape) for shape in shapes}):
+        for shape in sorted({null_shape(shape) for shape in shapes}):
             sigma = singular_values(self._grams(shape))
             decision = self.rule.decide(sigma, self.of(shape), min(shape), may_shrink=may_shrink)
-            self._ranks[shape] = decision.after
+            self._ranks[shape], self._spectra[shape] = decision.after, sigma
         self.checks += 1
 
     def start_dense(self, shapes: set[Shape]) -> None:
         """Apply the rule to an i.i.d. Gaussian dense weight of every shape."""
-        for shape in sorted({_tall(shape) for shape in shapes}):
+        for shape in sorted({null_shape(shape) for shape in shapes}):
             weight = torch.randn(shape, generator=generator_for(self.seed, "null dense", *shape), dtype=torch.float64)
-            self._ranks[shape] = self.rule.decide(
-                dense_singular_values(weight), min(shape), min(shape), may_shrink=True
-            ).after
+            sigma = dense_singular_values(weight)
+            self._ranks[shape] = self.rule.decide(sigma, min(shape), min(shape), may_shrink=True).after
+            self._spectra[shape] = sigma
         self.checks += 1
 
     def of(self, shape: Shape) -> int:
         """Return the null rank of a shape after the checks so far."""
-        return self._ranks.get(_tall(shape), self.initial_rank)
+        return self._ranks.get(null_shape(shape), self.initial_rank)
+
+    def spectrum(self, shape: Shape) -> Tensor | None:
+        """Return the singular values of the last check of a shape, or None before the first check of this process.
+
+        They are ``(R,)`` float64, descending, and scaled to a Frobenius norm of 1.
+        """
+        sigma = self._spectra.get(null_shape(shape))
+        return None if sigma is None else sigma / sigma.norm()
 
     def _grams(self, shape: Shape) -> Grams:
         modes = self.rule.modes(self.of(shape), min(shape))
@@ -85,11 +95,12 @@ class NullRanks:
         self._ranks = {(out, in_): rank for out, in_, rank in state["ranks"]}
 
 
-def _tall(shape: Shape) -> Shape:
+def null_shape(shape: Shape) -> Shape:
+    """Return the shape whose null rank a shape shares: the larger dimension first."""
     return max(shape), min(shape)
 
 
-def _widen(factor: torch.Tensor, modes: int, generator: torch.Generator) -> torch.Tensor:
+def _widen(factor: Tensor, modes: int, generator: torch.Generator) -> Tensor:
     """Append Gaussian columns with the root mean square of ``factor``, up to ``modes`` columns."""
     fresh = torch.randn(factor.shape[0], modes - factor.shape[1], generator=generator)
     return torch.cat([factor, fresh * factor.square().mean().sqrt()], dim=1)

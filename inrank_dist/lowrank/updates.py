@@ -1,6 +1,7 @@
 """Spectra of the cumulative updates ``W(t) - W(0)`` of dense layers (arXiv 2306.11250, figure 1)."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +64,16 @@ def recorded_indices(count: int) -> list[int]:
     if count > DENSE_UP_TO and indices[-1] != count - 1:
         indices.append(count - 1)
     return indices
+
+
+def recorded_spectrum(sigma: Tensor) -> dict[str, Any]:
+    """Return the singular values to record as ``sigma``, with six significant digits, and their ``indices`` from 1.
+
+    Args:
+        sigma: ``(R,)`` singular values, descending.
+    """
+    indices = recorded_indices(len(sigma))
+    return {
+        "indices": [index + 1 for index in indices],
+        "sigma": [float(f"{value:.6g}") for value in sigma[indices].tolist()],
+    }

@@ -13,7 +13,9 @@ from ..lowrank.convert import LayerLayout
 from ..lowrank.criterion import Decision
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
 from ..lowrank.init import generator_for
+from ..lowrank.null import null_shape
 from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
+from ..lowrank.updates import recorded_spectrum
 from ..runtime.errors import UserError
 from .directions import Gradients
 from .growth import GROWTHS, Growth
@@ -94,8 +96,9 @@ class RankController:
         decisions: dict[str, Decision] = {}
         found: dict[str, int] = {}
         events: dict[str, RankEvent] = {}
+        sigma: Mapping[str, Tensor] = {}
         if action:
-            decisions, found, product = self._decide(action, step)
+            decisions, found, sigma, product = self._decide(action, step)
             layout = self._new_layout(layout, decisions, action)
             events = self._plan(layout, product, action, step)
         if layout != self.holder.layout:
@@ -106,14 +109,21 @@ class RankController:
                 GROWTHS[self.settings.growth_init](growth)
         if action:
             self._remember(decisions, found, action, was_dense=was_dense)
-        return self._records(step, action, decisions, events, removes_base, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        records = self._records(step, action, decisions, events, removes_base, seconds)
+        if action:
+            self._add_spectra(records[0], sigma)
+        return records
 
-    def _decide(self, action: Action, step: int) -> tuple[dict[str, Decision], dict[str, int], Spectra]:
+    def _decide(
+        self, action: Action, step: int
+    ) -> tuple[dict[str, Decision], dict[str, int], Mapping[str, Tensor], Spectra]:
         """Decide the rank of every layer.
 
         Returns:
-            The decisions, the ranks chosen by the rule before the final allocation, and spectra of the products. The
-            spectra cover all layers if the rule uses the product, otherwise only the layers whose modes change.
+            The decisions, the ranks chosen by the rule before the final allocation, the singular values that it chose
+            from, and spectra of the products. The latter cover all layers if the rule uses the product, otherwise only
+            the layers whose modes change.
         """
         factors = self._factors()
         measured = self._measure(self._updates() if self.method.measures_update else factors, step)
@@ -133,7 +143,7 @@ class RankController:
             for name, rank in self.method.final_ranks(product.sigma, decisions).items():
                 decisions[name] = self.method.with_rank(decisions[name], rank, name, measured.sigma[name])
         self._agree(product, decisions)
-        return decisions, found, product
+        return decisions, found, measured.sigma, product
 
     def _factors(self) -> Mapping[str, FactorRows]:
         """Return the counted rows of the factors, or of the dense weights and identities while the layers are dense."""
@@ -262,6 +272,22 @@ class RankController:
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
+
+    def _add_spectra(self, check: Record, sigma: Mapping[str, Tensor]) -> None:
+        """Add to the record of a check the spectra that the rule chose from, and those of untrained factors.
+
+        ``norm`` is the Frobenius norm of a layer's spectrum. A null spectrum has the Frobenius norm 1; there is one for
+        each shape, without regard to its order.
+        """
+        for name, entry in check["layers"].items():
+            entry |= {"shape": list(self.shapes[name]), "norm": float(sigma[name].norm())}
+            entry |= recorded_spectrum(sigma[name])
+        null = {shape: self.method.null.spectrum(shape) for shape in {*map(null_shape, self.shapes.values())}}
+        check["null_spectra"] = [
+            {"shape": list(shape), **recorded_spectrum(spectrum)}
+            for shape, spectrum in sorted(null.items())
+            if spectrum is not None
+        ]
 
     @property
     def shrinks(self) -> bool:

@@ -14,10 +14,12 @@ from ..train.checkpoint import check_run_folder
 from ..train.monitors.jsonl import read_metrics
 from ..train.monitors.text import amount, number, plural
 from . import sections
+from .chart import Charts
 from .curves import dynamics_figures, loss_figure, rank_figures, threshold_of
 from .history import History
 from .reading import mode_of, reading
 from .style import page
+from .timeline import timeline
 from .updates import update_figures
 
 
@@ -67,18 +69,20 @@ def _page(run_folder: Path, history: History) -> str:
     configured = section.get("name") if isinstance(section, dict) else None
     name = escape(str(configured or run_folder.resolve().name))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in reading(history, settings))
+    charts = Charts([timeline(str(configured or run_folder.resolve().name), history)])
     body = [
         _header(name, history, settings),
         sections.tiles(history),
         f'<h2>Honest reading</h2><div class="reading"><ul>{statements}</ul></div>',
-        f"<h2>Training</h2>{loss_figure(history)}{dynamics_figures(history)}",
-        rank_figures(history, threshold_of(settings)),
+        f"<h2>Training</h2>{charts.controls()}{loss_figure(charts, history)}{dynamics_figures(charts, history)}",
+        rank_figures(charts, history, threshold_of(settings)),
         update_figures(history),
         sections.layer_table(history),
         sections.event_table(history),
         sections.samples(history),
         sections.config(text),
         f"<footer>Made from {plural(history.count, 'record')} of metrics.jsonl.</footer>",
+        charts.script(),
     ]
     return page(name, body)
 

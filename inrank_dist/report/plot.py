@@ -329,11 +329,11 @@ def _power(tick: float) -> str:
     return ("" if factor == 1 else f"{factor:g}\u00d7") + f"10{str(power).translate(_SUPERSCRIPT)}"
 
 
-def thinned(points: Points) -> Points:
-    """Downsample to about ``MAX_POINTS`` points, keeping the minimum and maximum of each stretch."""
-    if len(points) <= MAX_POINTS:
+def thinned(points: Points, most: int = MAX_POINTS) -> Points:
+    """Downsample to about ``most`` points, keeping the minimum and maximum of each stretch."""
+    if len(points) <= most:
         return points
-    size = math.ceil(2 * len(points) / MAX_POINTS)
+    size = math.ceil(2 * len(points) / most)
     kept: Points = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]

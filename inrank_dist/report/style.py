@@ -41,6 +41,28 @@ figcaption { display:flex; flex-wrap:wrap; align-items:baseline; gap:0 8px; marg
 .unit { color:var(--soft); font-size:.85rem }
 .legend { display:flex; flex-wrap:wrap; gap:0 14px; font-size:.82rem; color:var(--soft); margin-left:auto }
 .legend span { display:inline-flex; align-items:center; gap:6px }
+button { font:inherit; color:inherit; background:none; border:0; padding:0; cursor:pointer; text-align:left }
+.key { display:inline-flex; align-items:center; gap:6px; max-width:100%; min-width:0 }
+.key bdi { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
+.key[aria-pressed=false] { opacity:.45; text-decoration:line-through }
+.controls { display:flex; flex-wrap:wrap; align-items:center; gap:6px 14px; margin:0 0 14px }
+.choice { display:flex; flex-wrap:wrap; padding-left:1px; font-size:.85rem }
+.choice button { border:1px solid var(--rule); padding:2px 12px; margin-left:-1px; color:var(--soft) }
+.choice button[aria-pressed=true] { background:var(--card); color:var(--ink); font-weight:600 }
+.plot { position:relative; touch-action:pan-y }
+.tip { position:absolute; top:8px; z-index:1; pointer-events:none; max-width:100%; padding:6px 10px; font-size:.78rem;
+  line-height:1.45; background:var(--card); border:1px solid var(--rule); border-radius:6px;
+  box-shadow:0 2px 8px rgb(0 0 0 / .18) }
+.tip p { margin:0 }
+.tip table { width:auto; font-size:inherit }
+.tip td { padding:0 4px; border:0 }
+.tip td:first-child { padding:0 }
+.tip td bdi { display:block; max-width:240px; overflow:hidden; text-overflow:ellipsis }
+.tip i { display:block; width:9px; height:9px; border-radius:50% }
+.cross { stroke:var(--soft); stroke-width:1; fill:none }
+.mark { stroke-width:1.2; fill:none }
+.band { opacity:.18 }
+.points circle { stroke:var(--paper); stroke-width:1 }
 .swatch { width:18px; height:12px; flex:none }
 .pair { display:grid; grid-template-columns:1fr 1fr; gap:0 28px }
 svg { display:block; width:100%; height:auto }
@@ -96,6 +118,7 @@ footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
   main { max-width:none; padding:0 }
   body { font-size:11pt }
   .scroll { overflow:visible }
+  .tip, .choice { display:none }
   table, .flag { font-size:7.5pt }
   th, td { padding:2px 4px }
   th { white-space:normal }

@@ -6,10 +6,12 @@ from typing import Any
 
 from ..train.monitors.ranks import mean
 from ..train.monitors.text import fixed, number, plural
-from .curves import HALF, marks
 from .history import History, Points
 from .plot import Line, Mark, Plot, figure
 from .style import text_table
+from .timeline import marks
+
+HALF = 490
 
 #: Singular values to draw, if they were recorded.
 DRAWN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -30,7 +30,7 @@ from .health import Health, Verdict
 from .monitors import Monitors
 from .profiling import Profile, StepProfiler, memory_split
 from .randomness import seed_step
-from .records import notice, perplexity
+from .records import loss_figures, notice
 from .schedule import planned_rate
 
 
@@ -264,9 +264,8 @@ class Trainer:
             return False
         self.validation, self.evaluation_due = found.loss, False
         sources = {"sources": found.sources} if found.sources else {}
-        self.monitors.write(
-            {"kind": "eval", "step": self.step, "loss": found.loss, "perplexity": perplexity(found.loss), **sources}
-        )
+        figures = loss_figures(found.loss, self.data.bytes_per_token)
+        self.monitors.write({"kind": "eval", "step": self.step, "loss": found.loss, **figures, **sources})
         return True
 
     def _anyone_stops(self) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,6 +44,11 @@ def keep_freed_memory(device: torch.device) -> None:
 def peak_resident_bytes() -> int:
     """Return the peak resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def resident_bytes() -> int:
+    """Return the resident set size of this process in bytes."""
+    return psutil.Process().memory_info().rss
 
 
 def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:

@@ -1,14 +1,13 @@
 """Records of a run: start, steps, rank events and summary."""
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .callbacks import Callback
 from .health import Verdict
-from .memory import peak_resident_bytes
+from .memory import peak_resident_bytes, resident_bytes
 from .speed import Peak
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ class Records(Callback):
             {
                 "kind": "start",
                 "step": trainer.step,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "world_size": context.world_size,
                 "engine": engine.name,
                 "engine_facts": engine.facts(),
@@ -82,11 +80,15 @@ class Records(Callback):
             record["peak_memory"] = torch.cuda.max_memory_allocated(device)
             self._peak_memory = max(self._peak_memory, record["peak_memory"])
             torch.cuda.reset_peak_memory_stats(device)
+        else:
+            record["resident_memory"] = resident_bytes()
         return {
             "kind": "step",
             "step": trainer.step,
             "loss": verdict.loss,
             "tokens": trainer.tokens,
+            "seconds": trainer.seconds,
+            "flops": flops.of_run,
             "tokens_per_s": speed,
             "data_wait": data_wait,
             "lr": rate,
@@ -107,7 +109,7 @@ class Records(Callback):
                 "peak_memory": self._peak_memory or peak_resident_bytes(),
                 "train_loss": trainer.train_loss,
                 "validation_loss": trainer.validation,
-                "perplexity": None if trainer.validation is None else perplexity(trainer.validation),
+                **loss_figures(trainer.validation, trainer.data.bytes_per_token),
                 "unigram_entropy": trainer.data.unigram_entropy,
                 "parameters": trainer.engine.parameter_count(),
                 "parameters_dense": self.parameters_dense,
@@ -147,6 +149,21 @@ def notice(verdict: Verdict, step: int, skipped: int) -> dict[str, Any]:
         "processes": verdict.processes,
         "skipped": skipped,
     }
+
+
+def loss_figures(loss: float | None, bytes_per_token: float | None) -> dict[str, float | None]:
+    """Return the perplexity and, if the bytes of the text are known, the bits per byte.
+
+    Bits per byte are comparable between tokenizers: ``loss / ln(2) / bytes_per_token``.
+
+    Args:
+        loss: in nats per token, or None if there was no validation.
+        bytes_per_token: bytes of the validation text per token.
+    """
+    figures = {"perplexity": None if loss is None else perplexity(loss)}
+    if loss is not None and bytes_per_token:
+        figures["bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return figures
 
 
 def perplexity(loss: float) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..lowrank.criterion import effective_rank, stable_rank
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import dense_singular_values
-from ..lowrank.updates import recorded_indices, update_spectra
+from ..lowrank.updates import recorded_spectrum, update_spectra
 from ..models.values import InitialValues
 from .callbacks import Callback
 from .health import Verdict
@@ -61,15 +61,13 @@ class UpdateTracker(Callback):
 
     def _entry(self, sigma: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
         effective, stable = self._null(shape)
-        indices = recorded_indices(len(sigma))
         return {
             "shape": list(shape),
             "effective_rank": effective_rank(sigma),
             "null_effective_rank": effective,
             "stable_rank": stable_rank(sigma),
             "null_stable_rank": stable,
-            "indices": [index + 1 for index in indices],
-            "sigma": sigma[indices].tolist(),
+            **recorded_spectrum(sigma),
         }
 
     def _null(self, shape: tuple[int, int]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ the loop does not depend on the process. Monitors ignore kinds and keys that the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -34,14 +35,15 @@ class Monitors:
         self._monitors = list(monitors)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Pass ``record`` to every monitor.
+        """Pass ``record`` to every monitor, with the time in seconds since the epoch as ``time``.
 
         Raises:
             UserError: a file cannot be written.
         """
+        timed = {**record, "time": round(time.time(), 3)}
         try:
             for monitor in self._monitors:
-                monitor.write(record)
+                monitor.write(timed)
         except BrokenPipeError:  # the reader of a pipe has exited; the command line handles it
             raise
         except OSError as error:
