@@ -1,0 +1,86 @@
+"""A run folder as its pages see it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runtime import yaml_text
+from ..runtime.errors import UserError
+from ..train.checkpoint import check_run_folder
+from ..train.monitors.jsonl import read_metrics
+from .history import History
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run.
+
+    Attributes:
+        folder: the run folder.
+        name: ``run.name``, or else the name of the folder; plain text.
+        config: text of ``config.yaml``; empty if there is none.
+        settings: the config as nested dicts; empty if it cannot be parsed, since its text is shown in any case.
+        history: its records.
+    """
+
+    folder: Path
+    name: str
+    config: str
+    settings: dict[str, Any]
+    history: History
+
+
+def read_run(folder: Path) -> Run:
+    """Read the records and the config of a run, which may still be going.
+
+    Raises:
+        UserError: the folder does not exist, has no records or cannot be read.
+    """
+    folder = Path(folder)
+    check_run_folder(folder)
+    history = History(read_metrics(folder / "metrics.jsonl"))
+    if not history.count:
+        raise UserError(f"{folder / 'metrics.jsonl'} holds no records; train for at least one logged step")
+    file = folder / "config.yaml"
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); make it readable") from None
+    settings = _settings(text)
+    section = settings.get("run")
+    configured = section.get("name") if isinstance(section, dict) else None
+    name = str(configured or folder.resolve().name)
+    return Run(folder=folder, name=name, config=text, settings=settings, history=history)
+
+
+def write_page(file: Path, content: str) -> None:
+    """Write a page atomically.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        # Sampled text may contain a lone surrogate, which UTF-8 cannot encode.
+        with temporary.open("w", encoding="utf-8", errors="replace") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be written ({error.strerror or error}); write --output FILE with a file that can"
+        ) from None
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        settings = yaml_text.load(text)
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
