@@ -14,18 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.monitors import (
     ConsoleMonitor,
     JsonlMonitor,
     Monitors,
-    TensorBoardMonitor,
     console,
     read_metrics,
 )
-from inrank_dist.train.monitors.scalars import Curves
 
 LAYERS = {"blocks.0.mlp.up": 14, "blocks.0.mlp.down": 16}
 START = {
@@ -362,52 +359,6 @@ class TestConsole:
         assert "steps \x1b" not in after and "3.5660" in after
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-class TestTensorBoard:
-    def test_tags_and_values_can_be_read_back(self, tmp_path: Path) -> None:
-        monitor = TensorBoardMonitor(tmp_path)
-        evaluation = {"kind": "eval", "step": 2, "loss": 4.5, "perplexity": 90.0}
-        for record in (START, step(1), check(2), grow(2), step(2, loss=None), evaluation, {"kind": "new"}):
-            monitor.write(record)
-        monitor.close()
-        monitor.close()
-        found = scalars(tmp_path)
-        assert found["train/loss"] == [(1, pytest.approx(4.999))]
-        assert found["train/lr"] == [(1, pytest.approx(6e-4)), (2, pytest.approx(6e-4))]
-        for tag in ("train/grad_norm", "train/tokens_per_s", "train/data_wait", "train/parameters", "train/tokens"):
-            assert len(found[tag]) == 2, tag
-        assert found["validation/loss"] == [(2, 4.5)] and found["validation/perplexity"] == [(2, 90.0)]
-        assert found["rank/blocks.0.mlp.down"][-1] == (2, 16.0)
-        assert found["null_rank/blocks.0.mlp.down"][-1] == (2, 31.0)
-        assert found["explained/blocks.0.mlp.up"][0] == (2, pytest.approx(0.91))
-        assert found["effective_rank/blocks.0.mlp.up"][0] == (2, 6.5)
-        assert found["rank_mean/rank"][-1] == (2, 15.0) and found["rank_mean/null_rank"][-1] == (2, 31.0)
-
-    def test_an_event_outranks_a_check_of_the_same_step(self, tmp_path: Path) -> None:
-        """Which of the two the loop emits first must not decide what the curve shows."""
-        monitor = TensorBoardMonitor(tmp_path)
-        monitor.write(grow(2))
-        monitor.write(check(2))
-        monitor.close()
-        assert {value for _, value in scalars(tmp_path)["rank/blocks.0.mlp.down"]} == {16.0}
-
-    def test_a_resumed_run_hides_what_it_trains_again(self, tmp_path: Path) -> None:
-        first = TensorBoardMonitor(tmp_path)
-        for number in range(1, 6):
-            first.write(step(number, loss=1.0))
-        first.close()
-        time.sleep(1.1)  # event files are read in the order of their names, which count seconds
-        second = TensorBoardMonitor(tmp_path, purge_step=4)
-        second.write(step(4, loss=2.0))
-        second.close()
-        assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
-
-
 class Recorder:
     def __init__(self, fails: bool = False) -> None:
         self.records: list[dict[str, Any]] = []
@@ -441,13 +392,3 @@ def test_without_monitors_records_go_nowhere() -> None:
     monitors = Monitors()
     monitors.write(step(1))
     monitors.close()
-
-
-def test_tags_of_updates_and_of_the_sources_of_a_mixture() -> None:
-    curves = Curves()
-    layer = {"effective_rank": 3.0, "stable_rank": 2.0, "null_effective_rank": 9.0, "null_stable_rank": None}
-    made = curves.entries({"kind": "updates", "step": 5, "layers": {"a": layer}})
-    assert made.step == 5
-    assert made.scalars == {"update_effective_rank/a": 3, "update_stable_rank/a": 2, "update_null_effective_rank/a": 9}
-    made = curves.entries({"kind": "eval", "step": 6, "loss": 2.0, "perplexity": 7.4, "sources": {"x": 1.0, "y": 3.0}})
-    assert made.scalars["validation_loss/x"] == 1.0 and made.scalars["validation_loss/y"] == 3.0

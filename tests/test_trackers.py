@@ -83,16 +83,18 @@ def test_a_tracker_receives_what_tensorboard_does(tmp_path: Path, begin: Begin) 
     opened, *logged, closed = told(tmp_path)
     assert (opened["name"], opened["project"], opened["new"]) == ("mine", "novels", True)
     assert opened["config"]["lowrank"]["threshold"] == 0.995 and opened["config"]["run"]["seed"] == 0
-    ranks = {"rank/up": 3, "null_rank/up": 2, "explained/up": 0.9, "rank_mean/rank": 3, "rank_mean/null_rank": 2}
+    ranks = {"rank": 3, "null_rank": 2, "explained": 0.9}
+    at_event = {f"weights/{tag}/up": value for tag, value in ranks.items()}
+    at_event |= {f"train/mean_{tag}": value for tag, value in ranks.items()}
     assert [(each["step"], each["scalars"]) for each in logged] == [
         (1, {"train/loss": 1, "train/lr": 0.1}),
-        (1, ranks),
+        (1, at_event),
         (2, {"train/loss": 1, "train/lr": 0.1}),
         (3, {}),
-        (3, {"summary/train_loss": 1, "summary/parameters": 10}),
+        (3, {"train/parameters": 10}),
     ]
-    assert logged[3]["texts"] == {"sample": "**It** was <b>"}
-    assert "| up | 3 | 2 | 0.900 |" in logged[4]["texts"]["rank_table"]
+    assert logged[3]["texts"] == {"sample": "    It was <b>"}
+    assert "| `up` | 3 | 2 | 0.900 |" in logged[4]["texts"]["rank_table"]
     assert closed == {"event": "close", "finished": True}
 
 
@@ -105,7 +107,7 @@ def test_a_resumed_run_goes_on_and_no_step_comes_twice(tmp_path: Path, begin: Be
     monitors.close()
     first, second = told(tmp_path, "open")
     assert first["id"] == second["id"] and not second["new"]
-    logged = [(each["step"], "rank/up" in each["scalars"]) for each in told(tmp_path, "log")]
+    logged = [(each["step"], "weights/rank/up" in each["scalars"]) for each in told(tmp_path, "log")]
     assert logged == [(1, False), (1, True), (2, False), (3, False), (3, True), (4, False)]
     assert [each["finished"] for each in told(tmp_path, "close")] == [False, False]
 

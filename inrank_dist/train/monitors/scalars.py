@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import indent
 from typing import Any
+
+import numpy as np
 
 from .ranks import RankTable, mean
 from .text import fixed, number
 
-STEP_TAGS = ("loss", "lr", "grad_norm", "tokens_per_s", "data_wait", "mfu", "mfu_dense", "parameters", "tokens")
-EVAL_TAGS = ("loss", "perplexity")
+TRAIN_TAGS = ("loss", "lr", "grad_norm", "parameters", "tokens", "flops")
+SPEED_TAGS = ("tokens_per_s", "data_wait", "mfu", "mfu_dense", "seconds", "peak_memory", "resident_memory")
+EVAL_TAGS = ("loss", "perplexity", "bits_per_byte")
+LAYER_TAGS = ("rank", "null_rank", "explained", "effective_rank")
 UPDATE_TAGS = ("effective_rank", "null_effective_rank", "stable_rank", "null_stable_rank")
-SUMMARY_TAGS = (
-    *("train_loss", "validation_loss", "perplexity", "tokens", "seconds", "flops", "peak_memory"),
-    *("parameters", "parameters_dense", "parameters_start"),
-)
 
 
 @dataclass
@@ -26,79 +28,108 @@ class Entries:
         step: optimizer step of all entries.
         scalars: finite numbers by tag.
         texts: Markdown by tag.
+        histograms: values by tag.
     """
 
     step: int
     scalars: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    histograms: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Curves:
     """Makes entries from the records of a run, which it must see in order.
 
-    Tags of scalars:
+    TensorBoard sorts groups of tags by name, so all tags of single layers are in ``weights``, after the groups to look
+    at first. Tags of scalars:
 
-    - ``train/{loss,lr,grad_norm,tokens_per_s,data_wait,mfu,mfu_dense,parameters,tokens}``
-    - ``validation/{loss,perplexity}``, and ``validation_loss/LABEL`` for each source of a mixture
-    - ``rank/NAME``, ``null_rank/NAME``, ``explained/NAME``, ``effective_rank/NAME`` for each layer
-    - ``rank_mean/{rank,null_rank}`` over all layers
-    - ``update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME`` for each dense layer whose
-      cumulative update is tracked
-    - ``summary/{train_loss,validation_loss,perplexity,parameters,...}`` at the end
+    - ``train/{loss,lr,grad_norm,parameters,tokens,flops}``, and ``train/mean_{rank,null_rank,explained,
+      effective_rank}`` over all low-rank layers
+    - ``eval/{loss,perplexity,bits_per_byte}``, and ``eval/loss/LABEL`` for each source of a mixture
+    - ``speed/{tokens_per_s,data_wait,mfu,mfu_dense,seconds,peak_memory,resident_memory}``, and
+      ``speed/rank_event_seconds``
+    - ``weights/{rank,null_rank,explained,effective_rank}/NAME`` for each low-rank layer
+    - ``weights/update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME`` for each dense layer
+      whose cumulative update is tracked
 
-    Tags of texts: ``sample`` and, at the end, ``rank_table``.
+    The last value of a tag is the one at the end of the run: the summary adds those that no step has written. Tags of
+    texts: ``sample`` and, after each rank event and at the end, ``rank_table``. Tags of histograms, where records have
+    singular values: ``weights/log10_singular_values/NAME`` and ``weights/update_log10_singular_values/NAME``.
     """
 
     def __init__(self) -> None:
         self._table = RankTable()
+        self._written: set[str] = set()
 
     def entries(self, record: Mapping[str, Any]) -> Entries:
         """Return the entries of a record. Values that are missing or not finite are left out."""
         self._table.update(dict(record))
         kind = record.get("kind")
         made = Entries(int(number(record.get("step")) or 0))
-        if kind == "step":
-            _add(made, "train", {tag: record.get(tag) for tag in STEP_TAGS})
-        elif kind == "eval":
-            _add(made, "validation", {tag: record.get(tag) for tag in EVAL_TAGS})
-            _add(made, "validation_loss", record.get("sources") or {})
+        if kind in ("step", "summary"):
+            _add(made, "train", {tag: record.get(tag) for tag in TRAIN_TAGS})
+            _add(made, "speed", {tag: record.get(tag) for tag in SPEED_TAGS})
+        if kind == "eval":
+            _add(made, "eval", {tag: record.get(tag) for tag in EVAL_TAGS})
+            _add(made, "eval/loss", record.get("sources") or {})
         elif kind == "updates":
             for name, layer in (record.get("layers") or {}).items():
-                for tag in UPDATE_TAGS:
-                    _add(made, f"update_{tag}", {name: layer.get(tag)})
+                _add(made, "weights", {f"update_{tag}/{name}": layer.get(tag) for tag in UPDATE_TAGS})
+                _add_spectrum(made, f"weights/update_log10_singular_values/{name}", layer)
         elif kind in ("rank_event", "rank_check"):
-            self._add_ranks(made, record.get("layers") or {})
+            self._add_ranks(made, record)
         elif kind == "sample":
-            made.texts["sample"] = f"**{record.get('prompt', '')}**{record.get('text', '')}"
+            made.texts["sample"] = verbatim(f"{record.get('prompt', '')}{record.get('text', '')}")
         elif kind == "summary":
-            _add(made, "summary", {tag: record.get(tag) for tag in SUMMARY_TAGS})
-            if self._table.ranks:
-                made.texts["rank_table"] = self._markdown()
+            _add(made, "train", {"loss": record.get("train_loss")})
+            _add(made, "eval", {"loss": record.get("validation_loss"), "perplexity": record.get("perplexity")})
+            made.scalars = {tag: value for tag, value in made.scalars.items() if tag not in self._written}
+        if kind in ("rank_event", "summary") and self._table.ranks:
+            made.texts["rank_table"] = self._markdown()
+        self._written.update(made.scalars)
         return made
 
-    def _add_ranks(self, made: Entries, layers: Mapping[str, Any]) -> None:
-        table = self._table
-        tables = {
-            "rank": table.ranks,
-            "null_rank": table.null_ranks,
-            "explained": table.explained,
-            "effective_rank": table.effective_ranks,
-        }
+    def _add_ranks(self, made: Entries, record: Mapping[str, Any]) -> None:
+        table, layers = self._table, record.get("layers") or {}
+        tables = dict(
+            zip(LAYER_TAGS, (table.ranks, table.null_ranks, table.explained, table.effective_ranks), strict=True)
+        )
         for tag, values in tables.items():
-            _add(made, tag, {name: values.get(name) for name in layers})
-        means = {"rank": mean(table.ranks.values()), "null_rank": mean(table.null_ranks.values())}
-        _add(made, "rank_mean", means)
+            _add(made, f"weights/{tag}", {name: values.get(name) for name in layers})
+            _add(made, "train", {f"mean_{tag}": mean(values.values())})
+        for name, layer in layers.items():
+            _add_spectrum(made, f"weights/log10_singular_values/{name}", layer)
+        if record.get("kind") == "rank_event":
+            _add(made, "speed", {"rank_event_seconds": record.get("seconds")})
 
     def _markdown(self) -> str:
         table = self._table
         lines = ["| layer | rank | null rank | explained | |", "|---|---|---|---|---|"]
         for name, rank in table.ranks.items():
             null, explained = fixed(table.null_ranks.get(name), 0), fixed(table.explained.get(name), 3)
-            lines.append(f"| {name} | {rank:g} | {null} | {explained} | {', '.join(table.flags(name))} |")
+            lines.append(f"| `{name}` | {rank:g} | {null} | {explained} | {', '.join(table.flags(name))} |")
         return "\n".join([*lines, "", *table.notes()])
+
+
+def verbatim(text: str) -> str:
+    """Return Markdown that shows a text as it is, also one that holds Markdown or HTML."""
+    return indent(text, "    ", lambda line: True)
 
 
 def _add(made: Entries, group: str, values: Mapping[str, Any]) -> None:
     for tag, value in values.items():
         if (finite := number(value)) is not None:
             made.scalars[f"{group}/{tag}"] = finite
+
+
+def _add_spectrum(made: Entries, tag: str, layer: Mapping[str, Any]) -> None:
+    """Add the histogram of all singular values, of which records hold only some at their 1-based ``indices``. Between
+    them the logarithm is interpolated. Values that are zero are left out."""
+    known = [
+        (index, math.log10(value))
+        for index, value in zip(layer.get("indices") or (), layer.get("sigma") or (), strict=False)
+        if (number(value) or 0) > 0
+    ]
+    if known:
+        indices, logarithms = zip(*known, strict=True)
+        made.histograms[tag] = np.interp(np.arange(indices[0], indices[-1] + 1), indices, logarithms).tolist()
