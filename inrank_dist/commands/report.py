@@ -1,9 +1,10 @@
-"""``inrank report``: one self-contained HTML file."""
+"""``inrank report``: one self-contained HTML file, or an SVG image."""
 
 import argparse
 from collections.abc import Sequence
 
 from ..report import write_report
+from ..report.picture import write_picture
 from ..runtime.home import path_argument
 from .common import no_overrides
 
@@ -12,11 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--run DIR [--output FILE]``."""
     parser.add_argument("--run", metavar="DIR", type=path_argument, required=True, help="run folder")
     parser.add_argument(
-        "--output", metavar="FILE", type=path_argument, help="file (default: report.html in the run folder)"
+        "--output",
+        metavar="FILE",
+        type=path_argument,
+        help="file (default: report.html in the run folder); a FILE that ends in .svg is an image of the loss and the "
+        "ranks",
     )
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Write the report and print its path."""
+    """Write the report, or the image, and print its path."""
     no_overrides(rest)
-    print(write_report(arguments.run, arguments.output))
+    output = arguments.output
+    picture = output is not None and output.suffix == ".svg"
+    print(write_picture(arguments.run, output) if picture else write_report(arguments.run, output))
