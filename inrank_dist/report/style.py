@@ -129,10 +129,12 @@ footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A self-contained HTML page. ``title`` and ``parts`` are HTML; empty parts are skipped."""
+    """A self-contained HTML page, which may load nothing. ``title`` and ``parts`` are HTML; empty parts are skipped."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
