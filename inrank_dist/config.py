@@ -135,6 +135,11 @@ class Config:
         name, engine = self.optimizer.name, self.parallel.engine
         if not self.optimizer.orthogonalises:
             return
+        if self.lowrank.mode != "full" and self.lowrank.depth > 2:
+            raise UserError(
+                f"optimizer.name is {name} but lowrank.depth is {self.lowrank.depth}, and its updates are for pairs of "
+                "factors; write optimizer.name: adamw, or lowrank.depth: 2"
+            )
         if engine.startswith("zero"):
             raise UserError(
                 f"optimizer.name is {name} and parallel.engine is {engine}, which cuts matrices into flat pieces; "

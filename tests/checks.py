@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 from inrank_dist.config import Config
 from inrank_dist.lowrank import spectrum
-from inrank_dist.lowrank.layer import set_fused
+from inrank_dist.lowrank.layer import core_names, set_fused
 from inrank_dist.lowrank.spectrum import Grams, gram_matrices
 from inrank_dist.runtime.agreement import Disagreement
 from inrank_dist.train.loop import Trainer
@@ -39,15 +39,19 @@ def wholes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def function_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Logits of fixed tokens, and ``U V^T`` of every layer in float64."""
+    """Logits of fixed tokens, and the product of the factors of every layer in float64."""
     tokens = torch.arange(2 * 16).view(2, 16) % 301
     trainer.engine.model.eval()
     with torch.no_grad():
         seen = {"logits": trainer.engine.logits(tokens)}
-    layout = trainer.engine.layout
+    layout, tensors = trainer.engine.layout, trainer.engine.tensors()
     factors = factors_of(trainer, layout)
-    for name in layout:
-        seen[name] = factors[f"{name}.U"] @ factors[f"{name}.V"].T
+    for name, layer in layout.items():
+        cores = [f"{name}.{core}" for core in core_names(layer.depth)]
+        left = factors[f"{name}.U"]
+        for core in reversed(list(wholes({core: tensors[core] for core in cores}).values())):
+            left = left @ core.double()
+        seen[name] = left @ factors[f"{name}.V"].T
     return seen
 
 

@@ -206,6 +206,33 @@ VARIANTS = {
         "lowrank__initial_rank": 2,
         "lowrank__targets": r"['mlp\.up','attention\.[qk]$']",
     },
+    "deep": {"lowrank__depth": 3, "lowrank__init_scale": 0.4},
+    "deep, no base": {"lowrank__depth": 4, "lowrank__base": "none", "lowrank__init": "spectral"},
+    "deep, product": {"lowrank__depth": 3, "lowrank__base": "none", "lowrank__measure": "product"},
+    "deep, gradient directions": {"lowrank__depth": 3, "lowrank__growth_init": "gradient"},
+    "deep, frobenius decay, slow outer factors": {
+        "lowrank__depth": 4,
+        "lowrank__frobenius_decay": 0.5,
+        "lowrank__outer_lr_scale": 0.1,
+    },
+    "deep, frobenius in the loss": {
+        "lowrank__depth": 3,
+        "lowrank__frobenius_decay": 0.5,
+        "lowrank__frobenius_in_loss": "true",
+    },
+    "deep, fixed outer factors": {
+        "lowrank__depth": 3,
+        "lowrank__mode": "fixed",
+        "lowrank__base": "frozen",
+        "lowrank__initial_rank": 5,
+        "lowrank__outer_lr_scale": 0,
+    },
+    "deep, sgd, reset": {
+        "lowrank__depth": 3,
+        "optimizer__name": "sgd",
+        "optimizer__lr": 0.1,
+        "optimizer__moments_on_event": "reset",
+    },
     "activation checkpointing": {"train__activation_checkpointing": "true"},
     "no clipping, wsd": {"train__grad_clip": 0, "schedule__name": "wsd", "schedule__warmup_steps": 3},
     "untied head": {"model__tie_embeddings": "false"},
@@ -213,7 +240,14 @@ VARIANTS = {
 }
 
 
-NOT_WITH_ZERO = ("muon", "spectron", "lora_muon", "dense, lora_muon", "frobenius in the loss")
+NOT_WITH_ZERO = (
+    "muon",
+    "spectron",
+    "lora_muon",
+    "dense, lora_muon",
+    "frobenius in the loss",
+    "deep, frobenius in the loss",
+)
 """Which ZeRO, that cuts parameters anywhere, is refused with."""
 
 OF_THE_DECISION = (

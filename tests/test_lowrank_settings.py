@@ -60,6 +60,27 @@ NAN = float("nan")
             {"initial_rank": 8, "buffer": 9, "multiple_of": 4},
             "lowrank.buffer is 9, not a multiple of lowrank.multiple_of 4; write 12",
         ),
+        ({"depth": 1}, "lowrank.depth is 1; write 2, or more for layers with cores between U and V"),
+        ({"init_scale": 0.0}, "lowrank.init_scale is 0.0; write a number above 0, such as 0.1"),
+        ({"init_scale": NAN}, "lowrank.init_scale is nan;"),
+        ({"outer_lr_scale": -1.0}, "lowrank.outer_lr_scale is -1.0; write 0 or a positive number, such as 1"),
+        (
+            {"depth": 3, "mode": "fixed", "base": "none", "activation": "silu"},
+            "lowrank.depth is 3 but lowrank.activation is silu; write lowrank.activation: none, or lowrank.depth: 2",
+        ),
+        ({"depth": 3, "base": "none", "dense_fraction": 0.1}, "write lowrank.dense_fraction: 0, or lowrank.depth: 2"),
+        ({"depth": 4, "base": "none", "init": "kaiming"}, "write lowrank.init: orthogonal, or lowrank.depth: 2"),
+        (
+            {"depth": 3, "base": "none", "growth_init": "published", "measure": "product"},
+            "write lowrank.growth_init: random, or lowrank.depth: 2",
+        ),
+        ({"depth": 3, "final": "budget"}, "write lowrank.final: per_layer, or lowrank.depth: 2"),
+        ({"depth": 3, "outer_init": "gradient"}, "write lowrank.mode: fixed, or lowrank.outer_init: random"),
+        (
+            {"depth": 3, "outer_init": "gradient", "mode": "fixed"},
+            "write lowrank.base: frozen, or lowrank.outer_init: random",
+        ),
+        ({"depth": 3, "outer_lr_scale": 0.0}, "write lowrank.mode: fixed, or a positive lowrank.outer_lr_scale"),
         (
             {"warmup_steps": 300, "freeze_step": 200},
             "but the base fades until lowrank.warmup_steps 300; write a freeze_step of at least 300",
@@ -89,6 +110,11 @@ def test_what_cannot_work_is_refused_in_one_line_that_says_what_to_write(changes
         {"warmup_steps": 200, "freeze_step": 200},
         {"initial_rank": 8, "buffer": 12, "multiple_of": 4},
         {"max_rank_fraction": 1.0},
+        {"depth": 3},
+        {"depth": 5, "base": "none", "init": "spectral"},
+        {"depth": 3, "init": "kaiming"},  # the base only
+        {"depth": 3, "mode": "fixed", "base": "frozen", "outer_init": "gradient", "outer_lr_scale": 0.0},
+        {"mode": "full", "depth": 3, "activation": "silu"},
     ],
 )
 def test_what_works_is_taken(changes: dict) -> None:
@@ -145,7 +171,9 @@ def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> Non
 
 
 UNUSED = {"freeze_patience", "freeze_fraction", "final_budget"}
-ALWAYS = {"factorized_lr_scale", "frobenius_in_loss", "track_updates"}
+ALWAYS = {
+    "factorized_lr_scale", "frobenius_in_loss", "track_updates", "init_scale", "outer_init", "outer_lr_scale",
+}  # fmt: skip
 FREEZING = UNUSED | {"freeze_step", "final"}
 
 
@@ -178,6 +206,12 @@ def test_settings_without_effect_in_mode_fixed() -> None:
     still = LowRankSettings(mode="fixed", base="none").without_effect()
     assert {key for key, _ in still} == growth | {"warmup_steps"}
     assert len(still) == len(growth) + 1
+
+
+def test_settings_of_deep_layers_have_an_effect_only_there() -> None:
+    deep = {"init_scale", "outer_init", "outer_lr_scale", "measure"}
+    assert not deep & {key for key, _ in LowRankSettings(depth=3).without_effect()}
+    assert {key for key, _ in LowRankSettings(depth=3, base="none").without_effect()} & deep == {"init_scale"}
 
 
 def test_nothing_has_an_effect_in_mode_full() -> None:

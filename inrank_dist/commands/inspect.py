@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from ..lowrank.cores import absorbed
 from ..lowrank.criterion import effective_rank
 from ..lowrank.layer import LowRankLayer
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
@@ -41,7 +42,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         module = trained.model.get_submodule(name)
         assert isinstance(module, LowRankLayer)
         shape = module.shape
-        grams = gram_matrices({name: Factors(module.U, module.V)}, lambda total: None)
+        factors = Factors(module.U, module.V, tuple(module.cores))
+        grams = gram_matrices({name: absorbed(factors)}, lambda total: None)
         sigma = singular_values(grams[name])
         null_rank = null_rank_of(shape)
         ranks.set_layer(
@@ -51,7 +53,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             null_rank=null_rank,
             reached=state.ranks["explained"].get(name),
         )
-        parameters = (module.U.numel() + module.V.numel()) + (module.base.numel() if module.base is not None else 0)
+        parts = [module.U, module.V, *module.cores, *([] if module.base is None else [module.base])]
+        parameters = sum(part.numel() for part in parts)
         table.add_row(
             name,
             f"{shape[0]} x {shape[1]}",

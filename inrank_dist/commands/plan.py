@@ -1,6 +1,7 @@
 """``inrank plan``: what a config would take, without the hardware."""
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ..bench.common import MIB
 from ..config import Config
 from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
-from ..lowrank.convert import LayerLayout, Layout, convert
+from ..lowrank.convert import Layout, convert
 from ..lowrank.layer import set_activation
 from ..method.initial import factored_layout, layer_shapes
 from ..models import LanguageModel, flops_per_token
@@ -197,11 +198,21 @@ def _stage_of_run(config: Config, shapes: dict[str, tuple[int, int]], run_folder
     }
     mean = sum(layer.rank for layer in layout.values()) / len(layout)
     heading = f"ranks of {run_folder.name}, step {checkpoint.state.step}\nmean {mean:.1f}"
-    return {heading: {n: LayerLayout(layout[n].rank, modes[n], settings.base == "frozen") for n in layout}}
+    stays = settings.base == "frozen"
+    like = factored_layout(shapes, settings)
+    return {
+        heading: {
+            name: dataclasses.replace(like[name], rank=layer.rank, modes=modes[name], base=stays)
+            for name, layer in layout.items()
+        }
+    }
 
 
 def _with_modes(layout: Layout, modes: Mapping[str, int], *, base: bool) -> Layout:
-    return {name: LayerLayout(modes[name], modes[name], base) for name in layout}
+    return {
+        name: dataclasses.replace(layer, rank=modes[name], modes=modes[name], base=base)
+        for name, layer in layout.items()
+    }
 
 
 def _table(

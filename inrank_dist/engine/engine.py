@@ -1,7 +1,7 @@
 """Engine of the trainer: gradient accumulation, clipping and optimizer steps, on one process, with DDP or FSDP2."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ..lowrank.convert import Layout
+from ..lowrank.cores import product_gradients
 from ..lowrank.division import Processes
 from ..lowrank.layer import set_activation, set_fused
 from ..lowrank.spectrum import Factors, gram_matrices
@@ -89,6 +90,9 @@ class Engine(CheckpointableModel):
         # Computed before sharding, because ZeRO-3 replaces the shapes of parameters.
         self._roles = parameter_roles(module, self.plan.block_modules(module), self.optimizer_settings)
         self._decayed = decayed_parameters(module, factors=self.options.frobenius_decay == 0)
+        scale = self.options.outer_lr_scale
+        outer = [f"{name}.{leaf}" for name, each in layout.items() if each.depth > 2 for leaf in ("U", "V")]
+        self._lr_scales = dict.fromkeys(outer, scale) if scale != 1 else {}
         set_fused(module, self.options.fuse)
         set_activation(module, self.options.activation)
         if self.options.activation_checkpointing:
@@ -126,7 +130,15 @@ class Engine(CheckpointableModel):
         placement = self._uniform_placement
         rows = HeldRows(local_rows, placement.sum_over_shards, placement.split, placement.shard, placement.group)
         parameters = dict(module.named_parameters())
-        return build_optimizer(parameters, self._roles, self._decayed, self.optimizer_settings, rows=rows, **options)
+        return build_optimizer(
+            parameters,
+            self._roles,
+            self._decayed,
+            self.optimizer_settings,
+            rows=rows,
+            lr_scales=self._lr_scales,
+            **options,
+        )
 
     @property
     def _uniform_placement(self) -> RowPlacement:
@@ -260,23 +272,34 @@ class Engine(CheckpointableModel):
     def _decay_products(self, rate: float) -> None:
         """Apply Frobenius decay, a step along the gradient of ``|U V^T|_F^2 / 2`` (arXiv 2209.13569).
 
-        ``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``.
+        ``U -= rate * U (V^T V)`` and ``V -= rate * V (U^T U)``; for deep layers see ``cores.product_gradients``.
         """
-        grams = gram_matrices(self.factors(), self.context.sum)
-        for layer, held in self.held_rows(self.layout).items():
-            U, V = held.U, held.V
-            U -= rate * (U @ grams[layer].V.to(U.dtype))
-            V -= rate * (V @ grams[layer].U.to(V.dtype))
+        parameters = self.parameters()
+        for name, gradient in self._product_gradients():
+            self._local(parameters[name]).sub_(rate * self._lr_scales.get(name, 1.0) * gradient)
 
     @torch.no_grad()
     def _add_product_gradients(self, strength: float) -> None:
         """Add the gradient of ``strength * |U V^T|_F^2 / 2`` to this process's rows of the gradients of all factors."""
-        grams, parameters = gram_matrices(self.factors(), self.context.sum), self.parameters()
+        parameters = self.parameters()
+        for name, rows in self._product_gradients():
+            gradient = parameters[name].grad
+            assert gradient is not None
+            self._local(gradient).add_(rows, alpha=strength)
+
+    def _product_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each trained factor, and this process's rows of the gradient of ``|U V^T|_F^2 / 2``."""
+        factors, parameters = self.factors(), self.parameters()
+        grams = gram_matrices(factors, self.context.sum)
         for layer, held in self.held_rows(self.layout).items():
-            for name, rows, other in (("U", held.U, grams[layer].V), ("V", held.V, grams[layer].U)):
-                gradient = parameters[f"{layer}.{name}"].grad
-                assert gradient is not None
-                self._local(gradient).add_(rows @ other.to(rows.dtype), alpha=strength)
+            cores = factors[layer].cores
+            for leaf, gradient in product_gradients(Factors(held.U, held.V, cores), grams[layer]).items():
+                name = f"{layer}.{leaf}"
+                if not parameters[name].requires_grad:
+                    continue
+                if leaf not in ("U", "V"):
+                    gradient = gradient[slice(*self._placements[name].rows(len(gradient)))].to(held.U.dtype)
+                yield name, gradient
 
     def factor_gradients(self, batches: Batches, tokens: int) -> dict[str, Factors]:
         """Compute the gradients of all factors on a global batch, without dropout and without an optimizer step.

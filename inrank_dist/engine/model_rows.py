@@ -1,6 +1,7 @@
 """Access to this process's rows of the parameters and the optimizer state."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..lowrank.convert import Layout
-from ..lowrank.division import Processes
+from ..lowrank.division import Processes, sum_over_processes
 from ..lowrank.kinds import kind_of, matrix_shape
+from ..lowrank.layer import core_names
 from ..lowrank.materialize import clean
 from ..lowrank.spectrum import DenseRows, Factors
 from .placement import RowPlacement, local_rows
@@ -86,8 +88,36 @@ class ModelRows:
         return self._placements[f"{layer}.U" if layer in self.layout else f"{layer}.weight"]
 
     def factors(self) -> dict[str, Factors]:
-        """Return the counted rows of the factors of all low-rank layers."""
-        return {layer: self.counted(layer, held) for layer, held in self.held_rows(self.layout).items()}
+        """Return the counted rows of the factors of all low-rank layers, and their cores.
+
+        Communication: one all-reduce of ``8 R^2`` bytes per core; none if no layer is deep.
+        """
+        rows = {layer: self.counted(layer, held) for layer, held in self.held_rows(self.layout).items()}
+        cores = self._whole_cores()
+        return {layer: replace(each, cores=tuple(cores.get(layer, {}).values())) for layer, each in rows.items()}
+
+    def _whole_cores(self) -> dict[str, dict[str, Tensor]]:
+        """Return the whole cores of each deep layer by name, float64. All processes must call it together."""
+        deep = {layer: core_names(each.depth) for layer, each in self.layout.items() if each.depth > 2}
+        parameters = self.parameters()
+        names = [f"{layer}.{core}" for layer, cores in deep.items() for core in cores]
+        whole = dict(zip(names, self._gathered({name: self._local(parameters[name]) for name in names}), strict=True))
+        return {layer: {core: whole[f"{layer}.{core}"] for core in cores} for layer, cores in deep.items()}
+
+    def _gathered(self, held: Mapping[str, Tensor], names: Sequence[str] | None = None) -> list[Tensor]:
+        """Return square tensors, float64, given this process's rows of them, with one all-reduce of all.
+
+        Args:
+            held: this process's rows by name.
+            names: the parameters with the same placements, in the same order. Default: the names of ``held``.
+        """
+        parts = []
+        for name, rows in zip(names or held, held.values(), strict=True):
+            placement, size = self._placements[name], rows.shape[1]
+            part = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
+            part[slice(*placement.counted_rows(size))] = placement.counted(rows, size).double()
+            parts.append(part)
+        return sum_over_processes(parts, self.processes.sum)
 
     def counted(self, layer: str, held: Factors) -> Factors:
         """Return the counted rows, given this process's rows as from ``held_rows``."""
@@ -107,7 +137,10 @@ class ModelRows:
     def held_rows(self, layers: Iterable[str]) -> dict[str, Factors]:
         """Return all of this process's rows of the factors of these layers, sharing memory with the model."""
         parameters = self.parameters()
-        return {layer: Factors(*(self._local(parameters[f"{layer}.{factor}"]) for factor in "UV")) for layer in layers}
+        return {
+            layer: Factors(self._local(parameters[f"{layer}.U"]), self._local(parameters[f"{layer}.V"]))
+            for layer in layers
+        }
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         """Return a copy of this process's rows of a gradient."""
@@ -118,7 +151,7 @@ class ModelRows:
         """Return a copy of this process's rows of the gradients of all factors."""
         parameters = self.parameters()
         return {
-            layer: Factors(*(self._gradient(parameters[f"{layer}.{factor}"]) for factor in "UV"))
+            layer: Factors(self._gradient(parameters[f"{layer}.U"]), self._gradient(parameters[f"{layer}.V"]))
             for layer in self.layout
         }
 

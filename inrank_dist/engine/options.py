@@ -19,6 +19,7 @@ class BuildOptions:
         grad_clip: maximum gradient norm. 0: no clipping.
         frobenius_decay: coefficient of the decoupled decay of ``|U V^T|_F^2 / 2``. 0: no decay.
         frobenius_in_loss: add the gradient of the decay to that of the loss instead.
+        outer_lr_scale: learning rate of ``U`` and ``V`` of deep layers as a multiple of the other parameters'.
         reduce_each_micro_batch: reduce-scatter gradients after every micro-batch instead of the last one, so that
             unsharded gradients are not kept (FSDP2).
     """
@@ -32,4 +33,5 @@ class BuildOptions:
     grad_clip: float = 1.0
     frobenius_decay: float = 0.0
     frobenius_in_loss: bool = False
+    outer_lr_scale: float = 1.0
     reduce_each_micro_batch: bool = True

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..lowrank.convert import Layout, convert
+from ..lowrank.cores import map_core
 from ..lowrank.division import Processes
 from ..lowrank.event import RankEvent, map_factors
-from ..lowrank.layer import set_base_scale
+from ..lowrank.layer import core_names, set_base_scale
 from ..lowrank.materialize import assign_buffers, assign_parameters, clean
 from ..lowrank.spectrum import identity_rows
 from ..models.values import named_buffers
@@ -135,8 +136,9 @@ class ReshapableModel(ModelRows):
     def reshape(self, layout: Layout, events: Mapping[str, RankEvent], directions: Callable[[str], Tensor]) -> None:
         """Change the shapes of layers.
 
-        Rows are mapped without communication. The exception are dense layers that are factorised: if their moments are
-        transported, each layer needs one all-reduce of ``8 in R`` bytes per moment.
+        Rows are mapped without communication, with two exceptions. Dense layers that are factorised need one all-reduce
+        of ``8 in R`` bytes per moment if their moments are transported. Each core of a deep layer needs one of
+        ``8 R^2`` bytes per moment.
 
         Args:
             layout: new layout of all low-rank layers.
@@ -186,6 +188,7 @@ class ReshapableModel(ModelRows):
         for factor, name in (("U", U_name), ("V", V_name)):
             if moments[name]:
                 moments[name] = map_moments(event, factor, moments[name], step=step, betas=betas, rule=rule)
+        self._map_cores(layer, event, tensors, moments, extras)
         if of_weight:
             moments[V_name] = {name: factors.V.new_zeros(len(factors.V), event.modes) for name in of_weight}
             if rule == "transport":
@@ -199,6 +202,30 @@ class ReshapableModel(ModelRows):
                 )
                 rows = slice(*held.rows(in_features))
                 moments[V_name] = {name: moment[rows].clone() for name, moment in whole.items()}
+
+    def _map_cores(
+        self,
+        layer: str,
+        event: RankEvent,
+        tensors: dict[str, Tensor],
+        moments: dict[str, dict[str, Tensor]],
+        extras: Mapping[str, dict[str, Any]],
+    ) -> None:
+        """Apply an event to this process's rows of a layer's cores and their moments, which are gathered for it."""
+        if event.cores is None:
+            return
+        for index, core in enumerate(core_names(self.layout[layer].depth), start=1):
+            name = f"{layer}.{core}"
+            like, rows = tensors[name], slice(*self._placements[name].rows(event.modes))
+            whole = map_core(event.cores, index, event.fresh)[rows]
+            tensors[name] = whole.to(like.device, like.dtype).contiguous()
+            if not moments[name]:
+                continue
+            step, betas = self._step_and_betas(extras[name])
+            gathered = self._gathered(moments[name], [name] * len(moments[name]))
+            whole_moments = {key: each.to(like.dtype) for key, each in zip(moments[name], gathered, strict=True)}
+            mapped = map_moments(event, core, whole_moments, step=step, betas=betas, rule=self.moments_on_event)
+            moments[name] = {key: each[rows].clone() for key, each in mapped.items()}
 
     def _step_and_betas(self, extras: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
         """Return the number of optimizer steps taken and Adam's betas, for bias correction."""

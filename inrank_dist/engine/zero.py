@@ -23,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 from ..lowrank.convert import Layout
+from ..lowrank.cores import product_gradients
+from ..lowrank.layer import core_names
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from ..optim import OptimizerSettings
@@ -202,13 +204,18 @@ class ZeroEngine(ZeroRows):
     def _decay_products(self, rate: float) -> None:
         """Apply Frobenius decay as ``Engine._decay_products`` does, on gathered factors, one layer at a time."""
         parameters = self.parameters()
-        for layer in self.layout:
-            pair = [parameters[f"{layer}.{factor}"] for factor in "UV"]
-            with self.deepspeed.zero.GatheredParameters(pair, enabled=self.stage == 3):
-                U, V = (parameter.detach().clone() for parameter in pair)
-            gram = gram_matrices({layer: Factors(U, V)}, lambda tensor: None)[layer]
-            self._write(pair[0], U - rate * (U @ gram.V.to(U.dtype)))
-            self._write(pair[1], V - rate * (V @ gram.U.to(V.dtype)))
+        for layer, each in self.layout.items():
+            names = [f"{layer}.{leaf}" for leaf in ("U", "V", *core_names(each.depth))]
+            held = [parameters[name] for name in names]
+            with self.deepspeed.zero.GatheredParameters(held, enabled=self.stage == 3):
+                U, V, *cores = (parameter.detach().clone() for parameter in held)
+            factors = Factors(U, V, tuple(cores))
+            gram = gram_matrices({layer: factors}, lambda tensor: None)[layer]
+            gradients = product_gradients(factors, gram).values()
+            for name, parameter, whole, gradient in zip(names, held, (U, V, *cores), gradients, strict=True):
+                if parameter.requires_grad:
+                    scale = rate * self._lr_scales.get(name, 1.0)
+                    self._write(parameter, whole - scale * gradient.to(whole.dtype))
 
     def facts(self) -> dict[str, str]:
         from deepspeed.accelerator import get_accelerator

@@ -35,6 +35,8 @@ SAME_PARAMETERS = ("init_from", "dropout", "vocab_size", "mask_documents", "rest
 
 LARGEST_VOCABULARY = 1 << 24
 
+LARGEST_DEPTH = 1000
+
 LARGEST_DESCRIPTION = 64 << 20
 """Bytes. A description has about 100 bytes for each layer."""
 
@@ -81,7 +83,7 @@ def write_factors(
 
 def _cut(layer: LayerLayout, factors: Factors) -> LayerLayout:
     rank = factors.U.shape[1]
-    return dataclasses.replace(layer, rank=min(layer.rank, rank), modes=rank)
+    return dataclasses.replace(layer, rank=min(layer.rank, rank), modes=rank, depth=2)
 
 
 def _value(name: str, layout: Layout, weights: Weights) -> Tensor:
@@ -218,7 +220,13 @@ def _parse(path: Path, description: Mapping[str, Any]) -> tuple[ModelSettings, L
             raise ValueError(f"format {description['format']!r}")
         settings = _settings(description["model"])
         layout = {
-            name: LayerLayout(_whole(layer["rank"]), _whole(layer["modes"]), layer["base"] is True)
+            name: LayerLayout(
+                _whole(layer["rank"]),
+                _whole(layer["modes"]),
+                layer["base"] is True,
+                _depth(layer.get("depth", 2)),
+                layer.get("fixed_outer") is True,
+            )
             for name, layer in description["layers"].items()
         }
         if _whole(description["vocab_size"]) > LARGEST_VOCABULARY:
@@ -241,6 +249,12 @@ def _settings(values: Mapping[str, Any]) -> ModelSettings:
         if name in types and not fits(value, types[name]):
             raise ValueError(f"model.{name} {value!r}")
     return ModelSettings(**values)
+
+
+def _depth(value: Any) -> int:
+    if not 2 <= _whole(value) <= LARGEST_DEPTH:
+        raise ValueError(f"depth {value!r}")
+    return int(value)
 
 
 def _whole(value: Any) -> int:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..lowrank.convert import Layout
+from ..lowrank.cores import absorbed
 from ..lowrank.kinds import kind_of
+from ..lowrank.layer import core_names
 from ..lowrank.spectrum import Factors
 from ..lowrank.truncate import truncated
 from ..models import LanguageModel
@@ -77,10 +79,14 @@ class Weights:
     def _factors(self, layer: str) -> Factors:
         """Return the factors of a low-rank layer, truncated in float64 and balanced if there is a cut.
 
+        The cores of a deep layer are absorbed into ``U``.
+
         Returns:
-            Factors of the dtype of the checkpoint, or float64 with a cut.
+            Factors of the dtype of the checkpoint, or float64 with a cut. ``U`` of a deep layer is float64.
         """
-        factors = Factors(self.read(f"{layer}.U"), self.read(f"{layer}.V"))
+        cores = tuple(self.read(f"{layer}.{name}") for name in core_names(self.layout[layer].depth))
+        pair = absorbed(Factors(self.read(f"{layer}.U"), self.read(f"{layer}.V"), cores))
+        factors = Factors(pair.U, pair.V)
         if self.cut is None:
             return factors
         try:

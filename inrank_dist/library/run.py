@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,7 @@ class LowRankRun:
         text = json.dumps(
             {
                 "step": self.step,
-                "layout": {name: [each.rank, each.modes, each.base] for name, each in self._holder.layout.items()},
+                "layout": {name: list(astuple(each)) for name, each in self._holder.layout.items()},
                 "controller": self._controller.state_dict(),
                 "groups": [
                     {key: value for key, value in group.items() if key != "params" and _is_json(value)}
@@ -272,7 +273,7 @@ class LowRankRun:
         dcp.load(self._holder.state(), checkpoint_id=str(folder))
 
     def _restore(self, saved: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
-        layout = {name: LayerLayout(rank, modes, base) for name, (rank, modes, base) in saved["layout"].items()}
+        layout = {name: LayerLayout(*each) for name, each in saved["layout"].items()}
         if not fits(layout, self._shapes, self._method):
             other = sorted(layout.keys() ^ self._shapes.keys())[0]
             raise UserError(f"the checkpoint has other low-rank layers ({other}); write the targets that it has")

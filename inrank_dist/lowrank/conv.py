@@ -47,6 +47,10 @@ class LowRankConv2d(LowRankLayer):
         """Map ``x: (N, in_channels, H, W)`` to ``(N, R, H', W')``; the batch dimension ``N`` is optional."""
         return self._convolve(x, self.V.T)
 
+    def mix(self, inner: Tensor, core: Tensor) -> Tensor:
+        """Map ``(N, R, H', W')`` to the same shape."""
+        return F.conv2d(inner, core[:, :, None, None])
+
     def write(self, inner: Tensor) -> Tensor:
         """Map ``(N, R, H', W')`` to ``(N, out_channels, H', W')``."""
         return F.conv2d(inner, self.U[:, :, None, None], self.bias)

@@ -33,11 +33,15 @@ class LayerLayout:
         rank: active rank ``r``.
         modes: number of modes ``R >= rank``, the columns of both factors.
         base: whether the layer has a dense base ``W0``.
+        depth: number of factors, at least 2. Beyond 2 there are ``depth - 2`` cores ``(R, R)``.
+        fixed_outer: whether ``U`` and ``V`` are not trained.
     """
 
     rank: int
     modes: int
     base: bool
+    depth: int = 2
+    fixed_outer: bool = False
 
 
 Layout = Mapping[str, LayerLayout]
@@ -125,6 +129,10 @@ def convert(skeleton: Model, layout: Layout) -> Model:
                 f"{name} is a {type(dense).__name__}, which stores its weight as (in, out); call linearise first"
             )
         low_rank = kind.make(dense, layer.modes, layer.base)
+        if layer.depth > 2:
+            low_rank.deepen(layer.depth)
+        for factor in (low_rank.U, low_rank.V):
+            factor.requires_grad_(not layer.fixed_outer)
         low_rank.train(dense.training)
         bias = dense._parameters.get("bias")
         if bias is not None and low_rank.bias is not None:

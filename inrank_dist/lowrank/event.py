@@ -7,12 +7,13 @@ products with random directions, and solutions of small problems.
 
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .cores import CoreMaps, balance_cores, keep_cores
 from .division import Processes, solve_once, sum_over_processes
 from .spectrum import FactorRows, Factors, Grams, Spectra, gram_root
 
@@ -22,11 +23,14 @@ class RankEvent:
     """The rank event of one layer. All matrices are float64.
 
     Attributes:
-        N, M: ``(R, K)``, the maps of the existing modes of ``U`` and ``V``.
+        N, M: ``(R, K)``, the maps of the existing modes of ``U`` and ``V``. Without cores, ``M`` also maps the gradient
+            of ``U`` and ``N`` that of ``V``.
         fresh: number of fresh modes ``F``. The new number of modes is ``K + F``.
         from_old, from_new: ``(R, F)`` and ``(F, F)``. The fresh columns of ``V`` are ``V @ from_old + Z @ from_new``,
             where ``Z: (in, F)`` holds the random directions. None before ``orthogonalise`` and if ``fresh`` is 0.
-        lengths: ``(K,)`` squared norms of the columns of ``V @ M``. None in the same cases.
+        lengths: ``(K,)`` squared norms of the columns of ``V @ M``, of a deep layer ``V @ cores.across[k]``. None in
+            the same cases.
+        cores: what the event does to the ``k`` cores of a deep layer. None for other layers.
     """
 
     N: Tensor
@@ -35,16 +39,31 @@ class RankEvent:
     from_old: Tensor | None = None
     from_new: Tensor | None = None
     lengths: Tensor | None = None
+    cores: CoreMaps | None = None
 
     @property
     def modes(self) -> int:
         return self.N.shape[1] + self.fresh
 
+    def gradient_map(self, factor: str) -> Tensor:
+        """Return ``Q: (R, K)`` with which the gradient of ``U`` or of ``V`` transforms, ``g' = g @ Q``."""
+        if self.cores is not None:
+            return self.cores.right[-1] if factor == "U" else self.cores.left[0]
+        return self.M if factor == "U" else self.N
 
-def grow(modes: int, new_modes: int) -> RankEvent:
-    """Return the event that appends fresh modes. Existing modes and the product ``U @ V.T`` do not change."""
+
+def grow(modes: int, new_modes: int, cores: Sequence[Tensor] = ()) -> RankEvent:
+    """Return the event that appends fresh modes. Existing modes and the product of the factors do not change.
+
+    A fresh mode is zero in ``U``, the identity in all cores and a unit column of ``V``. Its column of ``U`` gets the
+    gradient ``G @ v``, as in a layer without cores, so it starts as fast and not as a saddle point of higher order.
+
+    Args:
+        modes, new_modes: number of modes before and after.
+        cores: the cores of a deep layer, whole and float64.
+    """
     identity = torch.eye(modes, dtype=torch.float64)
-    return RankEvent(identity, identity, fresh=new_modes - modes)
+    return RankEvent(identity, identity, fresh=new_modes - modes, cores=keep_cores(cores) if cores else None)
 
 
 def freeze(grams: Grams, rank: int) -> RankEvent:
@@ -73,7 +92,12 @@ def freeze(grams: Grams, rank: int) -> RankEvent:
     return RankEvent(N, M, fresh=rank - kept)
 
 
-def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes) -> dict[str, RankEvent]:
+def freeze_all(
+    spectra: Spectra,
+    ranks: Mapping[str, int],
+    processes: Processes,
+    cores: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, RankEvent]:
     """Compute ``freeze`` for every layer on its owner and share the results.
 
     Communication: one all-reduce of ``8 * sum (1 + 2 * R * rank)`` bytes.
@@ -82,6 +106,8 @@ def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes)
         spectra: spectra of the products.
         ranks: layer -> rank after the freeze.
         processes: the processes that hold rows.
+        cores: deep layer -> its cores, whole and float64. The factors of these layers become balanced as
+            ``cores.balance_cores`` describes.
     """
 
     def solve(name: str) -> list[Tensor]:
@@ -97,6 +123,9 @@ def freeze_all(spectra: Spectra, ranks: Mapping[str, int], processes: Processes)
     for name, (count, N, M) in solve_once(shapes, solve, spectra.owner, processes).items():
         kept = int(count)
         events[name] = RankEvent(N[:, :kept], M[:, :kept], fresh=ranks[name] - kept)
+        if cores and cores.get(name):
+            maps = balance_cores(cores[name], N[:, :kept], M[:, :kept], spectra.sigma[name][:kept])
+            events[name] = RankEvent(maps.left[-1], maps.right[0], events[name].fresh, cores=maps)
     return events
 
 
@@ -140,17 +169,24 @@ def orthogonalise(
         values, vectors = torch.linalg.eigh(gram - shadow.T @ shadow)
         floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding can make eigenvalues negative
         from_new = (vectors / values.clamp_min(floor).sqrt()).flip(1)
-        return [-basis @ shadow @ from_new, from_new, (M * (spectra.grams[name].V @ M)).sum(0)]
+        gram = spectra.grams[name].V
+        lengths = torch.stack([(each * (gram @ each)).sum(0) for each in _across(events[name])])
+        return [-basis @ shadow @ from_new, from_new, lengths]
 
     shapes = {
-        name: [tuple(overlap.shape), tuple(gram.shape), (events[name].M.shape[1],)]
+        name: [tuple(overlap.shape), tuple(gram.shape), (len(_across(events[name])), events[name].M.shape[1])]
         for name, (overlap, gram) in overlaps.items()
     }
     completed = dict(events)
     for name, (from_old, from_new, lengths) in solve_once(shapes, solve, spectra.owner, processes).items():
         event = events[name]
-        completed[name] = RankEvent(event.N, event.M, event.fresh, from_old, from_new, lengths)
+        cores = None if event.cores is None else replace(event.cores, lengths=lengths[:-1])
+        completed[name] = RankEvent(event.N, event.M, event.fresh, from_old, from_new, lengths[-1], cores)
     return completed
+
+
+def _across(event: RankEvent) -> tuple[Tensor, ...]:
+    return (event.M,) if event.cores is None else event.cores.across
 
 
 def map_factors(event: RankEvent, U: Tensor, V: Tensor, Z: Tensor | None) -> Factors:
@@ -179,7 +215,7 @@ def map_first_moment(event: RankEvent, moment: Tensor, other: Tensor) -> Tensor:
     """Map a first moment: ``m' = [m @ other, 0]``.
 
     The gradients of the factors transform as ``g_{U'} = g_U @ M`` and ``g_{V'} = g_V @ N``. The moment of ``U``
-    therefore transforms with ``M``, and that of ``V`` with ``N``.
+    therefore transforms with ``M``, and that of ``V`` with ``N``; see ``RankEvent.gradient_map`` for deep layers.
 
     Args:
         event: the event.
@@ -206,9 +242,9 @@ def map_second_moment(
     ``v' = |(v - m^2) (Q o Q) + (m Q)^2|`` (LDAdam, arXiv 2410.16103).
 
     In each row, fresh columns start at ``fresh_share`` times the mean of the mapped columns. For ``U``, each mapped
-    column is first divided by the squared norm of its column of ``V``: the gradient of a column of ``U`` is the
-    gradient of the weight times the column of ``V``, and fresh columns of ``V`` have norm 1. If no column is kept, the
-    mean of the old columns is taken.
+    column is first divided by the squared norm of its column of ``V`` (of a deep layer, ``V C_1^T ... C_k^T``): the
+    gradient of a column of ``U`` is the gradient of the weight times that column, and fresh ones have norm 1. If no
+    column is kept, the mean of the old columns is taken.
 
     Args:
         event: the event.
@@ -217,7 +253,7 @@ def map_second_moment(
         step: number of completed optimizer steps, at least 1.
         betas: the decay rates of Adam's moments.
     """
-    other = event.M if factor == "U" else event.N
+    other = event.gradient_map(factor)
     kept = other.shape[1]
     mapped = second.new_zeros(second.shape[0], event.modes)
     if _is_identity(other):

@@ -67,11 +67,16 @@ def start_factors(
     init: Init | None,
     std: float,
     generator: torch.Generator,
+    *,
+    depth: int = 2,
+    scale: float = 0.1,
 ) -> Factors:
-    """Return initialised factors ``U: (out, R)`` and ``V: (in, R)``, float32.
+    """Return initialised factors ``U: (out, R)`` and ``V: (in, R)``, and cores if ``depth`` is above 2, float32.
 
-    If ``init`` is None, the layer has a base. ``U`` is zero and ``V`` has orthonormal columns, so the product starts at
-    zero. Otherwise the product is the whole weight of the layer:
+    If ``init`` is None, the layer has a base. At depth 2, ``U`` is zero and ``V`` has orthonormal columns, so the
+    product starts at zero. In a deep layer, a zero factor would be a saddle point of higher order. All its factors are
+    random orthogonal matrices times ``scale`` (Yaras et al., arXiv 2406.04112), so the ``R`` singular values of the
+    product start at ``scale ** depth``. Otherwise the product is the whole weight of the layer:
 
     - ``kaiming`` (the published code of arXiv 2306.11250): both factors are uniform with ``a = sqrt(5)``. The fan-in is
       ``in`` for ``V`` and ``min(in, out) / 2``, the rank preallocated by that code, for ``U``.
@@ -79,13 +84,22 @@ def start_factors(
       SVD of a Gaussian dense weight.
     - ``spectral_ones``: the same singular vectors with equal singular values. Each is the expected root mean square of
       the singular values of the dense weight.
-    - ``orthogonal``: random orthonormal columns with the same equal singular values.
+    - ``orthogonal``: random orthonormal columns with the same equal singular values, and random orthogonal cores.
+
+    The factors are balanced: each carries the singular values to the power ``1 / depth``.
 
     Args:
         modes: number of columns ``R``.
-        init: the initialisation, see above.
+        init: the initialisation, see above. ``kaiming`` only at depth 2.
         std: standard deviation of the dense weight at initialisation; unused by ``kaiming`` and None.
+        depth: number of factors.
+        scale: scale of all factors if ``init`` is None and ``depth`` is above 2.
     """
+    if depth > 2 and init == "kaiming":
+        raise ValueError("a deep layer has no initialisation kaiming; write orthogonal")
+    if depth > 2 and init in (None, "orthogonal"):
+        product = scale**depth if init is None else std * math.sqrt(max(out_features, in_features))
+        return _orthogonal_chain(out_features, in_features, modes, depth, product, generator)
     if init is None:
         return Factors(torch.zeros(out_features, modes), orthonormal_columns(in_features, modes, generator))
     if init == "kaiming":
@@ -98,7 +112,28 @@ def start_factors(
     dense = torch.randn(out_features, in_features, generator=generator) * std
     left, sigma, right = torch.linalg.svd(dense, full_matrices=False)
     root = sigma[:modes].sqrt() if init == "spectral" else torch.full((modes,), root_mean_square)
-    return Factors(left[:, :modes] * root, right[:modes].T * root)
+    return deepened(Factors(left[:, :modes] * root, right[:modes].T * root), depth)
+
+
+def _orthogonal_chain(
+    out_features: int, in_features: int, modes: int, depth: int, product: float, generator: torch.Generator
+) -> Factors:
+    """Return random orthogonal factors whose product has singular values equal to ``product``."""
+    share = product ** (1 / depth)
+    U = orthonormal_columns(out_features, modes, generator) * share
+    V = orthonormal_columns(in_features, modes, generator) * share
+    cores = tuple(orthonormal_columns(modes, modes, generator) * share for _ in range(depth - 2))
+    return Factors(U, V, cores)
+
+
+def deepened(factors: Factors, depth: int) -> Factors:
+    """Divide a balanced pair ``X sqrt(S)``, ``Y sqrt(S)`` evenly among ``depth`` factors, with diagonal cores."""
+    if depth == 2:
+        return factors
+    share = factors.V.double().square().sum(0).clamp_min(torch.finfo(torch.float32).tiny) ** (1 / depth)
+    rescaled = (share / share ** (depth / 2)).float()
+    core = torch.diag(share).float()
+    return Factors(factors.U * rescaled, factors.V * rescaled, (core,) * (depth - 2))
 
 
 def _uniform(rows: int, columns: int, fan_in: int, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,21 @@ Activation = Literal["none", "silu"]
 Dense = TypeVar("Dense", bound=nn.Module)
 
 
+def core_names(depth: int) -> list[str]:
+    """Return the names of the cores of a layer that is a product of ``depth`` factors: ``C1``, ``C2`` and so on."""
+    return [f"C{index}" for index in range(1, depth - 1)]
+
+
+def is_factor(leaf: str) -> bool:
+    """Return whether the name of a parameter in its layer is that of a factor: ``U``, ``V`` or a core."""
+    return leaf in ("U", "V") or (leaf[:1] == "C" and leaf[1:].isdecimal())
+
+
 class LowRankLayer(nn.Module):
     """A layer with the weight ``W = a * W0 + U @ V.T`` in place of a dense ``W: (out, in)``.
+
+    A deep layer is a product of more than two factors, ``W = a * W0 + U @ C_k ... C_1 @ V.T``, with square cores
+    ``C_j: (R, R)`` (Yaras et al., arXiv 2406.04112).
 
     The rank dimension is the last dimension of both factors. Sharding the first dimension therefore never splits it,
     and a rank event acts on the local rows of each process.
@@ -26,7 +39,9 @@ class LowRankLayer(nn.Module):
         base: whether to add a dense base ``W0: (out, in)``, which is not trained.
 
     Attributes:
+        depth: number of factors, ``k + 2``.
         U, V: factors, ``(out, R)`` and ``(in, R)``.
+        C1, C2, ...: the cores, in the order in which they act on the input. None at depth 2.
         base_scale: ``a``, a float32 scalar buffer that is not saved. None without a base.
         activation: activation between the factors. ``none`` is the identity.
         fused: whether the products with ``V`` of layers that read the same input are computed as one.
@@ -47,7 +62,7 @@ class LowRankLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.modes = shape, modes
+        self.shape, self.modes, self.depth = shape, modes, 2
         self.fused = True
         self.activation: Activation = "none"
         out, in_ = shape
@@ -62,12 +77,28 @@ class LowRankLayer(nn.Module):
             scale = torch.ones((), device=device)
         self.register_buffer("base_scale", scale, persistent=False)
 
+    def deepen(self, depth: int) -> None:
+        """Make the layer a product of ``depth`` factors by adding uninitialised cores. Called once."""
+        self.depth = depth
+        for name in core_names(depth):
+            core = torch.empty(self.modes, self.modes, device=self.U.device, dtype=self.U.dtype)
+            self.register_parameter(name, nn.Parameter(core))
+
+    @property
+    def cores(self) -> list[Tensor]:
+        """The cores ``C_1`` to ``C_k``."""
+        return [getattr(self, name) for name in core_names(self.depth)]
+
     def read(self, x: Tensor) -> Tensor:
         """Apply ``V.T`` to the input."""
         raise NotImplementedError
 
+    def mix(self, inner: Tensor, core: Tensor) -> Tensor:
+        """Apply a core to the output of ``read`` or of another core."""
+        return F.linear(inner, core)
+
     def write(self, inner: Tensor) -> Tensor:
-        """Apply ``U`` to the output of ``read`` or of the activation and add the bias."""
+        """Apply ``U`` to the output of ``read``, of the last core or of the activation, and add the bias."""
         raise NotImplementedError
 
     def through_base(self, x: Tensor) -> Tensor:
@@ -79,6 +110,8 @@ class LowRankLayer(nn.Module):
 
     def _finish(self, x: Tensor, inner: Tensor) -> Tensor:
         """Compute the output from the input and the output of ``read``."""
+        for core in self.cores:
+            inner = self.mix(inner, core)
         if self.activation == "silu":
             inner = F.silu(inner)
         y = self.write(inner)
@@ -87,7 +120,7 @@ class LowRankLayer(nn.Module):
         return y
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight ``a * W0 + U @ V.T`` of the layer, ``(out, in)``.
+        """Return the weight ``a * W0 + U @ C_k ... C_1 @ V.T`` of the layer, ``(out, in)``.
 
         Args:
             dtype: dtype of the computation and of the result. Default: the dtype of the factors.
@@ -98,13 +131,17 @@ class LowRankLayer(nn.Module):
         if self.activation != "none":
             raise ValueError(f"a layer with {self.activation} between its factors is no matrix")
         dtype = dtype or self.U.dtype
-        weight = self.U.to(dtype) @ self.V.to(dtype).T
+        left = self.U.to(dtype)
+        for core in reversed(self.cores):
+            left = left @ core.to(dtype)
+        weight = left @ self.V.to(dtype).T
         if self.base is not None and self.base_scale is not None:
             weight = weight + self.base_scale.to(dtype) * self.base.to(dtype)
         return weight
 
     def extra_repr(self) -> str:
-        return f"{self._sizes()}, modes={self.modes}, bias={self.bias is not None}, base={self.base is not None}"
+        depth = "" if self.depth == 2 else f", depth={self.depth}"
+        return f"{self._sizes()}, modes={self.modes}{depth}, bias={self.bias is not None}, base={self.base is not None}"
 
     def _sizes(self) -> str:
         return f"shape={self.shape}"

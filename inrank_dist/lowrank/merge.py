@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .kinds import kind_of
-from .layer import LowRankLayer
+from .layer import LowRankLayer, core_names
 
 Model = TypeVar("Model", bound=nn.Module)
 Key = tuple[int, bool]
@@ -19,11 +19,11 @@ converted to the layout of another layer kind. Names with the same key are tied.
 def merge(model: nn.Module, skeleton: Model) -> Model:
     """Return the dense model that is equivalent to a model with low-rank layers.
 
-    Each low-rank layer is replaced by the dense layer of the skeleton, with the weight ``a * W0 + U V^T``. The weight
-    is computed in float64 and rounded once to the dtype of the factors. All other parameters, buffers (including
-    non-persistent ones) and tensor attributes of modules are copied. Tensors that are tied in the model or in the
-    skeleton are tied in the result. If ``linearise`` was called, a skeleton from before that call restores each
-    ``Conv1D``.
+    Each low-rank layer is replaced by the dense layer of the skeleton, with the weight ``a * W0 + U V^T`` (of a deep
+    layer, ``a * W0 + U C_k ... C_1 V^T``). The weight is computed in float64 and rounded once to the dtype of the
+    factors. All other parameters, buffers (including non-persistent ones) and tensor attributes of modules are copied.
+    Tensors that are tied in the model or in the skeleton are tied in the result. If ``linearise`` was called, a
+    skeleton from before that call restores each ``Conv1D``.
 
     Args:
         model: model with low-rank layers and the names of the skeleton. Its tensors must be plain and whole (no
@@ -93,7 +93,8 @@ class _Source:
         kind = kind_of(target)
         if kind is None:
             raise ValueError(f"{name} is low-rank, but the skeleton has a {type(target).__name__} in its place")
-        for leaf, size in (("U", layer.shape[0]), ("V", layer.shape[1])):
+        sizes = {"U": layer.shape[0], "V": layer.shape[1]} | dict.fromkeys(core_names(layer.depth), layer.modes)
+        for leaf, size in sizes.items():
             factor = getattr(layer, leaf)
             _check(f"{name}.{leaf}", factor)
             _check_shape(f"{name}.{leaf}", factor, (size, layer.modes))
@@ -110,8 +111,12 @@ class _Source:
 
     def refuse_surplus(self) -> None:
         """Raise ``ValueError`` if the model has a tensor that the skeleton does not have."""
-        low_rank = {name for name, module in self.model.named_modules() if isinstance(module, LowRankLayer)}
-        factors = {_joined(name, leaf) for name in low_rank for leaf in ("U", "V", "base", "base_scale")}
+        low_rank = {name: module for name, module in self.model.named_modules() if isinstance(module, LowRankLayer)}
+        factors = {
+            _joined(name, leaf)
+            for name, layer in low_rank.items()
+            for leaf in ("U", "V", *core_names(layer.depth), "base", "base_scale")
+        }
         known = {name for name, _ in _named_tensors(self.skeleton)}
         for name, _ in _named_tensors(self.model):
             if name not in known and name not in factors:

@@ -79,11 +79,13 @@ class NullRanks:
         modes = self.rule.modes(self.of(shape), min(shape))
         generator = generator_for(self.seed, "null", *shape, self.checks)
         if self.initial is None:
-            factors = Factors(*(torch.randn(n, modes, generator=generator) for n in shape))
+            U, V = (torch.randn(n, modes, generator=generator) for n in shape)
+            factors = Factors(U, V)
         else:
             factors = self.initial(*shape, min(self.rule.modes(self.initial_rank, min(shape)), modes))
             if self.opens_at_random:
-                factors = Factors(*(_widen(factor, modes, generator) for factor in (factors.U, factors.V)))
+                U, V = (_widen(factor, modes, generator) for factor in (factors.U, factors.V))
+                factors = Factors(U, V)
         return gram_matrices({"null": factors}, lambda total: None)["null"]
 
     def state_dict(self) -> dict:

@@ -37,10 +37,16 @@ class FactorRows(Protocol):
 
 @dataclass(frozen=True)
 class Factors:
-    """Rows of the factors of a layer."""
+    """Rows of the factors of a layer.
+
+    Attributes:
+        U, V: rows of ``U: (out, R)`` and ``V: (in, R)``.
+        cores: the cores of a deep layer, whole, ``(R, R)`` each. Empty where they are not needed.
+    """
 
     U: Tensor
     V: Tensor
+    cores: tuple[Tensor, ...] = ()
 
     @property
     def modes(self) -> int:
@@ -95,8 +101,8 @@ class Learned:
         start: the same rows at initialisation, with the number of columns at that time, on any device.
     """
 
-    now: Factors
-    start: Factors
+    now: FactorRows
+    start: FactorRows
 
     @property
     def U(self) -> Tensor:

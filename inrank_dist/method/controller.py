@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..lowrank.convert import LayerLayout
+from ..lowrank.cores import absorbed, cores_of
 from ..lowrank.criterion import Decision
 from ..lowrank.event import RankEvent, freeze_all, grow, orthogonalise
 from ..lowrank.init import generator_for
@@ -147,7 +148,9 @@ class RankController:
 
     def _factors(self) -> Mapping[str, FactorRows]:
         """Return the counted rows of the factors, or of the dense weights and identities while the layers are dense."""
-        return self.holder.factors() if self.holder.layout else self.holder.dense_factors(self.shapes)
+        if not self.holder.layout:
+            return self.holder.dense_factors(self.shapes)
+        return {name: absorbed(rows) for name, rows in self.holder.factors().items()}
 
     def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
         try:
@@ -174,18 +177,25 @@ class RankController:
         changed = {}
         for name, decision in decisions.items():
             modes = self.method.modes(name, decision.after, action)
-            changed[name] = LayerLayout(decision.after, modes, base=name in layout and layout[name].base)
+            if name in layout:
+                changed[name] = dataclasses.replace(layout[name], rank=decision.after, modes=modes)
+            else:
+                changed[name] = LayerLayout(decision.after, modes, base=False)
         return {**layout, **changed}
 
     def _plan(
         self, layout: Mapping[str, LayerLayout], product: Spectra, action: Action, step: int
     ) -> dict[str, RankEvent]:
         """Return the events of the layers whose factors change, equal on all processes."""
+        factors = self._factors()
+        cores = {name: cores_of(factors[name]) for name in product.sigma}
         if action != "grow":
-            events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes)
+            events = freeze_all(product, {name: layout[name].modes for name in product.sigma}, self.processes, cores)
         else:
             modes = {name: (self.holder.layout[name].modes, layout[name].modes) for name in product.sigma}
-            events = {name: grow(before, after) for name, (before, after) in modes.items() if after > before}
+            events = {
+                name: grow(before, after, cores[name]) for name, (before, after) in modes.items() if after > before
+            }
         directions = {}
         for name, event in events.items():
             if event.fresh:
@@ -193,7 +203,7 @@ class RankController:
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
                 # Copy the rows, because a view would keep the whole Z of every layer in memory.
                 directions[name] = directions[name].to(self.holder.device, copy=True)
-        return orthogonalise(events, self._factors(), product, directions, self.processes)
+        return orthogonalise(events, factors, product, directions, self.processes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
         """Draw all rows of the random directions ``Z: (in, F)`` of a layer, equal on all processes."""
@@ -202,13 +212,14 @@ class RankController:
 
     def _updates(self) -> dict[str, Learned]:
         """Return the factors of the update since initialisation."""
-        return {name: Learned(now, self._initial_rows(name)) for name, now in self.holder.factors().items()}
+        return {name: Learned(now, self._initial_rows(name)) for name, now in self._factors().items()}
 
-    def _draw_initial_rows(self, layer: str) -> Factors:
+    def _draw_initial_rows(self, layer: str) -> FactorRows:
         """Draw the factors of a layer at initialisation and return the rows that ``holder.factors()`` has."""
         whole = self.values.factors(layer)
         held = self.holder.placement(layer)
-        return Factors(*(rows[slice(*held.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V)))
+        U, V = (rows[slice(*held.counted_rows(len(rows)))].clone() for rows in (whole.U, whole.V))
+        return absorbed(Factors(U, V, whole.cores))
 
     def _remember(
         self, decisions: Mapping[str, Decision], found: dict[str, int], action: Action, *, was_dense: bool

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..lowrank.allocation import least_fraction
 from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.division import assign_owners
-from ..lowrank.init import generator_for, start_base, start_factors
+from ..lowrank.init import deepened, generator_for, start_base, start_factors
 from ..lowrank.kinds import matrix_shape
+from ..lowrank.layer import is_factor
 from ..lowrank.spectrum import Factors
 from ..lowrank.truncate import truncated_weight
 from ..models.values import InitialValues
@@ -80,7 +81,13 @@ def factored_layout(
         ranks: layer -> rank. Default: ``initial_rank`` in every layer.
     """
     return {
-        name: LayerLayout(rank, settings.rule.modes(rank, min(shape)), base=settings.base != "none")
+        name: LayerLayout(
+            rank,
+            settings.rule.modes(rank, min(shape)),
+            base=settings.base != "none",
+            depth=settings.depth,
+            fixed_outer=settings.depth > 2 and settings.outer_lr_scale == 0,
+        )
         for name, shape in shapes.items()
         for rank in [settings.initial_rank if ranks is None else ranks[name]]
     }
@@ -122,8 +129,9 @@ class StartValues:
                 return self._loaded(layer)
             generator = generator_for(self.seed, layer, "base")
             return start_base(*self.shapes[layer], self.settings.init, self.std(layer), generator)
-        if leaf in ("U", "V") and layer in self.shapes:
-            return getattr(self.factors(layer), leaf)
+        if layer in self.shapes and is_factor(leaf):
+            factors = self.factors(layer)
+            return factors.cores[int(leaf[1:]) - 1] if leaf not in ("U", "V") else getattr(factors, leaf)
         return self.dense.parameter(name)
 
     def cut_loaded(self, context: Context) -> None:
@@ -154,12 +162,13 @@ class StartValues:
             self.ranks = {layer: found[self._owner[layer]][layer] for layer in self.shapes}
 
     def _factors(self, layer: str) -> Factors:
-        """Return both factors of a layer."""
+        """Return the factors of a layer."""
         init = self.settings.init if self.settings.base == "none" else None
         if init == "loaded":
             return self._cut(layer)
         generator, std = generator_for(self.seed, layer, "factors"), 0.0 if init is None else self.std(layer)
-        return start_factors(*self.shapes[layer], self._modes(layer), init, std, generator)
+        depth, scale = self.settings.depth, self.settings.init_scale
+        return start_factors(*self.shapes[layer], self._modes(layer), init, std, generator, depth=depth, scale=scale)
 
     def _modes(self, layer: str) -> int:
         rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]
@@ -169,14 +178,16 @@ class StartValues:
         """Return the factors of a loaded weight, from the process that has truncated it."""
         if self._context is None:
             return self._truncated(layer)
-        owner, sizes = self._owner[layer], self.shapes[layer]
+        owner, modes = self._owner[layer], self._modes(layer)
+        sizes = [*self.shapes[layer], *[modes] * (self.settings.depth - 2)]
         if owner == self._context.rank:
             factors = self._own.pop(layer, None) or self._truncated(layer)
-            both = torch.cat((factors.U, factors.V))
+            joined = torch.cat((factors.U, factors.V, *factors.cores))
         else:
-            both = torch.empty(sum(sizes), self._modes(layer))
-        self._context.broadcast(both, owner)
-        return Factors(*both.split(sizes))
+            joined = torch.empty(sum(sizes), modes)
+        self._context.broadcast(joined, owner)
+        U, V, *cores = joined.split(sizes)
+        return Factors(U, V, tuple(cores))
 
     def _loaded(self, layer: str) -> Tensor:
         """Return the loaded weight of a layer as its matrix ``(out, in)``, float32."""
@@ -192,7 +203,7 @@ class StartValues:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{layer} of the loaded model cannot be factored: {error}; write another folder") from None
-        return Factors(best.U.float(), best.V.float())
+        return deepened(Factors(best.U.float(), best.V.float()), self.settings.depth)
 
     def std(self, layer: str) -> float:
         """Return the standard deviation of the dense weight of a layer at initialisation."""

@@ -44,7 +44,7 @@ class RankMethod:
     ) -> None:
         self.settings, self.shapes, self.seed, self.multiple = settings, shapes, seed, multiple
         self.rule, self.policy, self.measures_update = settings.rule, settings.policy(steps), settings.measures_update
-        starts_random = settings.base == "none" and not settings.dense_fraction
+        starts_random = not settings.starts_at_zero and not settings.dense_fraction
         at_initialisation: Callable[[int, int, int], Factors] | None = None
         if starts_random and not self.measures_update:
             at_initialisation = partial(untrained_factors, settings, seed)
@@ -123,7 +123,8 @@ class RankMethod:
 def untrained_factors(settings: LowRankSettings, seed: int, out_features: int, in_features: int, modes: int) -> Factors:
     """Draw factors of a shape at initialisation, with ``std`` 1 because the explained ratio is scale-invariant."""
     generator = generator_for(seed, "null born", out_features, in_features)
-    return start_factors(out_features, in_features, modes, settings.init, 1.0, generator)
+    init = settings.init if settings.base == "none" else "orthogonal"
+    return start_factors(out_features, in_features, modes, init, 1.0, generator)
 
 
 class FixedMethod(RankMethod):

@@ -11,6 +11,7 @@ from ..lowrank.layer import Activation
 from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
+from .deep import check_depth
 from .policy import RankPolicy
 
 FINAL_MULTIPLES = {"cuda": 64, "cpu": 8}
@@ -49,7 +50,7 @@ Base = Literal["frozen", "none", "decay"]
 class LowRankSettings:
     """Settings of the factored layers, of their initialisation and of the growth of their rank."""
 
-    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse", "track_updates"), fixed=("targets",))
+    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse", "track_updates"), fixed=("targets", "depth"))
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model. fixed: factors of constant rank. inrank: the rank may grow until the end. efficient: the rank
@@ -81,6 +82,18 @@ class LowRankSettings:
     """Initialisation of the base, or of the factors without a base. spectral and spectral_ones need base none. loaded:
     the weights of model.init_from become the base, which must be frozen, or are replaced by their best approximation of
     rank initial_rank or initial_energy, with base none."""
+    depth: int = 2
+    """Number of factors of each layer. 2: U V^T. More: a deep layer U C_k ... C_1 V^T with depth - 2 square cores
+    (Deep LoRA, arXiv 2406.04112)."""
+    init_scale: float = 0.1
+    """With depth above 2 and a base: scale of the orthogonal factors at initialisation. The singular values of their
+    product start at init_scale to the power of depth. Smaller values favour a lower rank and start slower."""
+    outer_init: Literal["random", "gradient"] = "random"
+    """With depth above 2, mode fixed and base frozen: initialisation of U and V. gradient: half of their columns are
+    the top singular vectors of the gradient of the weight at the first batch, the others are random (the compressed
+    form of arXiv 2406.04112). U and V are then orthonormal, and the cores init_scale times the identity."""
+    outer_lr_scale: float = 1.0
+    """With depth above 2: learning rate of U and V as a multiple of that of the cores. 0: U and V are not trained."""
     initial_energy: float | None = None
     """With init loaded, base none and mode fixed: share of the squared singular values of each weight to keep, which
     determines the rank of each layer instead of initial_rank. null: initial_rank."""
@@ -170,6 +183,7 @@ class LowRankSettings:
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
         self._check_loaded()
+        check_depth(self)
         if self.dense_fraction:
             self._check_dense_start()
         if self.activation != "none":
@@ -254,8 +268,13 @@ class LowRankSettings:
 
     @property
     def measures_update(self) -> bool:
-        """Whether the rule needs the spectrum of the update separately. With a base, the product is the update."""
-        return self.base == "none" and self.measure == "update" and not self.dense_fraction
+        """Whether the rule needs the spectrum of the update separately. It does not if the product starts at zero."""
+        return not self.starts_at_zero and self.measure == "update" and not self.dense_fraction
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether the product of the factors starts at zero."""
+        return self.base != "none" and self.depth == 2
 
     @property
     def shrinks(self) -> bool:
@@ -338,10 +357,14 @@ class LowRankSettings:
             idle += [(key, "lowrank.freeze_step is not auto") for key in ("freeze_patience", "freeze_fraction")]
         if self.freezes and not self.has_budget:
             idle.append(("final_budget", f"lowrank.final is {self.final}"))
-        if self.grows and self.base != "none":
+        if self.grows and self.starts_at_zero:
             idle.append(("measure", f"with lowrank.base {self.base} the product starts at zero: it is the update"))
         if self.base != "decay" and (not self.freezes or self.freeze_step is not None or self.dense_fraction):
             idle.append(("warmup_steps", f"lowrank.base is {self.base}, which does not fade"))
+        if self.depth == 2:
+            idle += [(key, "lowrank.depth is 2") for key in ("init_scale", "outer_init", "outer_lr_scale")]
+        elif self.base == "none":
+            idle.append(("init_scale", "lowrank.base is none, so the product starts as a whole weight"))
         if not self.frobenius_decay:
             idle.append(("frobenius_in_loss", "lowrank.frobenius_decay is 0"))
         if not self.dense_fraction:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..lowrank.kinds import kind_of
-from ..lowrank.layer import LowRankLayer
+from ..lowrank.layer import LowRankLayer, is_factor
 from ..runtime.errors import UserError
 from .matrices import HeldRows, MatrixOptimizer, Pair
 from .settings import OptimizerSettings
@@ -59,7 +59,7 @@ def decayed_parameters(model: nn.Module, *, factors: bool) -> set[str]:
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2
         and id(parameter) not in embeddings
-        and (factors or name.rpartition(".")[2] not in ("U", "V"))
+        and (factors or not is_factor(name.rpartition(".")[2]))
     }
 
 
@@ -72,8 +72,11 @@ def build_optimizer(
     rows: HeldRows,
     elementwise: Callable[..., torch.optim.Optimizer] | None = None,
     matrix_dtype: torch.dtype = torch.bfloat16,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer for the parameters in ``roles``, in groups with and without weight decay.
+
+    Groups of parameters in ``lr_scales`` have a key ``lr_scale``.
 
     Args:
         parameters: all parameters of the model, by name.
@@ -83,13 +86,20 @@ def build_optimizer(
         rows: how parameters are sharded, for orthogonalised updates.
         elementwise: constructor of the elementwise optimizer, if it is not the one of ``settings.entry``.
         matrix_dtype: dtype in which dense matrices are orthogonalised.
+        lr_scales: name -> learning rate as a multiple of that of the other parameters.
     """
+    scales = lr_scales or {}
 
     def groups(wanted: Role) -> list[dict[str, Any]]:
-        names = [name for name in parameters if roles.get(name) == wanted]
-        decays = [parameters[name] for name in names if name in decayed]
-        plain = [parameters[name] for name in names if name not in decayed]
-        both = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        both: list[dict[str, Any]] = []
+        of_role = [name for name in parameters if roles.get(name) == wanted]
+        for scale in sorted({scales.get(name, 1.0) for name in of_role}, key=lambda scale: (scale != 1, scale)):
+            names = [name for name in of_role if scales.get(name, 1.0) == scale]
+            decays = [parameters[name] for name in names if name in decayed]
+            plain = [parameters[name] for name in names if name not in decayed]
+            scaled = {} if scale == 1 else {"lr_scale": scale}
+            both.append({"params": decays, "weight_decay": settings.weight_decay, **scaled})
+            both.append({"params": plain, "weight_decay": 0.0, **scaled})
         return [group for group in both if group["params"]]
 
     entry = settings.entry

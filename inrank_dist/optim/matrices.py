@@ -166,7 +166,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         mixes = [(self._mix(U), self._mix(V)) for U, V in pairs]
         rows: dict[str, Factors] = {}
         for index, (pair, momenta) in enumerate(zip(pairs, mixes, strict=True)):
-            rows |= {f"{index}": Factors(*map(self.rows.local, pair)), f"{index} momentum": Factors(*momenta)}
+            rows |= {
+                f"{index}": Factors(self.rows.local(pair[0]), self.rows.local(pair[1])),
+                f"{index} momentum": Factors(*momenta),
+            }
         grams = gram_matrices(rows, self.rows.sum)
         shrink = math.sqrt(1 - lr * group["weight_decay"])
         by_modes: dict[int, list[int]] = {}

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lowrank.cores import map_core_first_moment, map_core_second_moment
 from ..lowrank.division import AllReduce, sum_over_processes
-from ..lowrank.event import RankEvent, map_first_moment, map_second_moment
+from ..lowrank.event import RankEvent, fresh_share, map_first_moment, map_second_moment
 from ..runtime.errors import UserError
 from .groups import Role
 from .settings import MomentRule, OptimizerSettings
@@ -81,11 +82,12 @@ def map_moments(
     betas: tuple[float, float],
     rule: MomentRule = "transport",
 ) -> dict[str, Tensor]:
-    """Map this process's rows of the moments of one factor at a rank event.
+    """Map this process's rows of the moments of one factor at a rank event. Those of a core must be whole.
 
     Args:
         event: the rank event of the layer.
-        factor: ``U`` or ``V``. The gradient of one factor is mapped with the other factor's matrix, ``M`` or ``N``.
+        factor: ``U``, ``V`` or the name of a core. The gradient of ``U`` is mapped with the matrix of ``V``, and that
+            of ``V`` with the matrix of ``U``.
         moments: moments by name, each ``(rows, R)``.
         step: number of optimizer steps taken.
         betas: decay rates of Adam, for bias correction.
@@ -97,28 +99,38 @@ def map_moments(
     """
     if rule != "transport":
         kept = min(next(iter(moments.values())).shape[1], event.modes) if rule == "slice" else 0
-        return {
-            name: torch.nn.functional.pad(moment[:, :kept], (0, event.modes - kept)) for name, moment in moments.items()
-        }
+        more = event.modes - kept
+        if factor not in ("U", "V"):
+            return {name: torch.nn.functional.pad(m[:kept, :kept], (0, more, 0, more)) for name, m in moments.items()}
+        return {name: torch.nn.functional.pad(moment[:, :kept], (0, more)) for name, moment in moments.items()}
     return {name: STATE_MAPS[name](event, factor, name, moments, step, betas) for name in moments}
 
 
 def _first(
     event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
 ) -> Tensor:
-    other = event.M if factor == "U" else event.N
-    return map_first_moment(event, moments[name], other)
+    if factor not in ("U", "V"):
+        assert event.cores is not None
+        return map_core_first_moment(event.cores, int(factor[1:]), event.fresh, moments[name])
+    return map_first_moment(event, moments[name], event.gradient_map(factor))
 
 
 def _second(
     event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
 ) -> Tensor:
-    return map_second_moment(event, moments["exp_avg"], moments[name], factor, step=step, betas=betas)
+    first, second = moments["exp_avg"], moments[name]
+    if factor not in ("U", "V"):
+        assert event.cores is not None
+        corrections = [1 - beta**step for beta in betas]
+        means = (first.double() / corrections[0], second.double() / corrections[1])
+        mapped = map_core_second_moment(event.cores, int(factor[1:]), event.fresh, *means, fresh_share(betas))
+        return (mapped * corrections[1]).to(second.dtype)
+    return map_second_moment(event, first, second, factor, step=step, betas=betas)
 
 
 StateMap = Callable[[RankEvent, str, str, Mapping[str, Tensor], float, tuple[float, float]], Tensor]
-"""Function of the event, the factor (``U`` or ``V``), the name of the moment, all moments of the factor, the number of
-steps taken and Adam's betas. It returns the moment after the event, ``(rows, modes)``."""
+"""Function of the event, the factor (``U``, ``V`` or a core), the name of the moment, all moments of the factor, the
+number of steps taken and Adam's betas. It returns the moment after the event, ``(rows, modes)``."""
 
 STATE_MAPS: dict[str, StateMap] = {"exp_avg": _first, "momentum_buffer": _first, "exp_avg_sq": _second}
 """Map of each kind of optimizer state, by its name in ``torch.optim``. Optimizers with other state add an entry."""

@@ -53,6 +53,7 @@ def build_engine(
         grad_clip=config.train.grad_clip,
         frobenius_decay=config.lowrank.frobenius_decay,
         frobenius_in_loss=config.lowrank.frobenius_in_loss,
+        outer_lr_scale=config.lowrank.outer_lr_scale,
         reduce_each_micro_batch=config.parallel.reduce_each_micro_batch,
     )
     name = config.parallel.resolve(context.world_size)

@@ -67,6 +67,8 @@ def check_contents(checkpoint: Checkpoint) -> None:
         limit = min(shapes[name])
         if not layer.rank <= layer.modes <= limit:
             raise Damaged(f"{folder / STATE} has rank {layer.rank} and {layer.modes} modes of {limit} in {name}")
+        if layer.depth != config.lowrank.depth:
+            raise Damaged(f"{folder / STATE} has depth {layer.depth} of {name}, not {config.lowrank.depth}")
     if found := mismatch(checkpoint, config, skeleton, "its settings and rank table make"):
         raise Damaged(f"{folder} holds {found}")
 

@@ -59,7 +59,7 @@ def _is_finite(value: Any) -> bool:
 
 
 KINDS: dict[str, Any] = get_type_hints(TrainState) | {
-    "layout": {str: {"rank": int, "modes": int, "base": bool}},
+    "layout": {str: {"rank": int, "modes": int, "base": bool, "depth": int, "fixed_outer": bool}},
     "ranks": {
         "null": {"checks": int, "ranks": [(int, int, int)]},
         "explained": {str: float},
@@ -93,6 +93,11 @@ def read_state(folder: Path) -> TrainState:
             values["ranks"].setdefault("found", {})  # missing in checkpoints from before ranks were rounded
             values.setdefault("callbacks", {})  # missing in checkpoints from before callbacks
             values.setdefault("flops", None)  # missing in checkpoints from before studies
+            table = values.get("layout")
+            for layer in table.values() if isinstance(table, dict) else ():
+                if isinstance(layer, dict):  # missing in checkpoints from before deep layers
+                    layer.setdefault("depth", 2)
+                    layer.setdefault("fixed_outer", False)
         _check(values, KINDS, "it")
     except OSError as error:
         raise read_error(folder / STATE, error) from None

@@ -1,0 +1,159 @@
+"""Deep layers in runs: events on uneven shards, checkpoints, export, and the commands that show them."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+from runs import assert_same_run, short_config, train, trained_once
+from sharing import nightly, slow
+
+import inrank_dist
+from inrank_dist.commands.common import load_trained
+from inrank_dist.commands.main import Parser, main
+from inrank_dist.config import Config
+from inrank_dist.train.checkpoint import list_checkpoints
+
+UNEVEN: dict[str, Any] = {
+    "model__name": "llama",
+    "model__hidden_size": 20,
+    "model__num_kv_heads": 1,
+    "model__intermediate_size": 7,
+    "lowrank__initial_rank": 1,
+    "lowrank__buffer": 2,
+    "lowrank__targets": "[mlp]",
+    "lowrank__depth": 4,
+    "lowrank__init_scale": 0.5,
+    "train__global_batch_size": 6,
+    "train__micro_batch_size": 2,
+}
+"""Widths 20 and 7 and cores of 3 and more rows, over 2 and 3 processes."""
+
+
+def deep_config(corpus: Path, **changes: Any) -> Config:
+    return short_config(corpus, **{"lowrank__depth": 3, "lowrank__init_scale": 0.4, **changes})
+
+
+@pytest.mark.parametrize("engine", ["fsdp", slow("zero3")])
+def test_uneven_shards_give_the_run_of_one_process(pool: Pool, corpus: Path, engine: str) -> None:
+    config = short_config(corpus, **UNEVEN)
+    reference = trained_once(config)
+    assert "grow" in [record["action"] for record in reference.of_kind("rank_event")]
+    config.parallel.engine = engine
+    for world_size in (2, 3):
+        config.train.micro_batch_size = 6 // world_size
+        assert_same_run(pool.run("runs:train_in_worker", config, world_size=world_size), reference, world_size)
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("local", 1), ("fsdp", 2), slow("ddp", 2), nightly("zero2", 2)])
+def test_growth_changes_no_logit_and_the_freeze_only_what_it_discards(
+    pool: Pool, corpus: Path, engine: str, world_size: int
+) -> None:
+    config = deep_config(corpus, parallel__engine=engine, lowrank__threshold=0.9, lowrank__multiple_of=1)
+    for actions in pool.run("checks:growth_and_freeze", config, world_size=world_size):
+        assert actions == ["grow", "grow", "freeze"]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("fsdp", 3), slow("zero3", 2)])
+def test_every_parameter_moves_after_every_event(pool: Pool, corpus: Path, engine: str, world_size: int) -> None:
+    batch = {"train__global_batch_size": 6, "train__micro_batch_size": 6 // world_size}
+    config = deep_config(corpus, parallel__engine=engine, train__steps=10, **batch)
+    assert pool.run("checks:every_parameter_moves", config, world_size=world_size) == [3] * world_size
+
+
+@pytest.mark.parametrize(("first", "then"), [(("fsdp", 2), ("fsdp", 3)), slow(("zero3", 2), ("local", 1))])
+def test_resumed_on_other_processes(
+    pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]
+) -> None:
+    settings: dict[str, Any] = UNEVEN | {"run__dir": tmp_path, "checkpoint__interval": 6}
+
+    def results(engine: str, world_size: int, resume: bool) -> list[Any]:
+        sizes = {"parallel__engine": engine, "train__micro_batch_size": 6 // world_size}
+        return pool.run("runs:train_in_worker", short_config(corpus, **settings | sizes), resume, world_size=world_size)
+
+    whole = results(*first, False)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    rest = results(*then, True)
+    assert rest[0].losses() == pytest.approx(whole[0].losses()[6:], rel=1e-6)
+    assert rest[0].table == whole[0].table
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a frozen base whose layers have grown and were frozen."""
+    folder = tmp_path_factory.mktemp("deep") / "run"
+    config = deep_config(
+        corpus, run__dir=folder, lowrank__base="frozen", lowrank__freeze_step=9, checkpoint__interval=4
+    )
+    train(config)
+    folder.with_suffix(".yaml").write_text(config.to_yaml())
+    return folder
+
+
+def loaded(run: Path) -> Any:
+    arguments = Parser().parse_args([])
+    arguments.run, arguments.step = run, None
+    return load_trained(arguments)
+
+
+@torch.no_grad()
+def test_exported_dense_and_with_factors(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ours = loaded(run)
+    ids = torch.randint(301, (20, 16), generator=torch.Generator().manual_seed(0))
+    for form, words in (("factors", ()), ("hf", ())):
+        out = tmp_path / form
+        assert main(["export", "--run", str(run), "--output", str(out), "--format", form, *words]) == 0
+    model = inrank_dist.load(tmp_path / "factors")
+    assert torch.equal(model(ids), ours.model(ids))
+    assert model.get_submodule("blocks.0.mlp.up").depth == 3
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    torch.testing.assert_close(theirs(ids).logits, ours.model(ids), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cut_leaves_two_factors(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main(["export", "--run", str(run), "--output", str(out), "--format", "factors", "--rank", "1"]) == 0
+    model, ours = inrank_dist.load(out), loaded(run).model
+    layer, uncut = (each.get_submodule("blocks.0.mlp.up") for each in (model, ours))
+    assert (layer.depth, layer.modes) == (2, 1)
+    U, S, Vh = torch.linalg.svd(uncut.weight(torch.float64) - uncut.base.double())
+    update = layer.weight(torch.float64) - layer.base.double()
+    torch.testing.assert_close(update, S[0] * torch.outer(U[:, 0], Vh[0]), rtol=0, atol=1e-6)
+
+
+def test_inspect_counts_the_cores(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["inspect", "--run", str(run)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks.0.mlp.up")).split()
+    out, in_, rank = int(row[1]), int(row[3]), int(row[5])
+    assert int(row[9]) == rank * (out + in_) + rank**2 + out * in_
+
+
+def test_plan_counts_the_cores(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = {}
+    for depth in (2, 3):
+        file = tmp_path / f"{depth}.yaml"
+        changes = {"model__hidden_size": 256, "lowrank__initial_rank": 126, "lowrank__mode": "fixed"}
+        file.write_text(deep_config(corpus, lowrank__depth=depth, **changes).to_yaml())
+        capsys.readouterr()
+        assert main(["plan", "--config", str(file), "--world-size", "1"]) == 0
+        found = re.search(r"parameters +([\d.]+)M +([\d.]+)M +([\d.]+)M", capsys.readouterr().out)
+        assert found
+        parameters[depth] = float(found[3])
+    assert parameters[3] - parameters[2] == pytest.approx(12 * 126**2 / 1e6, abs=0.11)
+
+
+def test_muon_for_pairs_is_refused_in_one_line(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"write optimizer\.name: adamw, or lowrank\.depth: 2"):
+        deep_config(corpus, optimizer__name="spectron")
+
+
+def test_the_depth_of_a_run_stays(corpus: Path, run: Path, fails: Any) -> None:
+    words = ["--lowrank.depth", "4", "--allow-change", "lowrank.depth"]
+    assert "lowrank.depth" in fails("train", "--config", run.with_suffix(".yaml"), *words)
