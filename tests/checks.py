@@ -224,6 +224,48 @@ def aims_at_the_gradient(config: Config) -> float:
     return sum(shares) / len(shares)
 
 
+def outer_factors_of_the_gradient(config: Config) -> tuple[float, float]:
+    """``U`` and ``V`` start orthonormal, half of each from the singular vectors of the dense gradient; cores do not
+    change, and the run trains.
+
+    Returns:
+        The least share of the best possible gradient energy that the columns of ``U`` and of ``V`` hold in a layer.
+    """
+    shares: list[tuple[float, float]] = []
+
+    def hook(trainer: Trainer) -> None:
+        engine, start = trainer.engine, trainer.ranks.start
+
+        def observed(gradients: Any) -> None:
+            random = {name: rows.U.clone() for name, rows in engine.held_rows(engine.layout).items()}
+            for name in random:
+                engine.set_columns(name, 0, 0.0, engine.held_rows([name])[name].V.clone())
+            dense = dense_gradients(trainer, list(random), *gradients.args)
+            for name, rows in random.items():
+                engine.set_columns(name, 0, rows, engine.held_rows([name])[name].V.clone())
+            start(gradients)
+            factors = factors_of(trainer, engine.layout)
+            for name, layer in engine.layout.items():
+                U, V = (factors[f"{name}.{factor}"] for factor in "UV")
+                for factor in (U, V):
+                    torch.testing.assert_close(factor.T @ factor, torch.eye(layer.modes).double(), rtol=0, atol=1e-5)
+                half = (layer.modes + 1) // 2
+                sigma = torch.linalg.svdvals(dense[name]).square()
+                left = (U[:, half:].T @ dense[name]).square().sum() / sigma[: layer.modes - half].sum()
+                right = (dense[name] @ V[:, :half]).square().sum() / sigma[:half].sum()
+                shares.append((float(left), float(right)))
+                trained = config.lowrank.outer_lr_scale > 0
+                parameters = engine.parameters()
+                assert [parameters[f"{name}.{leaf}"].requires_grad for leaf in ("U", "V", "C1")] == [trained] * 2 + [
+                    True
+                ]
+
+        trainer.ranks.start = observed  # type: ignore[method-assign]
+
+    train(config, hook=hook)
+    return min(left for left, _ in shares), min(right for _, right in shares)
+
+
 def dense_gradients(trainer: Trainer, layers: list[str], batches: Any, tokens: int) -> dict[str, Tensor]:
     """Gradients of whole weights, float64: ``sum dy x^T`` over all micro-batches and processes."""
     engine = trainer.engine

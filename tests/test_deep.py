@@ -64,6 +64,43 @@ def test_every_parameter_moves_after_every_event(pool: Pool, corpus: Path, engin
     assert pool.run("checks:every_parameter_moves", config, world_size=world_size) == [3] * world_size
 
 
+COMPRESSED: dict[str, Any] = {
+    "lowrank__depth": 5,
+    "lowrank__mode": "fixed",
+    "lowrank__base": "frozen",
+    "lowrank__initial_rank": 7,
+    "lowrank__outer_init": "gradient",
+    "train__global_batch_size": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "gamma"), [("local", 1, 0.1), ("fsdp", 3, 0.0), slow("zero3", 2, 0.1), slow("ddp", 2, 0.0)]
+)
+def test_outer_factors_start_along_the_gradient(
+    pool: Pool, corpus: Path, engine: str, world_size: int, gamma: float
+) -> None:
+    changes = {"parallel__engine": engine, "lowrank__outer_lr_scale": gamma, "train__steps": 2}
+    config = short_config(corpus, **COMPRESSED, **changes, train__micro_batch_size=6 // world_size)
+    for left, right in pool.run("checks:outer_factors_of_the_gradient", config, world_size=world_size):
+        assert 0.8 < left <= 1 + 1e-6
+        assert 0.8 < right <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("gamma", [0.0, slow(0.1)])
+def test_the_compressed_form_on_uneven_shards(pool: Pool, corpus: Path, tmp_path: Path, gamma: float) -> None:
+    """The same run on 1 and 3 processes, also when it is resumed on 2."""
+    changes = {"lowrank__outer_lr_scale": gamma, "checkpoint__interval": 4, "run__dir": tmp_path}
+    config = short_config(corpus, **COMPRESSED, **changes, train__micro_batch_size=2)
+    reference = trained_once(config)
+    config.parallel.engine = "fsdp"
+    assert_same_run(pool.run("runs:train_in_worker", config, world_size=3), reference, 3)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    config.train.micro_batch_size = 3
+    rest = pool.run("runs:train_in_worker", config, True, world_size=2)
+    assert rest[0].losses() == pytest.approx(reference.losses()[8:], rel=1e-5)
+
+
 @pytest.mark.parametrize(("first", "then"), [(("fsdp", 2), ("fsdp", 3)), slow(("zero3", 2), ("local", 1))])
 def test_resumed_on_other_processes(
     pool: Pool, corpus: Path, tmp_path: Path, first: tuple[str, int], then: tuple[str, int]

@@ -70,6 +70,7 @@ def start_factors(
     *,
     depth: int = 2,
     scale: float = 0.1,
+    orthonormal_outer: bool = False,
 ) -> Factors:
     """Return initialised factors ``U: (out, R)`` and ``V: (in, R)``, and cores if ``depth`` is above 2, float32.
 
@@ -94,9 +95,14 @@ def start_factors(
         std: standard deviation of the dense weight at initialisation; unused by ``kaiming`` and None.
         depth: number of factors.
         scale: scale of all factors if ``init`` is None and ``depth`` is above 2.
+        orthonormal_outer: if ``init`` is None and ``depth`` is above 2, ``U`` and ``V`` have orthonormal columns
+            instead, and the cores are ``scale`` times the identity.
     """
     if depth > 2 and init == "kaiming":
         raise ValueError("a deep layer has no initialisation kaiming; write orthogonal")
+    if depth > 2 and init is None and orthonormal_outer:
+        U, V = (orthonormal_columns(size, modes, generator) for size in (out_features, in_features))
+        return Factors(U, V, tuple(scale * torch.eye(modes) for _ in range(depth - 2)))
     if depth > 2 and init in (None, "orthogonal"):
         product = scale**depth if init is None else std * math.sqrt(max(out_features, in_features))
         return _orthogonal_chain(out_features, in_features, modes, depth, product, generator)

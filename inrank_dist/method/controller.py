@@ -22,6 +22,7 @@ from .directions import Gradients
 from .growth import GROWTHS, Growth
 from .holder import FactorHolder
 from .initial import StartValues
+from .outer import start_outer_factors
 from .policy import Action
 from .rank_method import METHODS, RankMethod
 from .settings import LowRankSettings
@@ -71,6 +72,22 @@ class RankController:
     def before_step(self, step: int) -> None:
         """Set the base scale ``a`` for the forward passes that follow ``step`` completed optimizer steps."""
         self.holder.set_base_scale(self.method.policy.base_scale(step))
+
+    def start(self, gradients: Gradients) -> None:
+        """Finish the initialisation before the first step of a run, which may need a gradient.
+
+        Args:
+            gradients: computes the gradients of all factors on the batch of that step.
+
+        Raises:
+            UserError: the gradient is not finite.
+        """
+        if self.settings.depth == 2 or self.settings.outer_init != "gradient" or not self.holder.layout:
+            return
+        start_outer_factors(self.holder, gradients)
+        if self.settings.outer_lr_scale == 0:
+            fixed = {name: dataclasses.replace(layer, fixed_outer=True) for name, layer in self.holder.layout.items()}
+            self.holder.reshape(fixed, {}, lambda name: self._directions(name, 0, 0))
 
     def after_step(self, step: int, gradients: Gradients | None) -> list[Record]:
         """Run the rank event that is due after ``step`` completed optimizer steps, if any.

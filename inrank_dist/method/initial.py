@@ -1,5 +1,6 @@
 """Selection of the layers to factor, and their initial layout and values."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -63,8 +64,16 @@ def target_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, t
 def start_layout(
     shapes: dict[str, tuple[int, int]], settings: LowRankSettings, ranks: Mapping[str, int] | None = None
 ) -> Layout:
-    """Return the layout before the first step; empty if the layers are dense at the start."""
-    return {} if settings.dense_fraction else factored_layout(shapes, settings, ranks)
+    """Return the layout at initialisation; empty if the layers are dense at the start.
+
+    ``U`` and ``V`` are trainable as long as ``RankController.start`` needs their gradients.
+    """
+    if settings.dense_fraction:
+        return {}
+    layout = factored_layout(shapes, settings, ranks)
+    if settings.outer_init != "gradient":
+        return layout
+    return {name: dataclasses.replace(layer, fixed_outer=False) for name, layer in layout.items()}
 
 
 def fits(layout: Layout, shapes: dict[str, tuple[int, int]], settings: LowRankSettings) -> bool:
@@ -167,8 +176,16 @@ class StartValues:
         if init == "loaded":
             return self._cut(layer)
         generator, std = generator_for(self.seed, layer, "factors"), 0.0 if init is None else self.std(layer)
-        depth, scale = self.settings.depth, self.settings.init_scale
-        return start_factors(*self.shapes[layer], self._modes(layer), init, std, generator, depth=depth, scale=scale)
+        return start_factors(
+            *self.shapes[layer],
+            self._modes(layer),
+            init,
+            std,
+            generator,
+            depth=self.settings.depth,
+            scale=self.settings.init_scale,
+            orthonormal_outer=self.settings.outer_init == "gradient",
+        )
 
     def _modes(self, layer: str) -> int:
         rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]

@@ -181,6 +181,9 @@ class Trainer:
         """Run the next optimizer step. Return its micro-batches, the verdict on it and its learning rate."""
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         self.flops.count(self._tokens_per_step)
+        if self.step == 0:
+            self.ranks.before_step(0)
+            self.ranks.start(partial(self.engine.factor_gradients, batches, self._tokens_per_step))
         verdict, rate = self._update(batches)
         self.step += 1
         return batches, verdict, rate
