@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .hub.factors import load as load
+    from .library import DeepLoRA as DeepLoRA
     from .library import FixedRank as FixedRank
     from .library import InRank as InRank
     from .library import LowRankRun as LowRankRun
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "DeepLoRA": "library",
     "FixedRank": "library",
     "InRank": "library",
     "LowRankRun": "library",

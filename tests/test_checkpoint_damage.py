@@ -471,7 +471,8 @@ def forgeries(state: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, 
         for other in wrong(value, path):
             yield f"{name} {other!r}", lambda s, p=path, o=other: at(s, p[:-1]).__setitem__(p[-1], o)
         # What checkpoints of earlier versions lack may be missing.
-        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",), ("callbacks",)):
+        later = path[0] == "layout" and path[-1] in ("depth", "fixed_outer")
+        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",), ("callbacks",)) and not later:
             yield f"{name} missing", lambda s, p=path: at(s, p[:-1]).pop(p[-1])
         if isinstance(value, dict) and path not in OPEN:
             yield f"{name} with more", lambda s, p=path: at(s, p).update(more=1)

@@ -194,3 +194,47 @@ def test_muon_for_pairs_is_refused_in_one_line(corpus: Path) -> None:
 def test_the_depth_of_a_run_stays(corpus: Path, run: Path, fails: Any) -> None:
     words = ["--lowrank.depth", "4", "--allow-change", "lowrank.depth"]
     assert "lowrank.depth" in fails("train", "--config", run.with_suffix(".yaml"), *words)
+
+
+@pytest.mark.parametrize("outer_init", ["random", "gradient"])
+def test_deep_updates_in_a_loop_of_your_own(outer_init: str) -> None:
+    """A frozen dense model with the loaded weights, a deep update that learns, and a dense model in the end."""
+    torch.manual_seed(0)
+
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 9))
+
+    loaded, x, y = make(), torch.randn(64, 12), torch.randn(64, 9)
+    method = inrank_dist.DeepLoRA(4, [r"^\d"], outer_init=outer_init, outer_lr_scale=float(outer_init == "random"))
+    run = inrank_dist.LowRankRun(make, method, lambda groups: torch.optim.AdamW(groups, lr=1e-2), initial=loaded)
+
+    def backward() -> float:
+        loss = (run.model(x) - y).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    if outer_init == "gradient":
+        with pytest.raises(ValueError, match=r"write run\.start"):
+            run.after_step()
+        run.start(backward)
+        assert {name for name, p in run.model.named_parameters() if p.requires_grad} >= {"0.C1", "2.C1", "0.bias"}
+        assert not run.model.get_parameter("0.U").requires_grad
+    losses = []
+    for _ in range(40):
+        losses.append(backward())
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.after_step()
+    # The first forward pass is nearly that of the loaded model: the update starts at 0.1 to the power of its depth.
+    assert losses[0] == pytest.approx(
+        float((loaded(x) - y).detach().square().mean()), rel=0.3 if outer_init == "gradient" else 0.01
+    )
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(run.model.get_parameter("0.base"), loaded[0].weight)
+    torch.testing.assert_close(run.merge()(x), run.model(x))
+
+
+def test_rates_of_a_loop_of_your_own_are_not_scaled() -> None:
+    method = inrank_dist.DeepLoRA(2, ["0"], outer_lr_scale=0.1)
+    with pytest.raises(ValueError, match="write 0 to fix U and V, or 1"):
+        inrank_dist.LowRankRun(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), method, torch.optim.AdamW)

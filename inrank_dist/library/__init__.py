@@ -1,6 +1,6 @@
 """Low-rank training for any model in your own training loop."""
 
-from .methods import FixedRank, InRank, PretrainThenFactorise, Published
+from .methods import DeepLoRA, FixedRank, InRank, PretrainThenFactorise, Published
 from .run import LowRankRun
 
-__all__ = ["FixedRank", "InRank", "LowRankRun", "PretrainThenFactorise", "Published"]
+__all__ = ["DeepLoRA", "FixedRank", "InRank", "LowRankRun", "PretrainThenFactorise", "Published"]

@@ -70,6 +70,26 @@ def FixedRank(
     return _settings(mode="fixed", targets=list(targets), initial_rank=rank, base="none", init=init, **options)
 
 
+def DeepLoRA(
+    rank: int, targets: Sequence[str] = ("mlp",), *, depth: int = 3, init_scale: float = 0.1, **options: object
+) -> LowRankSettings:
+    """Return settings for fine-tuning with deep low-rank updates (Deep LoRA, arXiv 2406.04112).
+
+    The weights of ``LowRankRun(initial=...)`` are frozen. Each gets the update ``U C_k ... C_1 V^T`` with
+    ``depth - 2`` square cores.
+
+    Args:
+        rank: rank of every update.
+        targets: as in ``InRank``.
+        depth: number of factors of an update. 2 is LoRA.
+        init_scale: scale of the orthogonal factors at initialisation. The update starts at ``init_scale ** depth``.
+        options: any other field of ``LowRankSettings``. With ``outer_init="gradient"``, call ``run.start(backward)``
+            before the first step.
+    """
+    fixed: dict[str, object] = {"mode": "fixed", "base": "frozen", "init": "loaded", "initial_rank": rank}
+    return _settings(targets=list(targets), depth=depth, init_scale=init_scale, **fixed, **options)
+
+
 def PretrainThenFactorise(
     steps: int, total_steps: int, targets: Sequence[str] = ("mlp",), *, rank: int | None = None, **options: object
 ) -> LowRankSettings:

@@ -51,8 +51,8 @@ class LowRankRun:
     Args:
         model: function that returns the dense model. It is called twice: under ``torch.device("meta")`` for the shapes,
             and on the CPU with ``seed`` set for the initial values. The second call is omitted if ``initial`` is given.
-        method: ``InRank(...)``, ``FixedRank(...)``, ``PretrainThenFactorise(...)``, ``Published(...)``, or any
-            ``LowRankSettings``.
+        method: ``InRank(...)``, ``FixedRank(...)``, ``DeepLoRA(...)``, ``PretrainThenFactorise(...)``,
+            ``Published(...)``, or any ``LowRankSettings``.
         optimizer: function that returns the optimizer for a list of parameter groups. The first group holds the
             matrices, the second holds all other parameters and sets ``weight_decay`` to 0.
         parallelize: function that applies activation checkpointing, compilation and ``fully_shard`` to the model in
@@ -130,6 +130,7 @@ class LowRankRun:
             )
         self._controller = RankController(self._holder, values, method, seed, total_steps)
         self.step = 0
+        self._started = method.outer_init != "gradient" or method.depth == 2
         self.scheduler = scheduler(self.optimizer) if scheduler else None
         self._controller.before_step(0)
 
@@ -158,6 +159,19 @@ class LowRankRun:
         """
         return self._controller.table()
 
+    def start(self, backward: Callable[[], object]) -> None:
+        """Initialise ``U`` and ``V`` from the gradient before the first step, as ``outer_init: gradient`` requires.
+
+        ``run.model`` and ``run.optimizer`` may be new objects afterwards.
+
+        Args:
+            backward: function that runs the forward and backward passes on the first batch. It is called twice.
+        """
+        self._controller.start(lambda: self._holder.gradients(backward))
+        self._carry_over()
+        self._controller.before_step(0)
+        self._started = True
+
     def after_step(self, backward: Callable[[], object] | None = None) -> list[dict[str, Any]]:
         """Count an optimizer step and perform the rank event that is due after it, if any.
 
@@ -174,6 +188,8 @@ class LowRankRun:
         """
         if backward is None and self._method.growth_init == "gradient":
             raise UserError("growth_init is gradient, which needs gradients; write after_step(backward)")
+        if self.step == 0 and not self._started:
+            raise UserError("outer_init is gradient, which needs a gradient; write run.start(backward) before step 1")
         self.step += 1
         gradients = None if backward is None else lambda: self._holder.gradients(backward)
         records = self._controller.after_step(self.step, gradients)
@@ -294,6 +310,11 @@ def _check_method(method: LowRankSettings, total_steps: int | None) -> int:
         raise UserError("the method has mode full, which factors nothing; write InRank(...) or FixedRank(...)")
     if method.frobenius_decay:
         raise UserError("frobenius_decay is a setting of the trainer's engines; write 0 and decay in your optimizer")
+    if method.depth > 2 and method.outer_lr_scale not in (0, 1):
+        raise UserError(
+            f"outer_lr_scale is {method.outer_lr_scale:g}, but learning rates are your optimizer's; write 0 to fix U "
+            "and V, or 1"
+        )
     if method.initial_energy is not None:
         raise UserError("initial_energy is a setting of the trainer; write initial_rank")
     if method.total_steps and total_steps and method.total_steps != total_steps:

@@ -48,7 +48,7 @@ class InRankCallback(TrainerCallback):
 
     Args:
         trainer: a Trainer that runs on one process or with DDP.
-        method: as in ``LowRankRun``. ``growth_init: gradient`` is not supported.
+        method: as in ``LowRankRun``. ``growth_init`` and ``outer_init`` cannot be ``gradient``.
         seed: seed of the initial values and of new modes. Defaults to the seed in the Trainer's arguments.
         total_steps: as in ``LowRankRun``. Defaults to ``max_steps`` of the Trainer's arguments if that is set.
         resume_from_checkpoint: a checkpoint folder, or True for the latest one in ``output_dir``.
@@ -264,11 +264,12 @@ def _refuse(trainer: Trainer, method: LowRankSettings) -> None:
         raise UserError(
             f"the Trainer's model is a {type(trainer.model).__name__}; write a transformers PreTrainedModel"
         )
-    if method.growth_init == "gradient":
-        raise UserError(
-            "growth_init is gradient, which needs the batch once more, and the Trainer hands it to no callback; write "
-            "growth_init='random', or a training loop with LowRankRun"
-        )
+    for name in ("growth_init", "outer_init"):
+        if getattr(method, name) == "gradient":
+            raise UserError(
+                f"{name} is gradient, which needs the batch once more, and the Trainer hands it to no callback; write "
+                f"{name}='random', or a training loop with LowRankRun"
+            )
 
 
 def _checkpoint(trainer: Trainer, asked: str | Path | bool | None) -> Path | None:
