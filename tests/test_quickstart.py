@@ -28,6 +28,7 @@ def test_quickstart_learns_grows_and_freezes(tmp_path: Path, steps: int) -> None
         timeout=1100,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (summary,) = [record for record in records if record["kind"] == "summary"]
     assert summary["validation_loss"] < summary["unigram_entropy"] - 1.0

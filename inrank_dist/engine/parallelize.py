@@ -1,5 +1,6 @@
 """Activation checkpointing, compilation and sharding of a model on ``meta``, to be applied in this order."""
 
+import warnings
 from functools import partial
 
 import torch
@@ -60,6 +61,10 @@ def shard_blocks(model: nn.Module, plan: ModelPlan, mesh: DeviceMesh, *, bf16: b
     policy = MixedPrecisionPolicy()
     if bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Blocks of models.layers return views with layer crossing. Nothing changes them in place.
+    warnings.filterwarnings(
+        "ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view", category=UserWarning
+    )
     for name in (*plan.blocks, *plan.units):
         fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
