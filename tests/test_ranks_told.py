@@ -12,8 +12,10 @@ from runs import small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.report import write_report
-from inrank_dist.report.heatmap import COLUMNS, HeatMap, row_height, spans
-from inrank_dist.report.history import History, Layer
+from inrank_dist.report.chart import Charts
+from inrank_dist.report.heatmap import COLUMNS, heat_maps, row_height, spans
+from inrank_dist.report.history import History
+from inrank_dist.report.timeline import timeline
 from inrank_dist.train.monitors import ConsoleMonitor
 from inrank_dist.train.monitors.ranks import RankTable
 
@@ -150,17 +152,37 @@ def test_a_rows_spans_are_few_and_end_with_the_run() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 24, 216, 1000])
-def test_the_heat_map_fits_a_page_with_any_number_of_layers(layers: int) -> None:
-    rows = [
-        Layer(name=f"blocks.{i // 2}.mlp.{'up' if i % 2 else 'down'}", rank=[(0, 8), (5, 9 + i)]) for i in range(layers)
+def test_the_heat_maps_fit_a_page_with_any_number_of_layers(layers: int) -> None:
+    """Every layer has its row in every map, and the rank, the rank found and the null rank over the steps."""
+    names = [f"blocks.{i // 2}.mlp.{'up' if i % 2 else 'down'}" for i in range(layers)]
+    told = {
+        name: {"rank": 9 + i, "found": 8 + i, "explained": 0.5, "reached": 0.8, "null_rank": 31, "effective_rank": 2.5}
+        for i, name in enumerate(names)
+    }
+    history = History(
+        [
+            {"kind": "start", "step": 0, "ranks": dict.fromkeys(names, 8)},
+            {"kind": "rank_check", "step": 5, "layers": told},
+            {"kind": "step", "step": 10},
+        ]
+    )
+    charts = Charts([timeline("run", history)])
+    figures = heat_maps(charts, history)
+    assert re.findall("<bdi>([^<]*)</bdi>", figures) == [
+        "Rank of every layer",
+        "Rank found",
+        "Explained ratio",
+        "Effective rank",
     ]
-    figure = HeatMap(layers=rows, notes={}, start_rank=8, x_end=10).figure(1020, 350)
-    assert figure.count('class="row"') == 2 * layers, "each has its tooltip, wide and narrow"
-    assert "8, the start" in figure and (f"9 to {8 + layers}" in figure or layers == 1)
-    heights = [float(height) for height in re.findall(r'class="heat" viewBox="0 0 \d+ (\d+)"', figure)]
-    assert max(heights) <= max(900, 3 * layers + 100) and layers * row_height(layers) <= max(720, 3 * layers)
-    labels = [float(y) for y in re.findall(r'<text class="tick" x="58" y="([\d.]+)"', figure)]
-    assert labels and all(after - before >= 11.9 for before, after in pairwise(labels))
+    assert "8, the start" in figures and (f"9 to {8 + layers:,}" in figures or layers == 1)
+    heights = [float(height) for height in re.findall(r"min-height:(\d+)px", figures)]
+    assert max(heights) <= max(800, 2 * layers + 100) and layers * row_height(layers) <= max(720, 2 * layers)
+    data = re.findall('id="page-data">(.*?)</script>', charts.script())
+    (drawn,) = json.loads(data[0])["maps"]
+    at = [layer["name"] for layer in drawn["layers"]].index(names[-1])
+    rank, found, explained, effective = (each["rows"][at] for each in drawn["quantities"])
+    assert rank == {"x": [0, 5], "v": [8, 8 + layers]} and found == {"x": [5], "v": [7 + layers]}
+    assert explained["v"] == [0.8] and effective["v"] == [2.5] and drawn["nulls"][at]["v"] == [31]
 
 
 def test_means_hold_each_layers_value_until_its_next_one() -> None:

@@ -46,7 +46,7 @@ def _page(run: Run) -> str:
         f'<h2>Honest reading</h2><div class="reading"><ul>{statements}</ul></div>',
         f"<h2>Training</h2>{charts.controls()}{loss_figure(charts, history)}{dynamics_figures(charts, history)}",
         rank_figures(charts, history, threshold_of(settings)),
-        update_figures(history),
+        update_figures(charts, history),
         sections.layer_table(history),
         sections.event_table(history),
         sections.samples(history),

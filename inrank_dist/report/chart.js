@@ -100,6 +100,20 @@ function place(run, step, name = axis) {
   return to[i] + (Math.min(step - from[i], width) / width) * (to[i + 1] - to[i]);
 }
 
+/** The step of a run at a position on an axis. */
+function stepAt(run, where, name) {
+  const to = run.axes.step, from = run.axes[name];
+  const i = Math.min(atOrBefore(from, where), Math.max(from.length - 2, 0)), width = from[i + 1] - from[i];
+  return width > 0 ? to[i] + ((where - from[i]) / width) * (to[i + 1] - to[i]) : to[i];
+}
+
+/** Shows a box of values beside a pixel, within the plot. */
+function showTip(tip, x, width) {
+  tip.hidden = false;
+  const side = x > width / 2 ? x - tip.offsetWidth - 12 : x + 12;
+  tip.style.left = `${Math.max(0, Math.min(side, width - tip.offsetWidth))}px`;
+}
+
 /** Ticks of the x axis that fit, with labels that do not touch, and the label of the axis. */
 function xTicks(low, high, room, spec) {
   if (spec.xLog) {
@@ -107,16 +121,16 @@ function xTicks(low, high, room, spec) {
     while (ticks.length * 44 > room) ticks = ticks.filter((_, i) => i % 2 === 0);
     return { ticks, labels: ticks.map((tick) => format(tick)), label: spec.x };
   }
-  const time = !spec.x && axis === "seconds";
+  const on = spec.axis || axis, time = !spec.x && on === "seconds";
   const [, unit, name] = time ? TIME.find(([least]) => high >= least) : [0, 1, ""];
-  const units = spec.x ? undefined : AXIS[axis].units;
+  const units = spec.x ? undefined : AXIS[on].units;
   let count = Math.max(2, Math.floor(room / 64)), ticks, labels;
   do {
     ticks = linearTicks(low / unit, high / unit, count).filter((t) => t * unit >= low && t * unit <= high * 1.0001);
     labels = tickLabels(ticks, units);
     count -= 1;
   } while (count > 1 && labels.reduce((sum, label) => sum + label.length * 6.8 + 16, 0) > room);
-  return { ticks: ticks.map((t) => t * unit), labels, label: spec.x || AXIS[axis].label + (time ? `, ${name}` : "") };
+  return { ticks: ticks.map((t) => t * unit), labels, label: spec.x || AXIS[on].label + (time ? `, ${name}` : "") };
 }
 
 /** The minimum and maximum that the y axis must cover. */
@@ -169,9 +183,9 @@ function verticalMarks(marks, px, top, bottom) {
 }
 
 /** The events of runs, in the order of the axis, without those that it cannot place. */
-function marksOf(runs) {
+function marksOf(runs, name = axis) {
   const marks = runs.flatMap((index) => page.runs[index].marks.map((mark) => (
-    { ...mark, at: place(page.runs[index], mark.x) })));
+    { ...mark, at: place(page.runs[index], mark.x, name) })));
   return marks.filter((mark) => mark.at !== null && !hiddenMarks.has(mark.label)).sort((a, b) => a.at - b.at);
 }
 
@@ -190,7 +204,8 @@ function plot(box, getSpec) {
     const log = spec.log && low > 0 && high > 5 * low;
     const ticks = log ? logTicks(low, high) : linearTicks(low, high, Math.max(3, height / 42));
     [low, high] = [ticks[0], ticks[ticks.length - 1]];
-    const ends = lines.flatMap((line) => [line.at[0], line.at[line.at.length - 1]]);
+    const within = (spec.own || []).map((mark) => mark.at).filter((at) => spec.x && at !== null);
+    const ends = lines.flatMap((line) => [line.at[0], line.at[line.at.length - 1]]).concat(within);
     if (!spec.x) ends.push(0, ...lines.map((line) => page.runs[line.run].axes[axis].slice(-1)[0]));
     const first = ends.length ? Math.min(...ends) : 0;
     let last = Math.max(...ends, first);
@@ -198,7 +213,7 @@ function plot(box, getSpec) {
     const xWarp = spec.xLog ? Math.log10 : Number, yWarp = log ? Math.log10 : Number;
     const px = (x) => LEFT + ((xWarp(x) - xWarp(first)) / (xWarp(last) - xWarp(first))) * (right - LEFT);
     const py = (y) => bottom - ((yWarp(y) - yWarp(low)) / (yWarp(high) - yWarp(low))) * (bottom - TOP);
-    const marks = marksOf(spec.marks);
+    const marks = (spec.own || marksOf(spec.marks)).filter((mark) => !hidden.has(mark.label));
     const grid = tickLabels(ticks).map((label, i) => {
       const y = py(ticks[i]).toFixed(1);
       return `<path class="grid" d="M${LEFT} ${y}H${right}"/>` +
@@ -269,9 +284,7 @@ function plot(box, getSpec) {
     const events = near.map((mark) => `<p style="color:var(${mark.colour})"><bdi>${esc(mark.tip)}</bdi></p>`);
     const tip = box.querySelector(".tip");
     tip.innerHTML = `<p><b>${where(nearest)}</b></p><table>${rows.join("")}</table>${events.join("")}`;
-    tip.hidden = false;
-    const side = nearest.px > width / 2 ? nearest.px - tip.offsetWidth - 12 : nearest.px + 12;
-    tip.style.left = `${Math.max(0, Math.min(side, width - tip.offsetWidth))}px`;
+    showTip(tip, nearest.px, width);
     box.querySelector(".cross").setAttribute("d", `M${nearest.px.toFixed(1)} ${TOP}V${spec.height - BOTTOM}`);
     box.querySelector(".points").innerHTML = found.filter(({ value }) => value !== null && (!log || value > 0))
       .map((each) => `<circle cx="${each.px.toFixed(1)}" cy="${py(each.value).toFixed(1)}" r="3.4" style="fill:var(${each.line.colour})"/>`)

@@ -28,7 +28,7 @@ the timeline of any of them, or one made for the group. Events are drawn for the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -43,7 +43,7 @@ COLOURS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5", "--c6", "--c7")
 
 MOST_POINTS = 2000
 AXIS_NAMES = {"step": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "time"}
-SCRIPTS = ("chart.js",)
+SCRIPTS = ("chart.js", "maps.js", "spectra.js")
 
 
 @dataclass(kw_only=True)
@@ -114,6 +114,7 @@ class Charts:
     def __init__(self, runs: Sequence[Timeline], most: int = MOST_POINTS) -> None:
         self._runs, self._most = runs, most
         self._charts: list[dict[str, Any]] = []
+        self._more: dict[str, list[Any]] = {}
 
     def controls(self) -> str:
         """Buttons that choose the x axis of all plots over training, and the legend of the events in them.
@@ -128,7 +129,7 @@ class Charts:
         )
         choice = f'<div class="choice" role="group" aria-label="x axis">{buttons}</div>' if len(known) > 1 else ""
         events = {mark.label: mark for run in self._runs for mark in run.marks}
-        legend = "".join(_key(mark.label, mark.colour, mark.dash, "M9 0V12", "") for mark in events.values())
+        legend = "".join(key(mark.label, mark.colour, mark.dash, upright=True) for mark in events.values())
         legend = f'<span class="legend">{legend}</span>' if legend else ""
         return f'<div class="controls">{choice}{legend}</div>' if choice or legend else ""
 
@@ -140,17 +141,14 @@ class Charts:
         runs = sorted({line.run for line in lines})
         entries: dict[str, str] = {}
         for line in lines:
-            faint = ' stroke-opacity="0.4"' if line.faint else ""
-            entries.setdefault(line.label, _key(line.label, line.colour, line.dash, "M0 6H18", faint))
+            entries.setdefault(line.label, key(line.label, line.colour, line.dash, faint=line.faint))
         if len(entries) < 2:
             entries = {}
-        unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
-        legend = f'<span class="legend">{"".join(entries.values())}</span>' if entries else ""
         self._charts.append(
             {
                 "title": chart.title,
                 "lines": [self._line(line) for line in lines],
-                "references": [{"y": _digits(each.y), "label": each.label} for each in chart.references],
+                "references": [{"y": digits(each.y), "label": each.label} for each in chart.references],
                 "marks": runs if chart.marks and not chart.x else [],
                 "zero": chart.from_zero,
                 "log": chart.log,
@@ -159,18 +157,19 @@ class Charts:
                 "height": chart.height,
             }
         )
-        return (
-            f"<figure><figcaption><b><bdi>{escape(chart.title)}</bdi></b>{unit}{legend}</figcaption>"
-            f'<div class="plot" data-chart="{len(self._charts) - 1}" tabindex="0" style="min-height:{chart.height}px">'
-            "</div></figure>"
-        )
+        return frame(chart.title, chart.unit, entries.values(), f'data-chart="{len(self._charts) - 1}"', chart.height)
+
+    def add(self, kind: str, data: Any) -> int:
+        """Add data of another kind of plot to the page. Returns its index among those of this kind."""
+        self._more.setdefault(kind, []).append(data)
+        return len(self._more[kind]) - 1
 
     def script(self) -> str:
         """The data of all plots and the code that draws them; the last part of the page."""
         runs = [
             {
                 "name": run.name,
-                "axes": {axis: [_digits(value, 9) for value in values] for axis, values in run.axes.items()},
+                "axes": {axis: [digits(value, 9) for value in values] for axis, values in run.axes.items()},
                 "marks": [
                     {"x": mark.x, "label": mark.label, "colour": mark.colour, "dash": mark.dash, "tip": mark.tooltip}
                     for mark in run.marks
@@ -178,7 +177,7 @@ class Charts:
             }
             for run in self._runs
         ]
-        return scripts({"runs": runs, "charts": self._charts})
+        return scripts({"runs": runs, "charts": self._charts, **self._more})
 
     def _line(self, line: Line) -> dict[str, Any]:
         band = list(zip(line.low, line.high, strict=True))
@@ -194,11 +193,29 @@ class Charts:
             "faint": line.faint,
             "hold": line.hold,
             "dots": line.dots,
-            "x": [_digits(line.points[index][0], 9) for index in at],
-            "y": [_digits(line.points[index][1]) for index in at],
-            "low": [_digits(band[index][0]) for index in at] if band else [],
-            "high": [_digits(band[index][1]) for index in at] if band else [],
+            "x": [digits(line.points[index][0], 9) for index in at],
+            "y": [digits(line.points[index][1]) for index in at],
+            "low": [digits(band[index][0]) for index in at] if band else [],
+            "high": [digits(band[index][1]) for index in at] if band else [],
         }
+
+
+def frame(title: str, unit: str, entries: Iterable[str], attributes: str, height: int) -> str:
+    """A figure with an empty box that the page's scripts fill.
+
+    Args:
+        title, unit: plain text.
+        entries: of the legend, such as ``key``.
+        attributes: HTML attributes by which the scripts know the box.
+        height: of the box in CSS pixels.
+    """
+    shown = f' <span class="unit">{escape(unit)}</span>' if unit else ""
+    joined = "".join(entries)
+    legend = f'<span class="legend">{joined}</span>' if joined else ""
+    return (
+        f"<figure><figcaption><b><bdi>{escape(title)}</bdi></b>{shown}{legend}</figcaption>"
+        f'<div class="plot" {attributes} tabindex="0" style="min-height:{height}px"></div></figure>'
+    )
 
 
 def scripts(data: dict[str, Any]) -> str:
@@ -213,17 +230,19 @@ def scripts(data: dict[str, Any]) -> str:
     )
 
 
-def _digits(value: float | None, digits: int = 6) -> float | int | None:
+def digits(value: float | None, count: int = 6) -> float | int | None:
     """A number rounded to significant digits, as an int if it is one, for short JSON."""
     if value is None:
         return None
-    rounded = float(f"{value:.{digits}g}")
+    rounded = float(f"{value:.{count}g}")
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
-def _key(label: str, colour: str, dash: str, path: str, more: str) -> str:
+def key(label: str, colour: str, dash: str = "", *, upright: bool = False, faint: bool = False) -> str:
+    """A legend entry, which shows and hides what it names."""
+    path, opacity = "M9 0V12" if upright else "M0 6H18", ' stroke-opacity="0.4"' if faint else ""
     return (
         f'<button type="button" class="key" data-label="{escape(label)}" aria-pressed="true" title="{escape(label)}">'
-        f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true"><path d="{path}" stroke-width="2"{more} '
+        f'<svg class="swatch" viewBox="0 0 18 12" aria-hidden="true"><path d="{path}" stroke-width="2"{opacity} '
         f'style="stroke:var({colour})" stroke-dasharray="{dash}"/></svg><bdi>{escape(label)}</bdi></button>'
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..train.monitors.text import fixed, number
+from ..train.monitors.text import number
 from .chart import Chart, Charts, Line
-from .heatmap import HeatMap
+from .heatmap import heat_maps
 from .history import History, Points
 from .plot import Reference, smoothed
-from .timeline import marks
+from .spectra import spectra_of_decisions
 
-WIDE, NARROW = 1020, 350
 MEMORY = (("peak_memory", "peak on the GPU of process 0"), ("resident_memory", "resident set of process 0"))
 
 
@@ -86,17 +85,6 @@ def rank_figures(charts: Charts, history: History, threshold: float | None) -> s
     if not history.layers:
         return ""
     table, means = history.table, history.means
-    notes = {
-        name: " ".join([f"{fixed(rank, 0)} ({fixed(table.null_ranks.get(name), 0)})", *table.flags(name)])
-        for name, rank in table.ranks.items()
-    }
-    ranks = HeatMap(
-        layers=list(history.layers.values()),
-        notes=notes,
-        start_rank=history.start_rank,
-        marks=[mark for mark in marks(history) if mark.label != "growth"],
-        x_end=history.last_step,
-    )
     null = means["null_rank"]
     mean_rank = Chart(
         title="Mean rank",
@@ -121,7 +109,8 @@ def rank_figures(charts: Charts, history: History, threshold: float | None) -> s
         from_zero=True,
     )
     small = "".join(charts.figure(plot) for plot in (mean_rank, explained, effective))
-    return f'<h2>Rank</h2>{ranks.figure(WIDE, NARROW)}<div class="pair">{small}</div>'
+    maps, spectra = heat_maps(charts, history), spectra_of_decisions(charts, history)
+    return f'<h2>Rank</h2>{charts.controls()}<div class="pair">{maps}</div>{spectra}<div class="pair">{small}</div>'
 
 
 def threshold_of(settings: dict[str, Any]) -> float | None:

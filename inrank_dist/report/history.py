@@ -15,12 +15,19 @@ Points = list[tuple[float, float | None]]
 
 @dataclass(kw_only=True)
 class Layer:
-    """One low-rank layer: its shape and the history of its rank."""
+    """One low-rank layer: its shape ``(out, in)`` and its history.
+
+    ``rank`` holds the steps at which the rank changed, with the new rank, from the start of the run. The others hold
+    those at which a decision changed the rank found, the null rank, the explained ratio and the effective rank.
+    """
 
     name: str
     shape: tuple[int, int] | None = None
     rank: Points = field(default_factory=list)
-    """Steps at which the rank changed, with the new rank."""
+    found: Points = field(default_factory=list)
+    null_rank: Points = field(default_factory=list)
+    explained: Points = field(default_factory=list)
+    effective_rank: Points = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -45,7 +52,8 @@ class History:
     ``summary`` is empty unless the run has finished after its last logged step. ``layers`` maps names to ``Layer`` in
     the order in which the run first named them. ``means`` holds the mean over all layers of the rank, null rank,
     explained ratio and effective rank at every check, with each layer keeping its value until its next check.
-    ``updates`` maps steps to measurements of the cumulative updates, by layer.
+    ``updates`` maps steps to measurements of the cumulative updates, by layer. ``spectra`` maps steps to the records of
+    decisions with singular values.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -56,6 +64,7 @@ class History:
         self.base_removals: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.updates: dict[int, dict[str, dict[str, Any]]] = {}
+        self.spectra: dict[int, dict[str, Any]] = {}
         self._decision_seconds: dict[int, float] = {}
         self.layers: dict[str, Layer] = {}
         self.table = RankTable()
@@ -110,6 +119,8 @@ class History:
         layers = record.get("layers") or {}
         if record["kind"] == "rank_event":
             self.rank_changes.append(self.table.change(record))
+        elif any("sigma" in layer for layer in layers.values()):
+            self.spectra[step] = record
         seconds = number(record.get("seconds")) or 0.0
         self._decision_seconds[step] = max(seconds, self._decision_seconds.get(step, 0.0))
         self._take_ranks(layers, step, measured=True)
@@ -121,9 +132,14 @@ class History:
             points, rank = self._layer(name).rank, ranks.get(name)
             if not points or points[-1][1] != rank:
                 _put(points, step, rank)
-        tables = {"rank": ranks, "null_rank": table.null_ranks}
+        tables: dict[str, dict[str, float]] = {"rank": ranks, "null_rank": table.null_ranks}
         if measured:
             tables |= {"explained": table.explained, "effective_rank": table.effective_ranks}
+            for key, values in {**tables, "found": table.found}.items():
+                for name in names:
+                    points, value = getattr(self._layer(name), key), values.get(name)
+                    if value is not None and (not points or points[-1][1] != value):
+                        _put(points, step, value)
         for key, values in tables.items():
             if values:
                 _put(self.means[key], step, mean(values.values()))

@@ -49,6 +49,11 @@ button { font:inherit; color:inherit; background:none; border:0; padding:0; curs
 .choice { display:flex; flex-wrap:wrap; padding-left:1px; font-size:.85rem }
 .choice button { border:1px solid var(--rule); padding:2px 12px; margin-left:-1px; color:var(--soft) }
 .choice button[aria-pressed=true] { background:var(--card); color:var(--ink); font-weight:600 }
+.picker { display:flex; flex-wrap:wrap; gap:6px 20px; margin:0 0 12px; font-size:.88rem }
+.picker label { display:flex; flex-wrap:wrap; align-items:center; gap:8px; max-width:100% }
+.picker select { font:inherit; max-width:100% }
+.picker output { color:var(--soft) }
+.pair > * { min-width:0 }
 .plot { position:relative; touch-action:pan-y }
 .tip { position:absolute; top:8px; z-index:1; pointer-events:none; max-width:100%; padding:6px 10px; font-size:.78rem;
   line-height:1.45; background:var(--card); border:1px solid var(--rule); border-radius:6px;
@@ -73,8 +78,7 @@ svg { display:block; width:100%; height:auto }
 .tick,.name { font-size:12px; fill:var(--soft); font-family:inherit }
 .name { fill:var(--ink); paint-order:stroke; stroke:var(--paper); stroke-width:4px; stroke-linejoin:round }
 .group { font-size:12px; font-weight:600; fill:var(--ink); font-family:inherit }
-.row { fill:transparent }
-.row:hover { stroke:var(--ink); stroke-width:1 }
+.row { fill:none; stroke:var(--ink); stroke-width:1 }
 .h0 { fill:var(--h0) }
 .h1 { fill:var(--h1) }
 .h2 { fill:var(--h2) }
