@@ -22,6 +22,12 @@ def spectrum(U: Tensor, V: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(U.shape[1] - len(values))])
 
 
+def stable_rank(W: Tensor) -> float:
+    """Squared Frobenius norm over squared spectral norm."""
+    sigma = torch.linalg.svdvals(W.double())
+    return float(sigma.square().sum() / sigma[0].square())
+
+
 def explained(sigma: Tensor, q: int, dimension: int, criterion: str) -> float:
     """``g(q)``: all ``dimension`` values written out, the first ``q`` set to zero."""
     whole = torch.cat([sigma, sigma.new_zeros(dimension - len(sigma))])

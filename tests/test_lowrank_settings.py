@@ -173,6 +173,7 @@ def test_calendar_follows_the_settings(changes: dict, policy: RankPolicy) -> Non
 UNUSED = {"freeze_patience", "freeze_fraction", "final_budget"}
 ALWAYS = {
     "factorized_lr_scale", "frobenius_in_loss", "track_updates", "init_scale", "outer_init", "outer_lr_scale",
+    "stable_rank_tolerance", "stable_rank_window", "track_weights",
 }  # fmt: skip
 FREEZING = UNUSED | {"freeze_step", "final"}
 
@@ -270,11 +271,13 @@ def test_patience_ends_growth_once_the_base_is_gone() -> None:
 
 def test_dense_layers_are_factorised_once_and_grow_after_that() -> None:
     policy = RankPolicy(10, 40, None, dense_steps=15)
-    actions = {step: action for step in range(41) if (action := policy.action(step))}
+    actions = {step: action for step in range(41) if (action := policy.action(step, dense=step <= 15))}
     assert actions == {15: "factorise", 20: "grow", 30: "grow", 40: "freeze"}
-    assert [RankPolicy(None, None, None, dense_steps=2).action(step) for step in range(4)] == [
+    assert [RankPolicy(None, None, None, dense_steps=2).action(step, dense=step <= 2) for step in range(4)] == [
         None, None, "factorise", None,
     ]  # fmt: skip
+    assert policy.action(18, dense=True) == "factorise", "fewer dense steps than when the checkpoint was written"
+    assert policy.action(10, dense=False) == "grow", "more of them"
     assert RankPolicy(10, 15, None, dense_steps=15).action(15) == "freeze"
 
 

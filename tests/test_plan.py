@@ -173,6 +173,14 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *dense]) == 0
     out = capsys.readouterr().out
     assert "after step 100" in out and "at the start" not in out
+    until = [*dense, "--lowrank.dense_until", "stable_rank", "--lowrank.max_rank_fraction", "0.25"]
+    assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *until]) == 0
+    out = capsys.readouterr().out
+    assert "at the latest" in out and "at most 32 modes" in out
+    budget = ["--lowrank.mode", "fixed", "--lowrank.base", "none", "--lowrank.initial_budget", "0.3"]
+    assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *budget]) == 0
+    out = capsys.readouterr().out
+    assert "30 modes" in out, "0.3 x 128 x 512 / 640, of the largest layers"
 
 
 LONG = WIDE | {"model__max_seq_len": 96, "train__global_batch_size": 4, "train__micro_batch_size": 4}

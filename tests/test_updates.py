@@ -15,7 +15,7 @@ from inrank_dist.config import load_config
 from inrank_dist.lowrank.criterion import stable_rank
 from inrank_dist.lowrank.division import ALONE
 from inrank_dist.lowrank.spectrum import dense_singular_values
-from inrank_dist.lowrank.updates import recorded_indices, update_spectra
+from inrank_dist.lowrank.updates import recorded_indices, weight_spectra
 from inrank_dist.runtime.errors import UserError
 
 
@@ -32,7 +32,7 @@ def test_singular_values_are_those_of_the_matrix(shape: tuple[int, int]) -> None
 
 def test_update_spectra_alone() -> None:
     start, now = random(6, 4), random(6, 4, seed=1)
-    found = update_spectra(lambda name: (0, now), {"a": (6, 4)}, lambda name: start, ALONE)
+    found = weight_spectra(lambda name: (0, now), {"a": (6, 4)}, ALONE, lambda name: start)
     torch.testing.assert_close(found["a"], torch.linalg.svdvals(now - start), rtol=1e-10, atol=1e-12)
 
 

@@ -15,6 +15,7 @@ from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_param
 from ..lowrank.convert import Layout, convert
 from ..lowrank.layer import set_activation
 from ..method.initial import factored_layout, layer_shapes
+from ..method.starts import finds_ranks
 from ..models import LanguageModel, flops_per_token
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
@@ -105,7 +106,7 @@ def show_plan(
         f"{train.micro_batch_size} a step; per process:"
     )
     screen.print(_table(config, skeleton, stages, setup, device))
-    if config.lowrank.initial_energy is not None:
+    if config.lowrank.initial_energy is not None and not config.lowrank.dense_fraction:
         say(
             "lowrank.initial_energy finds the rank of each layer when the run starts; this plan counts "
             f"lowrank.initial_rank {config.lowrank.initial_rank}"
@@ -141,13 +142,18 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
     stages: dict[str, Layout] = {"dense": {}}
     if not shapes:
         return stages
-    start = factored_layout(shapes, settings)
+    found = finds_ranks(settings)  # by the weights of a run: their largest
+    largest = {name: settings.rule.cap(min(shape)) for name, shape in shapes.items()} if found else None
+    start = factored_layout(shapes, settings, largest)
     modes = max(layer.modes for layer in start.values())
     base = " with base" if settings.base != "none" else ""
     if not settings.dense_fraction:
         stages[f"at the start\n{modes} modes{base}"] = start
     elif not settings.grows:
-        stages[f"after step {settings.dense_steps(config.train.steps)}\n{modes} modes"] = start
+        when = f"after step {settings.dense_steps(config.train.steps)}" + (
+            " at the latest" if settings.dense_until == "stable_rank" else ""
+        )
+        stages[f"{when}\n{'at most ' if found else ''}{modes} modes"] = start
     stays = settings.base == "frozen"
     if not settings.grows:
         if base and not stays:

@@ -93,17 +93,21 @@ def DeepLoRA(
 def PretrainThenFactorise(
     steps: int, total_steps: int, targets: Sequence[str] = ("mlp",), *, rank: int | None = None, **options: object
 ) -> LowRankSettings:
-    """Return settings for dense training followed by factorisation of the weights (Cuttlefish, arXiv 2305.02538).
+    """Return settings for dense training followed by factorisation of the weights (arXiv 2209.13569).
+
+    With ``mode="fixed", dense_until="stable_rank"`` the layers are factored once their stable ranks have settled, at
+    these ranks (Cuttlefish, arXiv 2305.02538).
 
     Args:
-        steps: number of optimizer steps of dense training.
+        steps: number of optimizer steps of dense training; the largest with ``dense_until="stable_rank"``.
         total_steps: number of optimizer steps of the whole run.
         targets: as in ``InRank``.
         rank: rank of every factored layer. With None, each layer gets the rank that reaches the explained ratio.
         options: any other field of ``LowRankSettings``.
     """
     chosen: dict[str, object] = {"mode": "efficient"} if rank is None else {"mode": "fixed", "initial_rank": rank}
-    method = _settings(targets=list(targets), base="none", dense_fraction=steps / total_steps, **chosen, **options)
+    fixed: dict[str, object] = {"base": "none", "dense_fraction": steps / total_steps}
+    method = _settings(targets=list(targets), **{**fixed, **chosen, **options})
     method.total_steps = total_steps  # type: ignore[misc]
     return method
 

@@ -315,7 +315,7 @@ def _check_method(method: LowRankSettings, total_steps: int | None) -> int:
             f"outer_lr_scale is {method.outer_lr_scale:g}, but learning rates are your optimizer's; write 0 to fix U "
             "and V, or 1"
         )
-    if method.initial_energy is not None:
+    if method.initial_energy is not None and not method.dense_fraction:
         raise UserError("initial_energy is a setting of the trainer; write initial_rank")
     if method.total_steps and total_steps and method.total_steps != total_steps:
         raise UserError(f"total_steps is {total_steps}, but the method is for {method.total_steps}; write it once")

@@ -244,9 +244,23 @@ def dense_singular_values(matrix: Tensor) -> Tensor:
         ``(min(out, in),)`` float64, descending, on the CPU. They are NaN if the matrix is not finite.
     """
     rows, columns = matrix.shape
-    gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
+    return singular_values_of_gram(matrix @ matrix.T if rows < columns else matrix.T @ matrix)
+
+
+def gram_of_rows(rows: Tensor, all_reduce: AllReduce) -> Tensor:
+    """Compute the Gram matrix ``W^T W: (in, in)`` float64 of a matrix of which each process passes some rows.
+
+    Communication: one all-reduce of ``4 * in * (in + 1)`` bytes.
+    """
+    packed = _packed_gram(rows)
+    all_reduce(packed)
+    return _unpack(packed, rows.shape[1])
+
+
+def singular_values_of_gram(gram: Tensor) -> Tensor:
+    """Return the singular values of a matrix with this float64 Gram matrix, descending, on the CPU; NaN as above."""
     if not gram.isfinite().all():
-        return torch.full((min(rows, columns),), torch.nan, dtype=torch.float64)
+        return torch.full((len(gram),), torch.nan, dtype=torch.float64)
     return torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(0)
 
 

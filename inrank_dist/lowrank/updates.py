@@ -1,4 +1,4 @@
-"""Spectra of the cumulative updates ``W(t) - W(0)`` of dense layers (arXiv 2306.11250, figure 1)."""
+"""Spectra of dense layers, and of their cumulative updates ``W(t) - W(0)`` (arXiv 2306.11250, figure 1)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,48 +7,58 @@ import torch
 from torch import Tensor
 
 from .division import Processes, assign_owners, solve_once
-from .spectrum import dense_singular_values
+from .spectrum import dense_singular_values, gram_of_rows, singular_values_of_gram
 
 #: Singular values up to this index are recorded one by one, and a quarter of an octave apart above it.
 DENSE_UP_TO = 64
 
 
-def update_spectra(
+def weight_spectra(
     rows: Callable[[str], tuple[int, Tensor]],
     shapes: Mapping[str, tuple[int, int]],
-    initial: Callable[[str], Tensor],
     processes: Processes,
+    initial: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the singular values of ``W(t) - W(0)`` of all layers.
+    """Compute the singular values of ``W(t)``, or of ``W(t) - W(0)``, of all layers.
 
-    One layer after the other is summed from its rows in float32, as in a forward pass of FSDP, and solved by one
-    process, which alone draws ``W(0)``. The difference and its Gram matrix are in float64, so singular values below
-    about 1e-8 of the largest are rounding error.
+    One layer after the other is summed over the processes and solved by one of them. Of ``W(t)`` with ``in <= out``
+    this is the Gram matrix ``W^T W``; every other layer is summed from its rows, as in a forward pass of FSDP. The
+    owner alone draws ``W(0)``. Differences and Gram matrices are in float64, so singular values below about 1e-8 of the
+    largest are rounding error.
 
-    Communication: one all-reduce of ``4 * out * in`` bytes per layer if there are several processes, and one of 8 bytes
-    per singular value. Peak extra memory: one dense layer, and on its owner three more in float64.
+    Communication: an all-reduce for each layer if there are several processes, of ``4 * in * (in + 1)`` bytes for a
+    Gram matrix or ``4 * out * in`` bytes for a layer, and one of 8 bytes per singular value. Peak extra memory: one
+    Gram matrix in float64 and the rows of this process, or one dense layer; on its owner three more in float64.
 
     Args:
         rows: layer -> its first row and the rows that this process counts, ``(rows, in)`` float32. Each row is counted
             by exactly one process.
         shapes: layer -> ``(out, in)``, in the same order on all processes.
-        initial: layer -> ``W(0)``, ``(out, in)`` on the CPU.
         processes: the processes that hold rows.
+        initial: layer -> ``W(0)``, ``(out, in)`` on the CPU. None: the singular values of ``W(t)``.
 
     Returns:
-        Layer -> ``(min(out, in),)`` float64, descending, on the CPU; bitwise equal on all processes.
+        Layer -> ``(min(out, in),)`` float64, descending, on the CPU; bitwise equal on all processes. They are NaN if
+        the weight is not finite.
     """
     owner = assign_owners({name: min(shape) for name, shape in shapes.items()}, processes.count)
     solved: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         first, held = rows(name)
+        is_owner = owner[name] == processes.rank
+        if initial is None and shape[1] <= shape[0]:
+            gram = gram_of_rows(held, processes.sum)
+            if is_owner:
+                solved[name] = singular_values_of_gram(gram)
+            continue
         weight = held
         if processes.count > 1:
             weight = held.new_zeros(shape)
             weight[first : first + len(held)] = held
             processes.sum(weight)
-        if owner[name] == processes.rank:
-            solved[name] = dense_singular_values(weight.double() - initial(name).to(weight.device, torch.float64))
+        if is_owner:
+            start = 0 if initial is None else initial(name).to(weight.device, torch.float64)
+            solved[name] = dense_singular_values(weight.double() - start)
     sizes = {name: [(min(shape),)] for name, shape in shapes.items()}
     answers = solve_once(sizes, lambda name: [solved[name]], owner, processes)
     return {name: sigma for name, (sigma,) in answers.items()}

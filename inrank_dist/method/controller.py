@@ -26,6 +26,7 @@ from .outer import start_outer_factors
 from .policy import Action
 from .rank_method import METHODS, RankMethod
 from .settings import LowRankSettings
+from .stable_rank import StableRanks
 
 Record = dict[str, Any]
 
@@ -70,8 +71,14 @@ class RankController:
         return self.method.due(step, self.checks_without_growth, dense=not self.holder.layout)
 
     def before_step(self, step: int) -> None:
-        """Set the base scale ``a`` for the forward passes that follow ``step`` completed optimizer steps."""
+        """Set the base scale ``a`` for the forward passes that follow ``step`` completed optimizer steps.
+
+        Before the first step, this also measures the stable ranks of dense layers if they are followed.
+        """
         self.holder.set_base_scale(self.method.policy.base_scale(step))
+        stable_ranks = self.method.stable_ranks
+        if stable_ranks and not step and not stable_ranks.start:
+            stable_ranks.measure(self.holder, step)
 
     def start(self, gradients: Gradients) -> None:
         """Finish the initialisation before the first step of a run, which may need a gradient.
@@ -105,7 +112,7 @@ class RankController:
             UserError: a factor is not finite because training diverged.
         """
         began = time.perf_counter()
-        action = self.due(step)
+        action, followed = self._follow(self.due(step), step)
         layout = dict(self.holder.layout)
         was_dense = not layout
         removes_base = self.method.policy.removes_base(step) and any(layer.base for layer in layout.values())
@@ -131,7 +138,22 @@ class RankController:
         records = self._records(step, action, decisions, events, removes_base, seconds)
         if action:
             self._add_spectra(records[0], sigma)
-        return records
+        return followed + records
+
+    def _follow(self, action: Action | None, step: int) -> tuple[Action | None, list[Record]]:
+        """Measure the stable ranks of dense layers if they are followed and any action is due.
+
+        Returns:
+            The action that remains, ``check`` replaced, and the record of the measurement.
+        """
+        stable_ranks = self.method.stable_ranks
+        if not stable_ranks or not action or self.holder.layout:
+            return action, []
+        began = time.perf_counter()
+        stable_ranks.measure(self.holder, step)
+        if action == "check":
+            action = self.method.on_settled if stable_ranks.all_settled else None
+        return action, [stable_ranks.record(step, time.perf_counter() - began)]
 
     def _decide(
         self, action: Action, step: int
@@ -343,9 +365,22 @@ class RankController:
             "found": self.found,
             "quiet": self.checks_without_growth,
             "frozen": self.frozen,
+            "stable_ranks": (self.method.stable_ranks or StableRanks(self.shapes, 0, 1)).state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state.
+
+        Raises:
+            UserError: the layers are still dense, and their stable ranks at initialisation are not in the state.
+        """
+        if self.method.stable_ranks and not self.holder.layout:
+            self.method.stable_ranks.load_state_dict(state["stable_ranks"])
+            if not self.method.stable_ranks.start:
+                raise UserError(
+                    "lowrank.dense_until is stable_rank but the checkpoint was written without it and has no stable "
+                    "ranks of the initialisation; write lowrank.dense_until: fraction"
+                )
         self.method.null.load_state_dict(state["null"])
         self.reached, self.found = dict(state["explained"]), dict(state["found"])
         self.checks_without_growth, self.frozen = state["quiet"], state["frozen"]

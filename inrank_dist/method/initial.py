@@ -20,6 +20,7 @@ from ..models.values import InitialValues
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from .settings import LowRankSettings
+from .starts import finds_ranks
 
 
 def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tuple[int, int]]:
@@ -32,7 +33,10 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
     if settings.mode == "full":
         return {}
     shapes = target_shapes(skeleton, settings)
-    for name, shape in shapes.items():
+    if settings.initial_budget is not None:
+        _check_budget(settings.initial_budget, shapes)
+        return shapes
+    for name, shape in ({} if finds_ranks(settings) else shapes).items():
         limit = settings.rule.cap(min(shape)) if settings.grows else min(shape)
         if settings.initial_rank > limit:
             reason = f"min(in, out) of {name} is {min(shape)}"
@@ -46,6 +50,18 @@ def layer_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tu
             f"{least_fraction(shapes):.2g} of their dense parameters; write at least {least:g}"
         )
     return shapes
+
+
+def _check_budget(budget: float, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise UserError if rank 1 of a layer exceeds ``initial_budget``."""
+    for name, (out_features, in_features) in shapes.items():
+        needed = (out_features + in_features) / (out_features * in_features)
+        if budget < needed:
+            least = math.ceil(1e4 * needed) / 1e4
+            raise UserError(
+                f"lowrank.initial_budget is {budget:g} but rank 1 of {name} already takes {needed:.2g} of its dense "
+                f"parameters; write at least {least:g}, or lowrank.targets without it"
+            )
 
 
 def target_shapes(skeleton: nn.Module, settings: LowRankSettings) -> dict[str, tuple[int, int]]:
@@ -87,7 +103,7 @@ def factored_layout(
     """Return the layout with low-rank layers.
 
     Args:
-        ranks: layer -> rank. Default: ``initial_rank`` in every layer.
+        ranks: layer -> rank. Default: the rank of the settings in every layer.
     """
     return {
         name: LayerLayout(
@@ -98,7 +114,7 @@ def factored_layout(
             fixed_outer=settings.depth > 2 and settings.outer_lr_scale == 0,
         )
         for name, shape in shapes.items()
-        for rank in [settings.initial_rank if ranks is None else ranks[name]]
+        for rank in [settings.rank_of(shape) if ranks is None else ranks[name]]
     }
 
 
@@ -115,7 +131,7 @@ class StartValues:
         seed: seed of the run.
 
     Attributes:
-        ranks: layer -> rank at the start, or None for ``initial_rank``.
+        ranks: layer -> rank at the start, or None for that of the settings.
     """
 
     ranks: Mapping[str, int] | None = None
@@ -188,7 +204,7 @@ class StartValues:
         )
 
     def _modes(self, layer: str) -> int:
-        rank = self.settings.initial_rank if self.ranks is None else self.ranks[layer]
+        rank = self.settings.rank_of(self.shapes[layer]) if self.ranks is None else self.ranks[layer]
         return self.settings.rule.modes(rank, min(self.shapes[layer]))
 
     def _cut(self, layer: str) -> Factors:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Action = Literal["factorise", "grow", "freeze"]
+Action = Literal["check", "factorise", "grow", "freeze"]
+"""``check``: measure the stable ranks of dense layers, and factorise or freeze if they have settled."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class RankPolicy:
             ``freeze_step`` freezes it. The rank is not frozen before the base has decayed, because the frozen factors
             could not grow to replace the rest of the base.
         dense_steps: number of steps after which dense layers are factorised. 0 if they start as factors.
+        check_interval: steps between two measurements of the stable ranks of dense layers, which are factorised before
+            ``dense_steps`` once the ranks have settled. None: not measured.
     """
 
     interval: int | None
@@ -26,18 +29,25 @@ class RankPolicy:
     decay_steps: int | None
     patience: int | None = None
     dense_steps: int = 0
+    check_interval: int | None = None
 
-    def action(self, step: int, checks_without_growth: int = 0) -> Action | None:
+    def action(self, step: int, checks_without_growth: int = 0, *, dense: bool = False) -> Action | None:
         """Return the action due after ``step`` optimizer steps, or None. The rank must not be frozen yet.
 
         Args:
             step: number of completed optimizer steps.
             checks_without_growth: number of consecutive decisions, up to now, in which no layer grew.
+            dense: whether the layers are dense. They can still be dense after the scheduled step if the run was resumed
+                with a smaller ``dense_steps``.
         """
+        if not step:
+            return None
         if self.freeze_step is not None and step >= self.freeze_step:
             return "freeze"
-        if step <= self.dense_steps:
-            return "factorise" if 0 < step == self.dense_steps else None
+        if dense:
+            if step >= self.dense_steps:
+                return "factorise"
+            return "check" if self.check_interval and step % self.check_interval == 0 else None
         if not self.interval or step % self.interval:
             return None
         is_settled = self.patience is not None and checks_without_growth >= self.patience

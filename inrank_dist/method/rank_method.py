@@ -13,6 +13,8 @@ from ..lowrank.null import NullRanks, Shape
 from ..lowrank.spectrum import Factors
 from .policy import Action
 from .settings import LowRankSettings
+from .stable_rank import StableRanks
+from .starts import finds_ranks
 
 
 class RankMethod:
@@ -34,6 +36,7 @@ class RankMethod:
         policy: the schedule.
         null: the null ranks so far.
         measures_update: whether the rule uses the spectrum of the update since initialisation, not of the product.
+        stable_ranks: stable ranks of dense layers, if these are factored once they have settled, otherwise None.
     """
 
     grows, freezes = True, False
@@ -54,6 +57,9 @@ class RankMethod:
         self.null = NullRanks(
             self.rule, settings.initial_rank, seed, at_initialisation, opens_at_random=opens_at_random
         )
+        self.stable_ranks: StableRanks | None = None
+        if settings.follows_stable_ranks:
+            self.stable_ranks = StableRanks(shapes, settings.stable_rank_tolerance, settings.stable_rank_window)
 
     def due(self, step: int, checks_without_growth: int, *, dense: bool) -> Action | None:
         """Return the action due after ``step`` optimizer steps, or None. The ranks must not be frozen yet.
@@ -61,13 +67,14 @@ class RankMethod:
         Args:
             step: number of completed optimizer steps.
             checks_without_growth: number of consecutive decisions, up to now, in which no layer grew.
-            dense: whether the layers are dense. They can still be dense after the scheduled step if the run was resumed
-                with a smaller ``dense_fraction``.
+            dense: whether the layers are dense.
         """
-        action = self.policy.action(step, checks_without_growth)
-        if dense:
-            return action if action == "freeze" or step < self.policy.dense_steps else "factorise"
-        return None if action == "factorise" else action
+        return self.policy.action(step, checks_without_growth, dense=dense)
+
+    @property
+    def on_settled(self) -> Action:
+        """The action once the stable ranks of dense layers have settled."""
+        return "freeze" if self.settings.freezes and self.settings.freeze_step is None else "factorise"
 
     def decide(self, layer: str, sigma: Tensor, rank: int | None, action: Action) -> Decision:
         """Decide the rank of one layer.
@@ -82,7 +89,19 @@ class RankMethod:
         if rank is not None:
             return self.rule.decide(sigma, rank, dimension, may_shrink=self.may_shrink(action))
         decision = self.rule.decide(sigma, dimension, dimension, may_shrink=True)
-        return decision if self.settings.grows else self.with_rank(decision, self.settings.initial_rank, layer, sigma)
+        return decision if self.settings.grows else self.with_rank(decision, self._fixed(layer, sigma), layer, sigma)
+
+    def _fixed(self, layer: str, sigma: Tensor) -> int:
+        """Return the constant rank of a layer that has been dense."""
+        dimension = min(self.shapes[layer])
+        if not finds_ranks(self.settings):
+            return self.settings.rank_of(self.shapes[layer])
+        if self.settings.initial_energy is not None:
+            rule = dataclasses.replace(self.rule, threshold=self.settings.initial_energy, criterion="energy")
+            return rule.decide(sigma, dimension, dimension, may_shrink=True).after
+        assert self.stable_ranks
+        rank = self.stable_ranks.rank(layer)
+        return min(rank + -rank % self.rule.multiple_of, self.rule.cap(dimension))
 
     def final_ranks(self, product: Mapping[str, Tensor], decisions: Mapping[str, Decision]) -> dict[str, int]:
         """Return the ranks after the freeze.

@@ -11,6 +11,7 @@ from ..lowrank.layer import Activation
 from ..runtime.choices import OneOf
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
+from . import starts
 from .deep import check_depth
 from .policy import RankPolicy
 
@@ -50,7 +51,9 @@ Base = Literal["frozen", "none", "decay"]
 class LowRankSettings:
     """Settings of the factored layers, of their initialisation and of the growth of their rank."""
 
-    ON_RESUME: ClassVar[OnResume] = OnResume(free=("fuse", "track_updates"), fixed=("targets", "depth"))
+    ON_RESUME: ClassVar[OnResume] = OnResume(
+        free=("fuse", "track_updates", "track_weights"), fixed=("targets", "depth")
+    )
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model. fixed: factors of constant rank. inrank: the rank may grow until the end. efficient: the rank
@@ -62,8 +65,18 @@ class LowRankSettings:
     """Initial active rank r. In mode fixed, the constant rank."""
     dense_fraction: float = 0.0
     """Fraction of train.steps during which the layers are dense. Each is then replaced by its best low-rank
-    approximation (arXiv 2305.02538): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in
+    approximation (arXiv 2209.13569): of rank initial_rank in mode fixed, otherwise of the rank that the rule finds in
     its spectrum. 0: the layers start as factors."""
+    dense_until: Literal["fraction", "stable_rank"] = "fraction"
+    """With dense_fraction: when the layers are factored. fraction: at that fraction of the steps. stable_rank: once the
+    stable ranks of all layers have settled, at the latest at that fraction (Cuttlefish, arXiv 2305.02538). In mode
+    fixed the rank of each layer is then its scaled stable rank, at most max_rank_fraction."""
+    stable_rank_tolerance: float = 0.02
+    """With dense_until stable_rank: a layer has settled once its stable rank, as a fraction of that at initialisation,
+    changes by at most this much from one measurement to the next, on average over stable_rank_window measurements.
+    They are interval steps apart."""
+    stable_rank_window: int = 5
+    """With dense_until stable_rank: number of changes of the stable rank in the average."""
     factorized_lr_scale: float = 1.0
     """With dense_fraction: factor of all learning rates once the layers are factored (published: 0.5)."""
     buffer: int = 8
@@ -95,8 +108,11 @@ class LowRankSettings:
     outer_lr_scale: float = 1.0
     """With depth above 2: learning rate of U and V as a multiple of that of the cores. 0: U and V are not trained."""
     initial_energy: float | None = None
-    """With init loaded, base none and mode fixed: share of the squared singular values of each weight to keep, which
-    determines the rank of each layer instead of initial_rank. null: initial_rank."""
+    """With mode fixed and base none, and either init loaded or dense_fraction: share of the squared singular values of
+    each dense weight to keep, which determines the rank of each layer instead of initial_rank. null: initial_rank."""
+    initial_budget: float | None = None
+    """With mode fixed: maximum number of parameters in the factors of each layer, as a fraction of those of the dense
+    layer, which determines the rank of each layer instead of initial_rank. null: initial_rank."""
     interval: int = 25
     """Number of optimizer steps between two decisions."""
     warmup_steps: int = 200
@@ -132,6 +148,9 @@ class LowRankSettings:
     track_updates: int = 0
     """Optimizer steps between measurements of the spectrum of W(t) - W(0) of each target while it is dense, also in
     mode full: the evidence of arXiv 2306.11250 for low-rank learning. Needs memory for one dense layer. 0: never."""
+    track_weights: int = 0
+    """Optimizer steps between measurements of the spectrum of each target while it is dense, also in mode full. The
+    effective rank is that of arXiv 2209.13569, nuclear over spectral norm. 0: never."""
     fuse: bool = True
     """Compute factors that read the same input (q, k, v; gate, up) as one product. The result is the same."""
     activation: Activation = "none"
@@ -149,7 +168,8 @@ class LowRankSettings:
             if known and getattr(self, setting.name) not in known:
                 value = getattr(self, setting.name)
                 raise UserError(f"lowrank.{setting.name} is {value}; write one of {', '.join(known)}")
-        for name in ("initial_rank", "interval", "warmup_steps", "freeze_step", "freeze_patience", "multiple_of"):
+        counts = ("initial_rank", "interval", "warmup_steps", "freeze_step", "freeze_patience", "multiple_of")
+        for name in (*counts, "stable_rank_window"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UserError(f"lowrank.{name} is {value}; write a whole number of at least 1")
@@ -164,8 +184,9 @@ class LowRankSettings:
             )
         if not 0 < self.threshold < 1:
             raise UserError(f"lowrank.threshold is {self.threshold}; write a ratio between 0 and 1, such as 0.9")
-        if self.track_updates < 0:
-            raise UserError(f"lowrank.track_updates is {self.track_updates}; write a number of steps, or 0 for never")
+        for name in ("track_updates", "track_weights"):
+            if getattr(self, name) < 0:
+                raise UserError(f"lowrank.{name} is {getattr(self, name)}; write a number of steps, or 0 for never")
         for name in ("max_rank_fraction", "freeze_fraction", "final_budget"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"lowrank.{name} is {getattr(self, name)}; write a fraction above 0 and at most 1")
@@ -182,10 +203,8 @@ class LowRankSettings:
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
             )
-        self._check_loaded()
+        starts.check(self)
         check_depth(self)
-        if self.dense_fraction:
-            self._check_dense_start()
         if self.activation != "none":
             self._check_bottleneck()
         published = self.grows and self.growth_init == "published"
@@ -225,46 +244,24 @@ class LowRankSettings:
                     f"lowrank.{name}: {value}, or lowrank.activation: none"
                 )
 
-    def _check_loaded(self) -> None:
-        if self.initial_energy is not None:
-            if not 0 < self.initial_energy <= 1:
-                raise UserError(
-                    f"lowrank.initial_energy is {self.initial_energy}; write a share above 0 and at most 1, like 0.95"
-                )
-            for name, value in (("init", "loaded"), ("base", "none"), ("mode", "fixed")):
-                if getattr(self, name) != value:
-                    raise UserError(
-                        f"lowrank.initial_energy is {self.initial_energy} but lowrank.{name} is {getattr(self, name)}; "
-                        f"write lowrank.{name}: {value}, or leave out initial_energy"
-                    )
-        if self.init != "loaded" or self.dense_fraction:
-            return
-        if self.base == "decay":
-            raise UserError(
-                "lowrank.init is loaded but lowrank.base is decay, which would scale the loaded weights to zero; write "
-                "lowrank.base: frozen, or none"
-            )
-        if self.base == "none" and self.grows:
-            raise UserError(
-                f"lowrank.init is loaded but lowrank.mode {self.mode} with base none would grow the rank of the loaded "
-                "weights; write lowrank.base: frozen to grow an update, or lowrank.mode: fixed"
-            )
-
-    def _check_dense_start(self) -> None:
-        start = f"lowrank.dense_fraction is {self.dense_fraction}"
-        if self.base != "none":
-            raise UserError(f"{start} but lowrank.base is {self.base}; write lowrank.base: none")
-        if self.growth_init == "published":
-            raise UserError(f"{start} but lowrank.growth_init is published; write lowrank.growth_init: random")
-
     total_steps: ClassVar[int | None] = None
     """Number of optimizer steps of the run if the settings are made for a certain length
     (``library.PretrainThenFactorise``), otherwise None."""
 
     @property
     def start_rank(self) -> int | None:
-        """Initial active rank of every layer. None if the layers are dense at the start."""
-        return None if self.dense_fraction else self.initial_rank
+        """Initial active rank of every layer. None if the layers are dense at the start or their ranks differ."""
+        differ = self.initial_energy is not None or self.initial_budget is not None
+        return None if self.dense_fraction or differ else self.initial_rank
+
+    @property
+    def follows_stable_ranks(self) -> bool:
+        """Whether the layers are dense until their stable ranks have settled."""
+        return self.mode != "full" and self.dense_fraction > 0 and self.dense_until == "stable_rank"
+
+    def rank_of(self, shape: tuple[int, int]) -> int:
+        """Return the initial rank of a layer ``(out, in)`` if it does not depend on its spectrum."""
+        return self.initial_rank if self.initial_budget is None else starts.affordable(shape, self.initial_budget)
 
     @property
     def measures_update(self) -> bool:
@@ -298,12 +295,12 @@ class LowRankSettings:
             return max(latest, self.warmup_steps if self.base == "decay" else self.dense_steps(steps))
         return (self.dense_steps(steps) or self.warmup_steps) if self.freeze_step is None else self.freeze_step
 
-    def lr_scale(self, step: int, steps: int) -> float:
-        """Return the factor of the learning rates after ``step`` of ``steps`` optimizer steps."""
-        return self.factorized_lr_scale if 0 < self.dense_steps(steps) <= step else 1.0
+    def lr_scale(self, *, factored: bool) -> float:
+        """Return the factor of the learning rates, given whether the layers are factored by now."""
+        return self.factorized_lr_scale if factored and self.dense_fraction else 1.0
 
     def dense_steps(self, steps: int) -> int:
-        """Return the number of optimizer steps with dense layers in a run of ``steps``."""
+        """Return the largest number of optimizer steps with dense layers in a run of ``steps``."""
         if self.mode == "full" or not self.dense_fraction:
             return 0
         return max(round(self.dense_fraction * steps), 1)
@@ -336,20 +333,21 @@ class LowRankSettings:
             decay_steps=self.warmup_steps if self.base == "decay" and self.mode != "full" else None,
             patience=self.freeze_patience if self.freezes and self.freeze_step == "auto" else None,
             dense_steps=self.dense_steps(steps),
+            check_interval=self.interval if self.follows_stable_ranks else None,
         )
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Return the settings that have no effect in combination with the others, each with the reason."""
         if self.mode == "full":
-            used = ("mode", "targets", "track_updates") if self.track_updates else ("mode",)
+            tracked = [name for name in ("track_updates", "track_weights") if getattr(self, name)]
+            used = ["mode", "targets", *tracked] if tracked else ["mode"]
             return [(field.name, "lowrank.mode is full") for field in fields(self) if field.name not in used]
         idle = []
-        if self.initial_energy is not None:
-            idle.append(("initial_rank", "lowrank.initial_energy finds the rank of each layer"))
         freezing = ("freeze_step", "freeze_patience", "freeze_fraction", "final", "final_budget")
         if not self.grows:
-            growth = ["buffer", "threshold", "criterion", "measure", "interval"]
-            growth += ["max_rank_fraction", "multiple_of", "growth_init"]
+            growth = ["buffer", "threshold", "criterion", "measure", "growth_init"]
+            growth += [] if self.follows_stable_ranks else ["interval"]
+            growth += [] if starts.finds_ranks(self) else ["max_rank_fraction", "multiple_of"]
             idle += [(key, f"lowrank.mode is {self.mode}") for key in (*growth, *freezing)]
         elif not self.freezes:
             idle += [(key, f"lowrank.mode {self.mode} never freezes") for key in freezing]
@@ -367,12 +365,4 @@ class LowRankSettings:
             idle.append(("init_scale", "lowrank.base is none, so the product starts as a whole weight"))
         if not self.frobenius_decay:
             idle.append(("frobenius_in_loss", "lowrank.frobenius_decay is 0"))
-        if not self.dense_fraction:
-            idle.append(("factorized_lr_scale", "lowrank.dense_fraction is 0"))
-            idle.append(("track_updates", "lowrank.dense_fraction is 0, so no target is ever dense"))
-        if self.dense_fraction:
-            idle.append(("init", "with lowrank.dense_fraction the factors come from the dense weights"))
-            if self.grows:
-                idle.append(("measure", "with lowrank.dense_fraction the rule looks at the product"))
-                idle.append(("initial_rank", "with lowrank.dense_fraction the rule finds the first rank as well"))
-        return idle
+        return idle + starts.without_effect(self)

@@ -17,6 +17,7 @@ from .run import Run, read_run, write_page
 from .style import page
 from .timeline import timeline
 from .updates import update_figures
+from .weights import weight_figures
 
 
 def write_report(run_folder: Path, report: Path | None = None) -> Path:
@@ -47,6 +48,7 @@ def _page(run: Run) -> str:
         f"<h2>Training</h2>{charts.controls()}{loss_figure(charts, history)}{dynamics_figures(charts, history)}",
         rank_figures(charts, history, threshold_of(settings)),
         update_figures(charts, history),
+        weight_figures(charts, history),
         sections.layer_table(history),
         sections.event_table(history),
         sections.samples(history),

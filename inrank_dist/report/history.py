@@ -52,8 +52,8 @@ class History:
     ``summary`` is empty unless the run has finished after its last logged step. ``layers`` maps names to ``Layer`` in
     the order in which the run first named them. ``means`` holds the mean over all layers of the rank, null rank,
     explained ratio and effective rank at every check, with each layer keeping its value until its next check.
-    ``updates`` maps steps to measurements of the cumulative updates, by layer. ``spectra`` maps steps to the records of
-    decisions with singular values.
+    ``updates``, ``weights`` and ``stable_ranks`` map steps to measurements of dense layers, by layer. ``spectra`` maps
+    steps to the records of decisions with singular values.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -65,6 +65,8 @@ class History:
         self.samples: list[dict[str, Any]] = []
         self.updates: dict[int, dict[str, dict[str, Any]]] = {}
         self.spectra: dict[int, dict[str, Any]] = {}
+        self.weights: dict[int, dict[str, dict[str, Any]]] = {}
+        self.stable_ranks: dict[int, dict[str, dict[str, Any]]] = {}
         self._decision_seconds: dict[int, float] = {}
         self.layers: dict[str, Layer] = {}
         self.table = RankTable()
@@ -99,6 +101,10 @@ class History:
                 self.samples.append(record)
             elif kind == "updates":
                 self.updates[step] = record.get("layers") or {}
+            elif kind == "weights":
+                self.weights[step] = record.get("layers") or {}
+            elif kind == "stable_ranks":
+                self.stable_ranks[step] = record.get("layers") or {}
         self.steps = [steps[step] for step in sorted(steps)]
         self.evals = [evals[step] for step in sorted(evals)]
 

@@ -86,16 +86,22 @@ def learning_rate_jump(config: Config, checkpoint: Checkpoint, changes: Sequence
     steps_before, steps = before.train.steps, config.train.steps
     if step == 0 or step >= steps:
         return None
-    jumps = []
+    jumps, factored = [], bool(checkpoint.state.layout)
     for name in ("lr", "matrix_lr") if config.optimizer.orthogonalises else ("lr",):
-        last, planned = (planned_rate(before, name, each) for each in (step - 1, step))
-        now = planned_rate(config, name, step)
+        last, planned = (planned_rate(before, name, each, factored=factored) for each in (step - 1, step))
+        now = planned_rate(config, name, step, factored=factored)
         if not math.isclose(now, planned, rel_tol=0.01):
             what = "the learning rate" if name == "lr" else "that of the matrices"
             jumps.append(f"{what} goes from {last:.3g} at step {step} to {now:.3g} at step {step + 1}")
     if not jumps:
         return None
-    rates = ("train.steps", "optimizer.lr", "optimizer.matrix_lr", "lowrank.factorized_lr_scale")
+    rates = (
+        "train.steps",
+        "optimizer.lr",
+        "optimizer.matrix_lr",
+        "lowrank.factorized_lr_scale",
+        "lowrank.dense_fraction",
+    )
     reasons = [change for change in changes if change.key in rates or change.key.startswith("schedule.")]
     line = f"{' and '.join(jumps)}, since {', '.join(map(str, reasons))}"
     if steps == steps_before:

@@ -217,7 +217,7 @@ class Trainer:
     def _update(self, batches: Batches) -> tuple[Verdict, float]:
         """Run the forward and backward passes, and the optimizer unless the verdict is to skip the step."""
         seed_step(self.config.run.seed, self.step, self.context.rank, self.engine.device)
-        rate = planned_rate(self.config, "lr", self.step)
+        rate = planned_rate(self.config, "lr", self.step, factored=bool(self.engine.layout))
         self.ranks.before_step(self.step)
         loss = self.engine.accumulate(batches, self._tokens_per_step)
         norm, local_norm = self.engine.gradient_norm()

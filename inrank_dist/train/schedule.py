@@ -32,17 +32,17 @@ def learning_rate(settings: ScheduleSettings, peak: float, step: int, steps: int
     return peak * (settings.min_lr_ratio + (1 - settings.min_lr_ratio) * share)
 
 
-def planned_rate(config: "Config", name: str, step: int) -> float:
-    """Return the learning rate of the next optimizer step of a run, also after layers were factored.
+def planned_rate(config: "Config", name: str, step: int, *, factored: bool) -> float:
+    """Return the learning rate of the next optimizer step of a run.
 
     Args:
         config: the configuration of the run.
         name: ``lr`` or ``matrix_lr``, the setting of the optimizer with the peak.
         step: number of completed optimizer steps.
+        factored: whether any layer is low-rank by now, for ``factorized_lr_scale``.
     """
-    steps = config.train.steps
-    rate = learning_rate(config.schedule, getattr(config.optimizer, name), step, steps)
-    return rate * config.lowrank.lr_scale(step, steps)
+    rate = learning_rate(config.schedule, getattr(config.optimizer, name), step, config.train.steps)
+    return rate * config.lowrank.lr_scale(factored=factored)
 
 
 def decay_begins(settings: ScheduleSettings, steps: int) -> int:

@@ -21,7 +21,7 @@ from .profiling import StepProfiler
 from .records import Records
 from .separation import refuse_leaks
 from .speed import known_peak
-from .updates import UpdateTracker
+from .updates import SpectrumTracker
 
 
 def build(
@@ -86,9 +86,10 @@ def build(
     peak = known_peak(context.device, bf16=config.train.precision == "bf16", tflops=config.train.peak_tflops)
     dense, at_start = (sum(p.numel() for p in model.parameters()) for model in (skeleton, convert(skeleton, start)))
     every = [*callbacks, Sample(), Records(peak, dense, at_start)]
-    if config.lowrank.track_updates:
-        tracked = target_shapes(skeleton, config.lowrank)
-        every.append(UpdateTracker(config.lowrank.track_updates, tracked, dense_values, config.run.seed))
+    measured = ((config.lowrank.track_updates, dense_values), (config.lowrank.track_weights, None))
+    for interval, initial in measured:
+        if interval:
+            every.append(SpectrumTracker(interval, target_shapes(skeleton, config.lowrank), initial, config.run.seed))
     names = [callback.name for callback in every if callback.name]
     if len(names) > len(set(names)):
         raise ValueError(f"two callbacks have the same name, under which their state is saved: {sorted(names)}")

@@ -66,6 +66,7 @@ KINDS: dict[str, Any] = get_type_hints(TrainState) | {
         "found": {str: int},
         "quiet": int,
         "frozen": bool,
+        "stable_ranks": {"start": {str: _is_finite}, "last": {str: [_is_finite]}, "settled": [str]},
     },
     "loader": {"seed": int, "epoch": int, "sample_index": int, "fingerprint": str},
     "health": {"skipped": int, "in_a_row": int, "losses": [_is_finite]},
@@ -91,6 +92,7 @@ def read_state(folder: Path) -> TrainState:
         values = json.loads((folder / STATE).read_text(encoding="utf-8"))
         if isinstance(values, dict) and isinstance(values.get("ranks"), dict):
             values["ranks"].setdefault("found", {})  # missing in checkpoints from before ranks were rounded
+            values["ranks"].setdefault("stable_ranks", {"start": {}, "last": {}, "settled": []})  # from before these
             values.setdefault("callbacks", {})  # missing in checkpoints from before callbacks
             values.setdefault("flops", None)  # missing in checkpoints from before studies
             table = values.get("layout")

@@ -59,8 +59,10 @@ class ConsoleMonitor:
             self._print(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
         elif kind == "rank_event":
             self._rank_event(record)
-        elif kind == "updates":
-            self._print(_updates(record))
+        elif kind in ("updates", "weights"):
+            self._print(_spectra(record))
+        elif kind == "stable_ranks":
+            self._print(_stable_ranks(record))
         elif kind == "profile":
             self._print(_profile(record))
         elif kind == "base_removed":
@@ -227,14 +229,27 @@ def _loss_and_perplexity(record: dict[str, Any]) -> str:
     return line
 
 
-def _updates(record: dict[str, Any]) -> str:
+def _spectra(record: dict[str, Any]) -> str:
     layers = (record.get("layers") or {}).values()
     ranks = [
         f"{word} rank {fixed(mean(number(layer.get(f'{word}_rank')) for layer in layers), 1)} "
         f"(null {fixed(mean(number(layer.get(f'null_{word}_rank')) for layer in layers), 1)})"
         for word in ("effective", "stable")
     ]
-    return f"{_at(record)}  cumulative updates, mean over {plural(len(layers), 'dense layer')}: {', '.join(ranks)}"
+    what = "cumulative updates" if record.get("kind") == "updates" else "weights"
+    return f"{_at(record)}  {what}, mean over {plural(len(layers), 'dense layer')}: {', '.join(ranks)}"
+
+
+def _stable_ranks(record: dict[str, Any]) -> str:
+    layers = (record.get("layers") or {}).values()
+    settled = sum(layer.get("settled") is True for layer in layers)
+    changes = [change for layer in layers if (change := number(layer.get("change"))) is not None]
+    scaled = mean(number(layer.get("scaled_stable_rank")) for layer in layers)
+    largest = f", largest change {max(changes):.4f}" if changes else ""
+    return (
+        f"{_at(record)}  stable ranks: {settled:,} of {plural(len(layers), 'dense layer')} settled, scaled mean "
+        f"{fixed(scaled, 1)}{largest} (tolerance {fixed(record.get('tolerance'), 4)})"
+    )
 
 
 def _at(record: dict[str, Any]) -> str:

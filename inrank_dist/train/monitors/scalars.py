@@ -17,7 +17,13 @@ TRAIN_TAGS = ("loss", "lr", "grad_norm", "parameters", "tokens", "flops")
 SPEED_TAGS = ("tokens_per_s", "data_wait", "mfu", "mfu_dense", "seconds", "peak_memory", "resident_memory")
 EVAL_TAGS = ("loss", "perplexity", "bits_per_byte")
 LAYER_TAGS = ("rank", "null_rank", "explained", "effective_rank")
-UPDATE_TAGS = ("effective_rank", "null_effective_rank", "stable_rank", "null_stable_rank")
+SPECTRUM_TAGS = ("effective_rank", "null_effective_rank", "stable_rank", "null_stable_rank")
+DENSE_TAGS = {
+    "updates": ("update_", SPECTRUM_TAGS),
+    "weights": ("weight_", SPECTRUM_TAGS),
+    "stable_ranks": ("", ("stable_rank", "scaled_stable_rank")),
+}
+"""Kind of record -> prefix and tags of the values of each dense layer."""
 
 
 @dataclass
@@ -50,11 +56,13 @@ class Curves:
       ``speed/rank_event_seconds``
     - ``weights/{rank,null_rank,explained,effective_rank}/NAME`` for each low-rank layer
     - ``weights/update_{effective_rank,null_effective_rank,stable_rank,null_stable_rank}/NAME`` for each dense layer
-      whose cumulative update is tracked
+      whose cumulative update is tracked, and ``weights/weight_...`` for each whose weight is
+    - ``weights/{stable_rank,scaled_stable_rank}/NAME`` for each dense layer while these decide when it is factored
 
     The last value of a tag is the one at the end of the run: the summary adds those that no step has written. Tags of
     texts: ``sample`` and, after each rank event and at the end, ``rank_table``. Tags of histograms, where records have
-    singular values: ``weights/log10_singular_values/NAME`` and ``weights/update_log10_singular_values/NAME``.
+    singular values: ``weights/log10_singular_values/NAME``, ``weights/update_log10_singular_values/NAME`` and
+    ``weights/weight_log10_singular_values/NAME``.
     """
 
     def __init__(self) -> None:
@@ -72,10 +80,11 @@ class Curves:
         if kind == "eval":
             _add(made, "eval", {tag: record.get(tag) for tag in EVAL_TAGS})
             _add(made, "eval/loss", record.get("sources") or {})
-        elif kind == "updates":
+        elif kind in DENSE_TAGS:
+            prefix, tags = DENSE_TAGS[kind]
             for name, layer in (record.get("layers") or {}).items():
-                _add(made, "weights", {f"update_{tag}/{name}": layer.get(tag) for tag in UPDATE_TAGS})
-                _add_spectrum(made, f"weights/update_log10_singular_values/{name}", layer)
+                _add(made, "weights", {f"{prefix}{tag}/{name}": layer.get(tag) for tag in tags})
+                _add_spectrum(made, f"weights/{prefix}log10_singular_values/{name}", layer)
         elif kind in ("rank_event", "rank_check"):
             self._add_ranks(made, record)
         elif kind == "sample":
