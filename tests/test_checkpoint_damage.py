@@ -424,7 +424,7 @@ def test_a_tokenizer_of_another_run(run: Path, newest: Path, caplog: pytest.LogC
 
 OPEN: tuple[tuple[Any, ...], ...] = (
     ("layout",), ("versions",), ("ranks", "explained"), ("ranks", "found"), ("ranks", "null", "ranks"),
-    ("health", "losses"), ("callbacks",),
+    *(("ranks", "stable_ranks", name) for name in ("start", "last", "settled")), ("health", "losses"), ("callbacks",),
 )  # fmt: skip
 """Places in the state of dicts and lists that may hold any number of things."""
 
@@ -464,15 +464,18 @@ def wrong(value: Any, path: tuple[Any, ...]) -> list[Any]:
     return [other for other in others if type(other) is not type(value) or (not other and path not in OPEN)]
 
 
+EARLIER = (("ranks", "found"), ("ranks", "stable_ranks"), ("flops",), ("callbacks",))
+"""What checkpoints of earlier versions lack."""
+
+
 def forgeries(state: dict[str, Any]) -> Iterator[tuple[str, Callable[[dict[str, Any]], object]]]:
     """What is wrong with a state, and the function that makes it so."""
     for path in places(state):
         value, name = at(state, path), ".".join(map(str, path))
         for other in wrong(value, path):
             yield f"{name} {other!r}", lambda s, p=path, o=other: at(s, p[:-1]).__setitem__(p[-1], o)
-        # What checkpoints of earlier versions lack may be missing.
         later = path[0] == "layout" and path[-1] in ("depth", "fixed_outer")
-        if path[:-1] not in OPEN and path not in (("ranks", "found"), ("flops",), ("callbacks",)) and not later:
+        if path[:-1] not in OPEN and path not in EARLIER and not later:
             yield f"{name} missing", lambda s, p=path: at(s, p[:-1]).pop(p[-1])
         if isinstance(value, dict) and path not in OPEN:
             yield f"{name} with more", lambda s, p=path: at(s, p).update(more=1)

@@ -116,6 +116,15 @@ def random_ranks(
     return budget_ranks(sigmas, shapes, fraction, multiple_of)
 
 
+def affordable_rank(shape: Shape, fraction: float) -> int:
+    """Return the largest rank of a layer ``(out, in)`` whose factors have at most ``fraction * out * in`` parameters.
+
+    It is 0 if rank 1 has more.
+    """
+    out_features, in_features = shape
+    return int(fraction * out_features * in_features / (out_features + in_features) + 1e-9)
+
+
 def least_fraction(shapes: Mapping[str, Shape]) -> float:
     """Return the smallest feasible budget: rank 1 in every layer, as a fraction of the dense parameters."""
     return sum(map(sum, shapes.values())) / _dense_parameters(shapes)

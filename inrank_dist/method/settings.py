@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from ..lowrank.allocation import ALLOCATIONS
+from ..lowrank.allocation import ALLOCATIONS, affordable_rank
 from ..lowrank.criterion import RESIDUALS, RankRule
 from ..lowrank.init import Init
 from ..lowrank.layer import Activation
@@ -261,7 +261,7 @@ class LowRankSettings:
 
     def rank_of(self, shape: tuple[int, int]) -> int:
         """Return the initial rank of a layer ``(out, in)`` if it does not depend on its spectrum."""
-        return self.initial_rank if self.initial_budget is None else starts.affordable(shape, self.initial_budget)
+        return self.initial_rank if self.initial_budget is None else affordable_rank(shape, self.initial_budget)
 
     @property
     def measures_update(self) -> bool:

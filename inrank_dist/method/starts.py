@@ -10,12 +10,6 @@ if TYPE_CHECKING:
     from .settings import LowRankSettings
 
 
-def affordable(shape: tuple[int, int], budget: float) -> int:
-    """Return the largest rank of a layer ``(out, in)`` whose factors have at most ``budget * out * in`` parameters."""
-    out_features, in_features = shape
-    return int(budget * out_features * in_features / (out_features + in_features) + 1e-9)
-
-
 def finds_ranks(settings: LowRankSettings) -> bool:
     """Whether the dense weights determine the ranks of mode fixed after the dense steps."""
     if settings.mode != "fixed" or not settings.dense_fraction or settings.initial_budget is not None:
