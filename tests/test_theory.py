@@ -12,13 +12,25 @@ from runs import Fails
 from torch import Tensor
 
 from inrank_dist.commands.main import main
+from inrank_dist.lowrank.init import generator_for
+from inrank_dist.lowrank.layer import LowRankLayer
 from inrank_dist.report.plot import Line, Plot
-from inrank_dist.theory import EXPERIMENTS, completion, feedback, glrl, incremental, invariant, sensing, sgd_rank
+from inrank_dist.theory import (
+    EXPERIMENTS,
+    completion,
+    feedback,
+    glrl,
+    incremental,
+    invariant,
+    low_rank_conv,
+    sensing,
+    sgd_rank,
+)
 from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress, Result, Table
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
 
-LONG = ("completion", "sgd-rank")
+LONG = ("completion", "sgd-rank", "low-rank-conv")
 """Experiments that take more than a minute."""
 
 
@@ -239,6 +251,91 @@ def test_weight_decay_lowers_the_rank_in_small() -> None:
     low, high = sgd_rank.train("dense", settings, [(0, 0.0), (0, 0.08)], 4, Progress())
     assert low.ranks[0] == high.ranks[0] == 12 and low.ranks[-1] == 12 and high.ranks[-1] < 7
     assert low.accuracy > 0.95
+
+
+NARROW = low_rank_conv.Settings(groups=((6, 1), (10, 2)), samples=60, epochs=2, every=1, batch=20)
+
+
+@pytest.mark.parametrize("init", ["he", "spectral"])
+def test_a_low_rank_convolution_is_that_of_the_product(init: str) -> None:
+    network = low_rank_conv.make_network(NARROW, init, 0.25, 3).eval()
+    dense = low_rank_conv.make_network(NARROW, None, 1.0, 3).eval()
+    state, ranks = dense.state_dict(), []
+    for name, kernel in state.items():
+        layer = name.removesuffix(".weight")
+        if not name.startswith("blocks") or kernel.ndim < 4:
+            continue
+        U, V = (network.get_parameter(f"{layer}.{factor}").detach() for factor in "UV")
+        ranks.append(U.shape[1])
+        assert U.shape[1] * (len(U) + len(V)) <= 0.25 * kernel.numel() or U.shape[1] == 1
+        if init == "spectral":  # of the same dense start: the best approximation
+            X, S, Yh = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
+            best = (X[:, : ranks[-1]] * S[: ranks[-1]]) @ Yh[: ranks[-1]]
+            torch.testing.assert_close(U @ V.T, best, rtol=0, atol=1e-6)
+        kernel.copy_((U @ V.T).view_as(kernel))
+    assert len(ranks) == 7 and max(ranks) > 1
+    images = low_rank_conv.digits()[0][:5]
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), dense(images), rtol=0, atol=1e-12)
+
+
+def test_the_gradients_of_both_decays() -> None:
+    network = low_rank_conv.make_network(NARROW, "he", 0.25, 3)
+    pairs = [(module.U, module.V) for module in network.modules() if isinstance(module, LowRankLayer)]
+    factors = {id(factor) for pair in pairs for factor in pair}
+    rest = [p for p in network.parameters() if p.ndim > 1 and id(p) not in factors]
+    terms = {
+        "l2": sum(each.square().sum() / 2 for pair in pairs for each in pair),
+        "frobenius": sum((U @ V.T).square().sum() / 2 for U, V in pairs),
+    }
+    for kind, term in terms.items():
+        found = low_rank_conv.decay_gradients(network, kind)
+        decayed = [network.get_parameter(name) for name in found]
+        expected = torch.autograd.grad(term + sum(p.square().sum() / 2 for p in rest), decayed)
+        for name, gradient in zip(found, expected, strict=True):
+            torch.testing.assert_close(found[name].detach(), gradient, rtol=1e-12, atol=1e-12)
+        assert len(found) == 2 * len(pairs) + 2, "the stem and the last layer, but no norms and no biases"
+
+
+@pytest.mark.slow
+def test_a_step_of_the_convolutions_is_that_of_sgd() -> None:
+    settings = dataclasses.replace(NARROW, samples=40, groups=((6, 1),))
+    found = low_rank_conv.train(settings, "He, L2", 0.25, 1, 0.1)
+    network = low_rank_conv.make_network(settings, "he", 0.25, 1)
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    images, labels = low_rank_conv.digits()
+    order, step = generator_for(1, "low-rank-conv", "order"), 0
+    for epoch in range(2):
+        network.train()
+        for chosen in torch.randperm(40, generator=order).split(20):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * (1 - step / 4)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            step += 1
+        network.eval()
+        with torch.no_grad():
+            right = network(images[40:]).argmax(1) == labels[40:]
+        assert found.accuracies[epoch] == pytest.approx(float(right.double().mean()), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_convolutions_in_small() -> None:
+    few: dict[str, Any] = {
+        "rates": (0.1,),
+        "budgets": (0.25,),
+        "seeds": (0,),
+        "samples": 1700,
+        "epochs": 1,
+        "batch": 850,
+    }
+    claims = claims_of(low_rank_conv.EXPERIMENT, **vars(NARROW) | few)
+    assert list(claims) == ["both_0.25_he_l2", "both_0.25_spectral_l2", "both_0.25_he_frobenius"]
+    assert all(abs(claim.measured) < 100 for claim in claims.values())
 
 
 def test_feedback_in_small() -> None:
