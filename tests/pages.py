@@ -27,6 +27,8 @@ PROGRAMS = (
     "inrank ",
     "launch/",
     "python ",
+    "python3 ",
+    ".venv/bin/",
     "docker ",
     "pip ",
     "tensorboard ",

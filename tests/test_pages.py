@@ -4,7 +4,7 @@ Here commands are parsed by the program that they are for. ``test_pages_run.py``
 """
 
 import argparse
-import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -135,7 +135,11 @@ def check_docker(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    assert (ROOT / words[0]).is_file(), f"{words[0]} does not exist"
+    """A file of the project, or a module that Python has."""
+    if words[0] == "-m":
+        assert importlib.util.find_spec(words[1]), f"there is no module {words[1]}"
+    else:
+        assert (ROOT / words[0]).is_file(), f"{words[0]} does not exist"
 
 
 def check_nothing(words: list[str]) -> None:
@@ -147,6 +151,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "pip": check_pip,
     "docker": check_docker,
     "python": check_python,
+    "python3": check_python,
     "sbatch": lambda words: check_script(words[words.index("launch/slurm.sbatch") :]),
     ".": lambda words: None,
     "torchrun": check_nothing,
@@ -168,7 +173,7 @@ def test_every_command_is_one_that_its_program_takes(page: str, checkout: Path) 
             elif command.inline and len(words) == 2 and words[0] == "inrank":
                 assert words[1] in COMMANDS  # a sentence that names the command
             else:
-                CHECKS[words[0]](words[1:])
+                CHECKS[words[0].removeprefix(".venv/bin/")](words[1:])
         except (UserError, AssertionError, KeyError, ValueError, argparse.ArgumentError) as error:
             wrong.append(f"{command}: {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
