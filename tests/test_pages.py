@@ -236,6 +236,11 @@ def test_the_readme_is_short() -> None:
     assert len(pages.read("README.md").splitlines()) < 200
 
 
+def test_the_readme_lists_every_command() -> None:
+    table = pages.read("README.md").partition("## Commands")[2]
+    assert {*re.findall(r"^\| `inrank (\w+)", table, re.MULTILINE)} == {*COMMANDS}
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     reached, waiting = set(), ["README.md"]
     while waiting:
