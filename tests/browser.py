@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -27,21 +28,31 @@ class Browser:
 
     def __init__(self, folder: Path) -> None:
         assert CHROMIUM
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        # The protocol is spoken on the descriptors 3 and 4.
-        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        theirs, ends = [], []
+        for end in (0, 1):
+            pipe = os.pipe()
+            theirs.append(fcntl.fcntl(pipe[end], fcntl.F_DUPFD, 10))
+            os.close(pipe[end])
+            ends.append(pipe[1 - end])
+        self._out, self._in = ends
+
+        def connect() -> None:
+            """The protocol is spoken on the descriptors 3 and 4."""
+            os.dup2(theirs[0], 3)
+            os.dup2(theirs[1], 4)
+
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         words += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run", "about:blank"]
         self._process = subprocess.Popen(
-            ["sh", "-c", script, CHROMIUM, *words],
-            pass_fds=(theirs_in, theirs_out),
+            [CHROMIUM, *words],
+            pass_fds=(3, 4),
+            preexec_fn=connect,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for each in theirs:
+            os.close(each)
         self._number, self._session, self._buffer = 0, None, b""
         self.errors: list[str] = []
         self._events: list[dict[str, Any]] = []

@@ -76,8 +76,12 @@ def _header(name: str, history: History, settings: dict[str, Any]) -> str:
     machine += [str(start[key]) for key in ("device", "engine") if key in start]
     machine += [f"torch {start['torch']}"] if "torch" in start else []
     machine += [f"started {_when(start['time'])}"] if "time" in start else []
-    lines = [" · ".join(escape(fact) for fact in line if fact) for line in (facts, machine)]
+    lines = [" · ".join(_fact(fact) for fact in line if fact) for line in (facts, machine)]
     return f'<header><h1><bdi>{escape(name)}</bdi> {status}</h1><p class="soft">{lines[0]}<br>{lines[1]}</p></header>'
+
+
+def _fact(text: str) -> str:
+    return f"<bdi>{escape(text if len(text) <= 80 else text[:79] + '…')}</bdi>"
 
 
 def _when(time: Any) -> str:

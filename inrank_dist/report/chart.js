@@ -172,7 +172,7 @@ function xAxis({ ticks, labels, label }, px, left, right, bottom) {
 
 /** Vertical marks as SVG; those with the same label keep a distance, as they would fill the plot. */
 function verticalMarks(marks, px, top, bottom) {
-  const drawn = {}, opacity = marks.length > 20 ? 0.45 : 1;
+  const drawn = {}, opacity = marks.length > 60 ? 0.2 : marks.length > 20 ? 0.45 : 1;
   return marks.map((mark) => {
     const x = px(mark.at);
     if (x - (drawn[mark.label] ?? -9) < 4) return "";

@@ -208,6 +208,12 @@ class History:
         return value if value is not None else last(self.eval_curve("perplexity"))
 
     @property
+    def bits_per_byte(self) -> float | None:
+        """The last bits per byte of the validation; None if the bytes of its text are unknown."""
+        value = number(self.summary.get("bits_per_byte"))
+        return value if value is not None else last(self.eval_curve("bits_per_byte"))
+
+    @property
     def train_loss(self) -> float | None:
         """The summary's training loss, or the mean over the last tenth of the logged steps."""
         value = number(self.summary.get("train_loss"))

@@ -133,7 +133,8 @@ def _passes(history: History) -> str:
         return ""
     text = f"It was trained on {amount(tokens)} tokens, {tokens / corpus:.2f} times the training set"
     if history.parameters:
-        text += f", {tokens / history.parameters:.2g} tokens per parameter"
+        each = tokens / history.parameters
+        text += f", {each:,.0f} tokens per parameter" if each >= 10 else f", {each:.2g} tokens per parameter"
     return text + "."
 
 

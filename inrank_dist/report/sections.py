@@ -20,8 +20,9 @@ def tiles(history: History) -> HTML:
     if entropy is not None and loss is not None:
         note += f"; {abs(entropy - loss):.3f} {'below' if loss < entropy else 'above'} it"
     cells.append(("Validation loss, nats per token", fixed(loss, 3), note))
-    unigram = fixed(perplexity_of(entropy), 0)
-    cells.append(("Validation perplexity", fixed(history.perplexity, 2), f"unigram {unigram}"))
+    bits = f"; {history.bits_per_byte:.3f} bits per byte" if history.bits_per_byte is not None else ""
+    unigram = f"unigram {fixed(perplexity_of(entropy), 0)}"
+    cells.append(("Validation perplexity", fixed(history.perplexity, 2), unigram + bits))
     dense = number(history.summary.get("parameters_dense"))
     notes = [f"from {amount(history.parameters_start)} at the start"] if history.parameters_start else []
     if dense and history.parameters is not None:
@@ -206,7 +207,8 @@ def samples(history: History) -> HTML:
 
 def _sample(record: dict[str, Any]) -> HTML:
     prompt, text = escape(str(record.get("prompt", ""))), escape(str(record.get("text", "")))
-    return f'<p class="soft">Step {record["step"]:,}</p><div class="sample"><b>{prompt}</b>{text}</div>'
+    content = f"<b><bdi>{prompt}</bdi></b><bdi>{text}</bdi>"
+    return f'<p class="soft">Step {record["step"]:,}</p><div class="sample">{content}</div>'
 
 
 def config(text: str) -> HTML:

@@ -26,7 +26,7 @@ function spectra(panel) {
     const [at, indices, sigma, rank, nullRank, norm] = current(), [, firstIndices, first] = layer().at[0];
     const lines = [line("at this step", data.indices[indices], sigma)];
     if (layer().at[0] !== current()) {
-      lines.unshift(line("at the first", data.indices[firstIndices], first, { faint: true, dots: false }));
+      lines.unshift(line("at first", data.indices[firstIndices], first, { faint: true, dots: false }));
     }
     const untrained = (data.nulls[layer().shape] || {})[at];
     if (untrained && norm) {

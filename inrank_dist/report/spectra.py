@@ -16,7 +16,7 @@ MOST_NUMBERS = 300_000
 OVER_TIME = (1, 2, 4, 8, 16, 32, 64, 128)
 """Indices of the singular values that are drawn over training, if they were recorded."""
 
-NOW, FIRST, NULL, RANK, NULL_RANK = "at this step", "at the first", "null spectrum", "rank", "null rank"
+NOW, FIRST, NULL, RANK, NULL_RANK = "at this step", "at first", "null spectrum", "rank", "null rank"
 
 
 def spectra_of_decisions(charts: Charts, history: History, run: int = 0) -> str:

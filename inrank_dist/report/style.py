@@ -17,9 +17,11 @@ STYLE = """
 * { box-sizing:border-box }
 body { margin:0; background:var(--paper); color:var(--ink);
   font:15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric:tabular-nums }
+  font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
 main { max-width:1080px; margin:0 auto; padding:36px 28px 56px }
-h1 { font-size:1.75rem; line-height:1.2; margin:0 0 4px; letter-spacing:-.01em; overflow-wrap:anywhere }
+h1 { font-size:1.75rem; line-height:1.2; margin:0 0 4px; letter-spacing:-.01em }
+h1 bdi { display:-webkit-inline-box; -webkit-box-orient:vertical; -webkit-line-clamp:3; overflow:hidden;
+  max-width:100%; vertical-align:middle }
 h2 { font-size:1.1rem; margin:40px 0 12px; padding-bottom:6px; border-bottom:1px solid var(--rule) }
 p { margin:0 0 10px }
 .soft { color:var(--soft) }
@@ -59,6 +61,7 @@ button { font:inherit; color:inherit; background:none; border:0; padding:0; curs
   line-height:1.45; background:var(--card); border:1px solid var(--rule); border-radius:6px;
   box-shadow:0 2px 8px rgb(0 0 0 / .18) }
 .tip p { margin:0 }
+.tip .long { overflow:hidden; text-overflow:ellipsis; white-space:nowrap }
 .tip table { width:auto; font-size:inherit }
 .tip td { padding:0 4px; border:0 }
 .tip td:first-child { padding:0 }
@@ -91,7 +94,8 @@ svg { display:block; width:100%; height:auto }
 .narrow { display:none }
 .scroll { overflow-x:auto }
 table { border-collapse:collapse; width:100%; font-size:.88rem }
-th,td { padding:5px 10px; text-align:left; border-bottom:1px solid var(--grid); white-space:nowrap }
+th,td { padding:5px 10px; text-align:left; border-bottom:1px solid var(--grid); white-space:nowrap;
+  max-width:64ch; overflow:hidden; text-overflow:ellipsis }
 th { font-weight:600; color:var(--soft); border-bottom-color:var(--rule); vertical-align:bottom }
 th.n,td.n { text-align:right }
 tfoot td { font-weight:600; border-top:1px solid var(--rule); border-bottom:0 }
@@ -105,6 +109,7 @@ td .bar { width:120px; height:12px; min-width:120px }
 pre, .sample { font:13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   background:var(--card); border:1px solid var(--rule); border-radius:8px; padding:12px 14px;
   white-space:pre-wrap; overflow-wrap:anywhere; margin:0 0 10px }
+.sample { max-height:30em; overflow:auto }
 summary { cursor:pointer; margin:8px 0 }
 footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
 @media (max-width:640px) {
@@ -124,10 +129,12 @@ footer { margin-top:40px; font-size:.82rem; color:var(--soft) }
   .scroll { overflow:visible }
   .tip, .choice { display:none }
   table, .flag { font-size:7.5pt }
-  th, td { padding:2px 4px }
+  th, td { padding:2px 4px; max-width:26ch }
+  .sample { max-height:none }
   th { white-space:normal }
   td .bar { width:70px; min-width:70px }
-  h2 { break-after:avoid }
+  h2, .controls, .picker { break-after:avoid }
+  tfoot { display:table-row-group }
 }
 """
 
