@@ -4,6 +4,7 @@ Here commands are parsed by the program that they are for. ``test_pages_run.py``
 """
 
 import argparse
+import functools
 import importlib.util
 import re
 import shlex
@@ -59,9 +60,14 @@ def check_inrank(argv: list[str]) -> None:
     else:
         no_overrides(overrides)
     if name == "study":
-        read_study(arguments.file)
+        check_study(arguments.file.resolve())
     if name == "theory":
         assert arguments.name in (None, *EXPERIMENTS)
+
+
+@functools.cache  # it takes a second
+def check_study(file: Path) -> None:
+    read_study(file)
 
 
 def check_script(words: list[str]) -> None:
@@ -177,6 +183,16 @@ def test_every_command_is_one_that_its_program_takes(page: str, checkout: Path) 
         except (UserError, AssertionError, KeyError, ValueError, argparse.ArgumentError) as error:
             wrong.append(f"{command}: {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_shellcheck_finds_nothing(page: str) -> None:
+    """SC1091: it cannot read the environment that is activated."""
+    for block in pages.blocks(page):
+        if block.language == "sh":
+            command = ["shellcheck", "--shell", "bash", "--exclude", "SC1091", "-"]
+            done = subprocess.run(command, input=block.text, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, f"{page}:{block.line}\n{done.stdout}"
 
 
 def test_a_command_that_is_wrong_is_found(checkout: Path) -> None:
