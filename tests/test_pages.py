@@ -313,4 +313,4 @@ def test_every_python_block_is_run_by_a_test() -> None:
         (test,) = (test for marker, test in BLOCKS.items() if marker in block.text)
         assert "python_block(" in (ROOT / test).read_text(), f"{block.page}:{block.line} is not run by {test}"
         compile(block.text, f"{block.page}:{block.line}", "exec")
-    assert {b.language for page in PAGES for b in pages.blocks(page)} <= {"sh", "python", "yaml"}
+    assert {b.language for page in PAGES for b in pages.blocks(page)} <= {"sh", "python", "yaml", "text"}
