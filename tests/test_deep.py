@@ -1,5 +1,6 @@
 """Deep layers in runs: events on uneven shards, checkpoints, export, and the commands that show them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -234,7 +235,58 @@ def test_deep_updates_in_a_loop_of_your_own(outer_init: str) -> None:
     torch.testing.assert_close(run.merge()(x), run.model(x))
 
 
+@pytest.mark.parametrize(("rank", "examples"), [(7, 1), (9, 2), (9, 64)])
+def test_outer_factors_of_a_gradient_of_low_rank_are_orthonormal(rank: int, examples: int) -> None:
+    """One example has a gradient of rank 1, and 9 columns are all that there are."""
+    torch.manual_seed(0)
+
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(9, 20))
+
+    loaded, x, y = make(), torch.randn(examples, 9), torch.randn(examples, 20)
+    method = inrank_dist.DeepLoRA(rank, ["0"], outer_init="gradient")
+    run = inrank_dist.LowRankRun(make, method, torch.optim.AdamW, initial=loaded)
+    run.start(lambda: (run.model(x) - y).square().mean().backward())
+    U, V = (run.model.get_parameter(name).detach().double() for name in ("0.U", "0.V"))
+    for factor in (U, V):
+        torch.testing.assert_close(factor.T @ factor, torch.eye(rank).double(), rtol=0, atol=1e-6)
+    gradient = (loaded(x) - y).detach().double().T @ x.double()
+    left, _, right = torch.linalg.svd(gradient)
+    half = (rank + 1) // 2
+    assert float((V[:, :half].T @ right[0]).norm()) == pytest.approx(1, abs=1e-3)
+    assert float((U[:, half:].T @ left[:, 0]).norm()) == pytest.approx(1, abs=1e-3)
+
+
 def test_rates_of_a_loop_of_your_own_are_not_scaled() -> None:
     method = inrank_dist.DeepLoRA(2, ["0"], outer_lr_scale=0.1)
     with pytest.raises(ValueError, match="write 0 to fix U and V, or 1"):
         inrank_dist.LowRankRun(lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), method, torch.optim.AdamW)
+
+
+@pytest.mark.slow
+def test_the_config_fine_tunes_the_quickstart(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the commands of the page, smaller: the update learns, and the loaded weights stay."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-text").mkdir()
+    for file in (corpus / "corpus").glob("*.txt"):
+        shutil.copy(file, tmp_path / "my-text")
+    smaller = ["--model.num_layers=2", "--model.num_heads=2", "--model.hidden_size=32", "--model.max_seq_len=32"]
+    first = ["--train.steps=6", "--lowrank.interval=2", "--lowrank.warmup_steps=4", "--schedule.warmup_steps=2"]
+    first += ["--eval.interval=0", "--eval.sample_tokens=0", "--data.max_bytes=300000", "--tokenizer.vocab_size=400"]
+    first += ["--checkpoint.interval=0", "--lowrank.final=per_layer"]
+    configs = Path(__file__).parents[1] / "configs"
+    assert main(["train", "--config", str(configs / "quickstart.yaml"), *smaller, *first]) == 0
+    (checkpoint,) = list_checkpoints(tmp_path / "runs/quickstart")
+    then = [f"--tokenizer.path={checkpoint / 'tokenizer.model'}", "--eval.sample_tokens=0", "--train.steps=30"]
+    then += ["--tokenizer.vocab_size=400", "--data.validation_fraction=0.2", "--eval.batches=1", "--eval.interval=0"]
+    assert main(["train", "--config", str(configs / "deep-lora.yaml"), *smaller, *then]) == 0
+    before, after = loaded(tmp_path / "runs/quickstart").model, loaded(tmp_path / "runs/deep-lora").model
+    for name, module in after.named_modules():
+        if isinstance(module, inrank_dist.LowRankLayer):
+            old = before.get_submodule(name)
+            weight = old.weight(torch.float64) if isinstance(old, inrank_dist.LowRankLayer) else old.weight
+            torch.testing.assert_close(module.base, weight.float())
+            assert module.depth == 3
+    lines = (tmp_path / "runs/deep-lora/metrics.jsonl").read_text().splitlines()
+    losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert losses[-1] < losses[0] - 0.05

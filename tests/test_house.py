@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "report": {"train", "runtime"},
     "bench": {"train", "config", "engine", "method", "optim", "models", "data", "lowrank", "runtime"},
     "study": {"report", "train", "config", "runtime"},
-    "theory": {"report", "lowrank", "runtime"},
+    "theory": {"report", "library", "lowrank", "runtime"},
     "commands": {
         "report",
         "bench",

@@ -18,6 +18,7 @@ from inrank_dist.report.plot import Line, Plot
 from inrank_dist.theory import (
     EXPERIMENTS,
     completion,
+    deep_lora,
     feedback,
     glrl,
     incremental,
@@ -30,7 +31,7 @@ from inrank_dist.theory.experiment import Claim, Experiment, Finished, Progress,
 from inrank_dist.theory.linear import gradients, orthonormal, product, touched_directions
 from inrank_dist.theory.page import as_page, as_record
 
-LONG = ("completion", "sgd-rank", "low-rank-conv")
+LONG = ("completion", "sgd-rank", "low-rank-conv", "deep-lora")
 """Experiments that take more than a minute."""
 
 
@@ -406,6 +407,26 @@ def test_record_and_page_hold_the_same() -> None:
     for text in ("a &lt; b", "seeds: 0, 1", "log scale", ">scale</text>", "10⁻⁶", "scale 0.001: 1e-07"):
         assert text in page
     assert "http" not in page and '<b>"' not in page and "<script" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", deep_lora.VARIANTS)
+def test_fine_tuning_trains_as_many_parameters_and_nothing_else(name: str) -> None:
+    data = deep_lora.load_data(0)
+    assert [len(labels) for _, labels in (data.upright, data.pool, data.validation, data.test)] == [797, 300, 200, 500]
+    model = deep_lora.pretrained((64, 1, 4), 2, data, 0)
+    frozen = {key: value.clone() for key, value in model.state_dict().items()}
+    steps = deep_lora.batches(data.pool, 32, 3, torch.Generator().manual_seed(0))
+    variant = deep_lora.VARIANTS[name]
+    tuned = variant.method(model, steps, variant.columns, 1e-2, 0)
+    assert tuned.parameters == pytest.approx(4 * (4 * 128 + 2 * 192), rel=0.05)
+    assert all(torch.equal(value, frozen[key]) for key, value in model.state_dict().items())
+    images = data.test[0][:20]
+    assert float((tuned.model(images) - model(images)).abs().max()) > 1e-3
+    untuned = variant.method(model, steps[:1], variant.columns, 1e-12, 0).model
+    # LoRA starts at zero, the others at a power of their scale.
+    limit = 1e-9 if name in ("LoRA (peft)", "depth 2") else 0.5
+    assert float((untuned(images) - model(images)).abs().max()) < limit
 
 
 def test_the_command_writes_both_files(

@@ -15,8 +15,8 @@ from torch import Tensor
 from .spectrum import FactorRows, Factors, Grams
 
 SMALLEST = 1e-6
-"""Singular values of a product of cores below this fraction of the largest are not inverted. The first moment of ``U``
-loses these directions, in which it consists of rounding errors."""
+"""Singular values below this fraction of the largest are taken for rounding errors of float32. Those of a product of
+cores are not inverted, so the first moment of ``U`` loses these directions."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..lowrank.cores import SMALLEST
 from ..lowrank.division import assign_owners, solve_once
 from ..lowrank.spectrum import Factors, Grams, gram_matrices, gram_root
 from ..runtime.errors import UserError
@@ -60,7 +61,7 @@ def start_outer_factors(holder: FactorHolder, gradients: Gradients) -> None:
         left = singular[layer].U + RANDOM_SHARE * noise.U  # matters only if the gradient has a low rank
         right = singular[layer].V + RANDOM_SHARE * noise.V
         joined[layer] = Factors(
-            torch.cat([left[:, : size - half], noise.U[:, :half].double()], dim=1),
+            torch.cat([left[:, : size - half], noise.U[:, size - half :].double()], dim=1),
             torch.cat([right[:, :half], noise.V[:, half:].double()], dim=1),
         )
     for _ in range(2):  # once more, because the first Gram is less exact
@@ -101,10 +102,14 @@ def _orthonormalising(grams: Grams) -> list[Tensor]:
 
 
 def _singular_vectors(grams: Grams) -> list[Tensor]:
-    """Return maps of ``Q`` and ``G^T Q`` to left and right singular vectors, in descending order of their values."""
+    """Return maps of ``Q`` and ``G^T Q`` to left and right singular vectors, in descending order of their values.
+
+    Vectors whose values are rounding errors are set to zero.
+    """
     values, vectors = torch.linalg.eigh(grams.V)
     values, vectors = values.flip(0), vectors.flip(1)
-    floor = values[:1].clamp_min(torch.finfo(values.dtype).tiny) * torch.finfo(values.dtype).eps
+    floor = values[:1].clamp_min(torch.finfo(values.dtype).tiny) * SMALLEST**2
+    vectors = vectors * (values > floor)
     return [vectors, vectors / values.clamp_min(floor).sqrt()]
 
 

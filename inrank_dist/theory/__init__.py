@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import completion, feedback, glrl, incremental, invariant, low_rank_conv, sensing, sgd_rank
+from . import completion, deep_lora, feedback, glrl, incremental, invariant, low_rank_conv, sensing, sgd_rank
 from .experiment import Experiment
 
 EXPERIMENTS: dict[str, Experiment[Any]] = {
@@ -16,5 +16,6 @@ EXPERIMENTS: dict[str, Experiment[Any]] = {
     "sgd-rank": sgd_rank.EXPERIMENT,
     "feedback": feedback.EXPERIMENT,
     "low-rank-conv": low_rank_conv.EXPERIMENT,
+    "deep-lora": deep_lora.EXPERIMENT,
 }
 """Name -> experiment. A new one is a file and a line here."""
