@@ -69,7 +69,7 @@ class Data:
 def load_data(seed: int) -> Data:
     """Divide the 1,797 images at random: 797, 300, 200 and 500."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError:
         raise UserError("deep-lora needs the digits of scikit-learn; write pip install scikit-learn peft") from None
     digits = load_digits()
