@@ -114,7 +114,7 @@ def test_progress_is_that_of_the_process_that_works(
     finally:
         logging.getLogger("inrank_dist").setLevel(logging.INFO)
     assert any("tokenising train: done in" in message for message in caplog.messages)
-    assert {record.name for record in caplog.records} == {"inrank_dist.preparation"}
+    assert {record.name for record in caplog.records} == {"inrank_dist.progress"}
 
 
 AS_NOBODY = """

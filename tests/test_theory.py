@@ -459,16 +459,6 @@ def test_mistakes(tmp_path: Path, fails: Fails) -> None:
     assert error.endswith("file, and it cannot be written (File exists); write a folder that can")
 
 
-def test_progress_is_said_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 2.5, 3.0, 4.6])
-    monkeypatch.setattr("time.monotonic", lambda: next(now))
-    lines: list[str] = []
-    progress = Progress(lines.append)
-    for done in range(4):
-        progress("working", done, 4)
-    assert lines == ["working, 25%", "working, 75%"]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..config import Config
 from ..data import Prepared
 from ..runtime.context import Context
+from ..runtime.progress import counted
 from ..train.checkpoint import list_checkpoints
 from ..train.session import build
 from .common import spread
@@ -50,7 +51,8 @@ def measure_checkpoints(config: Config, context: Context, data: Prepared, *, int
     writer.run_folder = folder
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     size = 0
-    for index in range(-1, rounds):  # the first round is a warm-up
+    shown = counted(range(-1, rounds), "measuring", unit="rounds", enabled=context.is_main)
+    for index in shown:  # the first round is a warm-up
         for mode in MODES:
             writer.settings = dataclasses.replace(writer.settings, async_=mode == "async", keep=1)
             context.barrier()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..data import DataSettings, TokenizerSettings
 from ..runtime.errors import UserError
+from ..runtime.progress import counted
 
 VOCAB_SIZE = 8192
 BLOCK_LENGTH = 1024
@@ -141,14 +142,14 @@ def measure_preparation(texts: Iterator[str], megabytes: int, threads: int, roun
             (same, prepare_ours, fast),
             (ours, prepare_ours, sentencepiece),
         ]
-        for _ in range(rounds):
-            for route, prepare, tokenizer in runs:
-                work = Work(text, validation, tokenizer, threads)
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    seconds, cpu, route.tokens = process.submit(_timed, prepare, work, folder / "out").result()
-                route.seconds.append(seconds)
-                route.cpu_seconds.append(cpu)
-                shutil.rmtree(folder / "out")
+        every = [each for _ in range(rounds) for each in runs]
+        for route, prepare, tokenizer in counted(every, "preparing", unit="runs"):
+            work = Work(text, validation, tokenizer, threads)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                seconds, cpu, route.tokens = process.submit(_timed, prepare, work, folder / "out").result()
+            route.seconds.append(seconds)
+            route.cpu_seconds.append(cpu)
+            shutil.rmtree(folder / "out")
     return size, [by_hand, same, ours]
 
 

@@ -6,7 +6,6 @@ its singular values with ``torch.linalg.svdvals``, and applies the rule, in ever
 the same rule here, so only the computation of the spectrum differs.
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -21,9 +20,8 @@ from ..lowrank.division import Processes
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import Factors, measure_spectra
 from ..runtime.context import Context
+from ..runtime.progress import counted
 from ..train.memory import peak_extra_bytes
-
-log = logging.getLogger("inrank_dist")
 
 Returned = TypeVar("Returned")
 
@@ -157,7 +155,6 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
     def dense(name: str) -> int:
         return published_decision(factors[name], workload.rule, workload.rank).after
 
-    log.info("%s: memory of %d layers", shape.name, len(layers))
     pair = sample[:2]
     for first in pair:  # warm up both methods
         ours([first])
@@ -172,8 +169,7 @@ def measure_decision(shape: ModelShape, workload: Workload, context: Context) ->
     dense_seconds: dict[str, list[float]] = {name: [] for name in sample}
     ours_ranks: dict[str, int] = {}
     dense_ranks: dict[str, int] = {}
-    for turn in range(workload.repeats):
-        log.info("%s: round %d of %d, %d dense layers", shape.name, turn + 1, workload.repeats, len(sample))
+    for _ in counted(range(workload.repeats), shape.name, unit="rounds", enabled=context.is_main):
         context.barrier()
         seconds, ours_ranks = _timed(partial(ours, layers))
         ours_seconds.append(seconds)

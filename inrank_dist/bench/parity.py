@@ -20,6 +20,7 @@ import torch
 
 from ..config import load_config
 from ..runtime.errors import error_line
+from ..runtime.progress import counted
 from ..train.checkpoint import named_folders, step_of
 from ..train.monitors.jsonl import read_metrics
 
@@ -150,7 +151,7 @@ class Bench:
 
     def measure(self, cases: tuple[Case, ...]) -> Iterator[Parity]:
         """Yield the result of each case when it is done."""
-        for case in cases:
+        for case in counted(cases, "training", unit="cases"):
             yield self._measure(case)
 
     def _measure(self, case: Case) -> Parity:

@@ -29,6 +29,7 @@ from ..lowrank.init import generator_for
 from ..lowrank.layer import set_activation, set_fused
 from ..models import LanguageModel, flops_per_token
 from ..runtime.context import Context
+from ..runtime.progress import counted
 from ..train.building import build_engine, cost_setup, dense_skeleton
 from ..train.memory import peak_extra_bytes
 from ..train.speed import Peak, peak_of
@@ -234,8 +235,9 @@ def measure_speed(
     for form in forms:
         module = convert(skeleton, layouts[form.model])
         rows[form] = Row(form, flops_per_token(module, shape.seq), held_bytes(module, setup))
-    log.info("width %d, targets %s: %d forms, warming up", shape.hidden, shape.targets, len(forms))
-    for index in range(-1, rounds):
+    activity = f"width {shape.hidden}, targets {shape.targets}"
+    # The first round is a warm-up.
+    for index in counted(range(-1, rounds), activity, unit="rounds", enabled=context.is_main):
         for form in forms:
             with _running(engines[form.model], form):
                 _synchronize(context)

@@ -4,8 +4,11 @@ import argparse
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from ..lowrank.init import generator_for
 from ..runtime.errors import UserError
+from ..runtime.progress import phase
 from ..train.sampling import sample_tokens
 from .common import add_run_arguments, device, load_trained, no_overrides
 
@@ -33,18 +36,25 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     trained = load_trained(arguments)
     model, tokenizer = trained.model.to(device()), trained.tokenizer
     prompt = [tokenizer.eos_id, *tokenizer.encode(arguments.prompt)]
+
+    def logits(ids: Tensor) -> Tensor:
+        advance(1)
+        found: Tensor = model(ids.to(device()))
+        return found
+
     for index in range(arguments.samples):
-        tokens = sample_tokens(
-            lambda ids: model(ids.to(device())),
-            prompt,
-            count=arguments.tokens,
-            max_seq_len=trained.config.model.max_seq_len,
-            generator=generator_for(arguments.seed, "generate", index),
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            vocab_size=tokenizer.vocab_size,
-            end=tokenizer.eos_id,
-        )
+        with phase("sampling", arguments.tokens, unit="tokens") as advance:
+            tokens = sample_tokens(
+                logits,
+                prompt,
+                count=arguments.tokens,
+                max_seq_len=trained.config.model.max_seq_len,
+                generator=generator_for(arguments.seed, "generate", index),
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                vocab_size=tokenizer.vocab_size,
+                end=tokenizer.eos_id,
+            )
         if index:
             print("-" * 40)
         print(arguments.prompt + tokenizer.decode(tokens))

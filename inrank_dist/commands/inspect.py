@@ -9,6 +9,7 @@ from ..lowrank.cores import absorbed
 from ..lowrank.criterion import effective_rank
 from ..lowrank.layer import LowRankLayer
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
+from ..runtime.progress import counted
 from ..train.monitors.ranks import RankTable
 from ..train.monitors.text import fixed
 from .common import add_run_arguments, console, load_trained, no_overrides
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for name, layer in state.layout.items():
+    for name, layer in counted(state.layout.items(), "measuring the spectra", unit="layers"):
         module = trained.model.get_submodule(name)
         assert isinstance(module, LowRankLayer)
         shape = module.shape

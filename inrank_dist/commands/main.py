@@ -16,6 +16,7 @@ from ..runtime import console
 from ..runtime.environment import logs_for_node
 from ..runtime.errors import JobFailed, UserError
 from ..runtime.parent import watch_launcher
+from ..runtime.progress import CurrentStderrHandler
 from ..runtime.signals import exiting_on_stop
 
 COMMANDS = {
@@ -77,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Log once per node: the processes of a job make the same mistake at the same time.
     logs = logs_for_node()
     _escape_unencodable()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[CurrentStderrHandler()])
     logging.getLogger("inrank_dist").setLevel(logging.INFO if logs else logging.ERROR)
-    # Any process of a job may be the one that prepares the data, and only that one can report progress.
-    logging.getLogger("inrank_dist.preparation").setLevel(logging.INFO)
+    # Any process of a job may be the one that does the work, and only that one can report progress.
+    logging.getLogger("inrank_dist.progress").setLevel(logging.INFO)
     try:
         command, rest = _parse_command(argv)
         if command is None:

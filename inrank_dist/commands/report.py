@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..report import write_report
 from ..report.picture import write_picture
 from ..runtime.home import path_argument
+from ..runtime.progress import phase
 from .common import no_overrides
 
 
@@ -25,5 +26,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Write the report, or the image, and print its path."""
     no_overrides(rest)
     output = arguments.output
-    picture = output is not None and output.suffix == ".svg"
-    print(write_picture(arguments.run, output) if picture else write_report(arguments.run, output))
+    write = write_picture if output is not None and output.suffix == ".svg" else write_report
+    with phase(f"drawing the report of {arguments.run}"):
+        file = write(arguments.run, output)
+    print(file)

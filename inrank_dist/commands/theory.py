@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..runtime.errors import UserError, nearest
 from ..runtime.home import path_argument
+from ..runtime.progress import phase
 from ..theory import EXPERIMENTS
 from ..theory.experiment import Finished, Progress
 from ..theory.page import claim_cells, unwritable, write_result
@@ -59,7 +60,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     seeds = tuple(range(arguments.seed, arguments.seed + count))
     settings = dataclasses.replace(experiment.settings, seeds=seeds)
     begin = time.monotonic()
-    result = experiment.run(settings, Progress(lambda line: log.info("%s: %s", name, line)))
+    with phase(name) as work:
+        result = experiment.run(
+            settings, Progress(lambda activity, done, total: work.report(f"{name}: {activity}", done, total))
+        )
     finished = Finished(name, experiment, settings, result, time.monotonic() - begin, machine())
     page, record = write_result(finished, folder)
     table = Table(box=None, header_style="bold", pad_edge=False)

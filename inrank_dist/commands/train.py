@@ -21,6 +21,7 @@ from ..report import write_report
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
+from ..runtime.progress import phase
 from ..runtime.signals import NOTHING_LOST
 from ..runtime.stop import Stopped, StopRequest
 from ..runtime.watch import Watch, request_stop
@@ -265,7 +266,9 @@ def _prepare(config: Config, stop: StopRequest, checkpoint: Checkpoint | None) -
 def _report(folder: Path) -> None:
     """Write the report of a finished run, which does not fail for want of one."""
     try:
-        log.info("report: %s", write_report(folder))
+        with phase("drawing the report"):
+            file = write_report(folder)
+        log.info("report: %s", file)
     except Exception as error:
         log.warning("warning: the run is complete, but its report was not written (%s)", error or repr(error))
         log.warning("warning: once that is mended, inrank report --run %s writes it", folder)

@@ -17,9 +17,9 @@ from datasets import Dataset, load_dataset, load_from_disk
 
 from ..runtime.errors import UserError
 from ..runtime.home import expand_home
+from ..runtime.progress import phase
 from .globs import find_files
 from .hashing import Hashed, check_unchanged, hash_files
-from .progress import phase
 from .readers import (
     SUFFIXES,
     TYPES,
@@ -36,7 +36,7 @@ from .readers import (
 from .settings import DataSettings
 from .stored import Documents, store
 
-log = logging.getLogger("inrank_dist.preparation")
+log = logging.getLogger("inrank_dist.progress")
 
 #: Errors of a full or failing disk.
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -281,5 +281,5 @@ def _read_rows(rows: Dataset, column: str, where: str) -> Iterator[Piece]:
 
 
 def _store(title: str, pieces: Iterator[Piece], scratch: Path, progress: bool) -> Documents:
-    with phase(f"reading the {title} text", None, enabled=progress) as advance:
+    with phase(f"reading the {title} text", unit="bytes", enabled=progress, patience=0) as advance:
         return store(pieces, scratch / f"{title}.utf8", advance)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..runtime.environment import logs_for_node
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
+from ..runtime.progress import Advance, phase
 from .readers import decode_utf8, read_blocks
 
 #: Files of at least this size are not hashed again while their inode, size and times are unchanged.
@@ -55,27 +57,41 @@ def hash_files(
     cache = cache_dir / "hashes.json"
     known = _read_cache(cache)
     hashes, changed = {}, False
-    for path in paths:
-        text = is_text(path)
-        key = f"{'text' if text else 'file'} {path.absolute()}"
-        try:
-            stamp = _stamp(path)
-            if key in known and known[key][0] == stamp:
-                hashes[path] = Hashed(known[key][1], stamp)
-                continue
-            hashes[path] = Hashed(hash_file(path, must_be_utf8=text), stamp)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); make it readable or leave it out") from error
-        settled = time.time() - max(stamp[2:]) / 1e9 > CLOCK_RESOLUTION_S
-        if stamp[1] >= REMEMBER_FROM_BYTES and settled and stamp == _stamp(path):
-            known[key] = [stamp, hashes[path].sha256]
-            changed = True
+    # Every process of a job does this.
+    with phase("hashing the text", _total_size(paths), unit="bytes", enabled=logs_for_node()) as advance:
+        for path in paths:
+            text = is_text(path)
+            key = f"{'text' if text else 'file'} {path.absolute()}"
+            try:
+                stamp = _stamp(path)
+                if key in known and known[key][0] == stamp:
+                    hashes[path] = Hashed(known[key][1], stamp)
+                    advance(stamp[1])
+                    continue
+                hashes[path] = Hashed(hash_file(path, must_be_utf8=text, advance=advance), stamp)
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be read ({error.strerror}); make it readable or leave it out"
+                ) from error
+            settled = time.time() - max(stamp[2:]) / 1e9 > CLOCK_RESOLUTION_S
+            if stamp[1] >= REMEMBER_FROM_BYTES and settled and stamp == _stamp(path):
+                known[key] = [stamp, hashes[path].sha256]
+                changed = True
     if changed and remember:
         known = {key: entry for key, entry in known.items() if Path(key.partition(" ")[2]).exists()}
         with contextlib.suppress(OSError):  # an unwritable folder is reported where it matters
             cache_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(cache, json.dumps(known).encode())
     return hashes
+
+
+def _total_size(paths: list[Path]) -> int:
+    """Bytes of the files that exist."""
+    size = 0
+    for path in paths:
+        with contextlib.suppress(OSError):  # reported where it is read
+            size += path.stat().st_size
+    return size
 
 
 def _read_cache(cache: Path) -> dict[str, Any]:
@@ -89,8 +105,8 @@ def _read_cache(cache: Path) -> dict[str, Any]:
     return {key: entry for key, entry in known.items() if isinstance(entry, list) and len(entry) == 2}
 
 
-def hash_file(path: Path, *, must_be_utf8: bool = False) -> str:
-    """sha256 (hex) of a file's content.
+def hash_file(path: Path, *, must_be_utf8: bool = False, advance: Advance = lambda done: None) -> str:
+    """sha256 (hex) of a file's content. Calls ``advance`` with the bytes of each block.
 
     Raises:
         OSError: the file cannot be read.
@@ -101,6 +117,7 @@ def hash_file(path: Path, *, must_be_utf8: bool = False) -> str:
     def blocks() -> Iterator[bytes]:
         for block in read_blocks(path):
             digest.update(block)
+            advance(len(block))
             yield block
 
     for _ in decode_utf8(blocks(), path) if must_be_utf8 else blocks():

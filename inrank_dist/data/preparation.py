@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
+
 from ..runtime.errors import UserError
 from ..runtime.files import make_once
 from ..runtime.home import expand_home
 from . import source_folder
 from .prepared import FORMAT_VERSION, TOKENIZER, Prepared, Source, mix
-from .progress import quiet_datasets
 from .settings import DataSettings, SourceShare, TokenizerSettings
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -46,7 +47,7 @@ def prepare(
         UserError: a setting, file or folder cannot be used. Only the lock and the recorded error are left behind.
     """
     chosen = _given_tokenizer(tokenizer, saved_tokenizer)
-    with quiet_datasets():
+    with _quiet_datasets():
         if data.source != "mixture":
             return source_folder.prepare_source(data, chosen, block_length, progress=progress)
         if not isinstance(chosen, Tokenizer):
@@ -96,6 +97,18 @@ def find_prepared(
             return None
         sources.append(Source(source.label, source.share, prepared))
     return mix(sources)
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Disable the progress bars of ``datasets``, which are printed even if stderr is a file."""
+    enabled = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

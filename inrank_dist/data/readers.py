@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ..runtime.errors import UserError
 
-log = logging.getLogger("inrank_dist.preparation")
+log = logging.getLogger("inrank_dist.progress")
 
 BLOCK_BYTES = 1 << 20
 

@@ -11,12 +11,12 @@ from typing import Any
 from ..runtime.errors import UserError
 from ..runtime.files import make_once
 from ..runtime.home import expand_home
+from ..runtime.progress import phase
 from .corpus import Source, open_source
 from .documents import Corpus, choose_documents
 from .hashing import Hashed, check_unchanged, hash_files
 from .packing import Packed, pack
 from .prepared import FORMAT_VERSION, Prepared, check_complete, open_folder, unreadable, write_documents, write_summary
-from .progress import phase
 from .settings import DataSettings, TokenizerSettings
 from .stored import Documents
 from .tokenizer import Tokenizer, train_tokenizer
@@ -110,7 +110,7 @@ def train_on(texts: Iterable[str], settings: TokenizerSettings, progress: bool) 
     Raises:
         UserError: there is not enough text for the vocabulary.
     """
-    with phase(f"training a {settings.kind} tokenizer of {settings.vocab_size} tokens", None, enabled=progress):
+    with phase(f"training a {settings.kind} tokenizer of {settings.vocab_size} tokens", enabled=progress, patience=0):
         return train_tokenizer(texts, settings)
 
 
@@ -127,7 +127,7 @@ def _prepare_tokens(
         packed = {}
         for name, paths in files.items():
             size = sum(path.stat().st_size for path in paths)
-            with phase(f"packing the {name} tokens", size, enabled=progress) as advance:
+            with phase(f"packing the {name} tokens", size, unit="bytes", enabled=progress, patience=0) as advance:
                 tokens = read_tokens(
                     paths,
                     dtype=data.token_dtype,
@@ -208,7 +208,7 @@ def _write_text(
     irregular = False
     parts: dict[str, Documents] = {"train": corpus.train, "validation": corpus.validation}
     for name, documents in parts.items():
-        with phase(f"tokenising {name}", documents.total_bytes, enabled=progress) as advance:
+        with phase(f"tokenising {name}", documents.total_bytes, unit="bytes", enabled=progress, patience=0) as advance:
             encoding = tokenizer.encode_documents(
                 (documents.pieces(index, advance) for index in range(len(documents))),
                 separate=not data.join_rows,

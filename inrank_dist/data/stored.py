@@ -3,16 +3,14 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from ..runtime.progress import Advance
 from .readers import BLOCK_BYTES, BYTE_ORDER_MARK, Piece, decode_utf8
-
-#: Called with the number of bytes just processed.
-Advance = Callable[[int], None]
 
 
 class TextFile:

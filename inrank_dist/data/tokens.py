@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.errors import UserError
+from ..runtime.progress import Advance
 from .globs import find_files
-from .stored import Advance
 
 SUFFIXES = (".npy", ".bin")
 

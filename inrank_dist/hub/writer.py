@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.progress import Advance, phase
 from ..runtime.safetensors_file import content, header, nbytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,12 +51,13 @@ def write_tensors(folder: Path, tensors: Sequence[Planned], max_shard_bytes: int
         shards[-1].append(tensor)
         size += tensor.nbytes
     places: dict[str, str] = {}
-    for index, shard in enumerate(shards):
-        name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        _write(folder / name, shard)
-        places |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.nbytes for tensor in tensors)
+    with phase("writing the weights", total, unit="bytes") as advance:
+        for index, shard in enumerate(shards):
+            name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            _write(folder / name, shard, advance)
+            places |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors)
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=2) + "\n")
 
@@ -66,7 +68,7 @@ def edit_json(path: Path, changes: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write(path: Path, tensors: Sequence[Planned]) -> None:
+def _write(path: Path, tensors: Sequence[Planned], advance: Advance) -> None:
     with path.open("xb") as file:
         file.write(header(((each.name, each.shape, each.dtype) for each in tensors), {"format": "pt"}))
         for each in tensors:
@@ -74,4 +76,5 @@ def _write(path: Path, tensors: Sequence[Planned]) -> None:
             if tuple(value.shape) != each.shape:
                 raise ValueError(f"{each.name} is {tuple(value.shape)}, where {each.shape} is expected")
             file.write(content(value.to(each.dtype)))
+            advance(each.nbytes)
             del value  # before the next one is computed

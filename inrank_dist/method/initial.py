@@ -19,6 +19,7 @@ from ..lowrank.truncate import truncated_weight
 from ..models.values import InitialValues
 from ..runtime.context import Context
 from ..runtime.errors import UserError
+from ..runtime.progress import counted
 from .settings import LowRankSettings
 from .starts import finds_ranks
 
@@ -181,10 +182,14 @@ class StartValues:
         sizes = {layer: round((math.prod(shape) * min(shape)) ** (1 / 3)) for layer, shape in self.shapes.items()}
         self._context, self._owner = context, assign_owners(sizes, context.world_size)
         own = [layer for layer, owner in self._owner.items() if owner == context.rank]
-        self._own = context.on_all_ranks(lambda: {layer: self._truncated(layer) for layer in own})
+        self._own = context.on_all_ranks(lambda: self._truncate_all(own, enabled=context.is_main))
         if settings.initial_energy is not None:
             found = context.gather({layer: factors.U.shape[1] for layer, factors in self._own.items()})
             self.ranks = {layer: found[self._owner[layer]][layer] for layer in self.shapes}
+
+    def _truncate_all(self, layers: list[str], *, enabled: bool) -> dict[str, Factors]:
+        shown = counted(layers, "factoring the loaded weights", unit="layers", enabled=enabled)
+        return {layer: self._truncated(layer) for layer in shown}
 
     def _factors(self, layer: str) -> Factors:
         """Return the factors of a layer."""

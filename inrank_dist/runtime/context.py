@@ -16,9 +16,13 @@ from torch import Tensor
 from .agreement import agree
 from .environment import integer_variable, read_environment
 from .errors import JobFailed, UserError
+from .progress import phase
 from .store import join_store
 
 Result = TypeVar("Result")
+
+JOIN_PATIENCE_S = 10.0
+"""Seconds that the start of the processes of a job may take before this is shown."""
 
 
 class Context:
@@ -77,10 +81,13 @@ class Context:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         try:
-            store = join_store(self.rank, timeout)
-            self.attempt = name_attempt(store, self.rank, self.world_size, timeout_seconds)
-            store = dist.PrefixStore(self.attempt, store)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+            with phase("waiting for the other processes", enabled=self.is_main, patience=JOIN_PATIENCE_S):
+                store = join_store(self.rank, timeout)
+                self.attempt = name_attempt(store, self.rank, self.world_size, timeout_seconds)
+                store = dist.PrefixStore(self.attempt, store)
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
+                )
         except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
             endpoint = f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}"
             line = (

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .environment import logs_for_node
 from .errors import UserError
 from .lock import Lock, LockHeld, LockLost
+from .progress import LINE_INTERVAL_S, phase
 
 logger = logging.getLogger("inrank_dist")
 
@@ -41,7 +43,9 @@ def make_once(target: Path, build: Callable[[Path], None], check: Callable[[Path
             target.parent.mkdir(parents=True, exist_ok=True)
             failure = target.parent / f".{target.name}.failed"
             failure_before = _read(failure)
-            lock.acquire(on_wait=lambda held: _log_waiting(target, held))
+            activity = f"waiting for {target}"
+            with phase(activity, enabled=logs_for_node(), patience=LINE_INTERVAL_S, bar=False):
+                lock.acquire(on_wait=lambda held: _log_waiting(target, held))
             try:
                 if target.is_dir():
                     return

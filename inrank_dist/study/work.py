@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from ..runtime.errors import EXIT_MISTAKE, UserError, error_line
 from ..runtime.lock import Lock, LockHeld
+from ..runtime.progress import phase
 from ..runtime.signals import EXIT_STOPPED, handling_stop_signals
 from ..runtime.stop import Stopped
 from ..train.monitors.jsonl import read_metrics
@@ -114,9 +115,12 @@ class Worker:
             UserError: a run rejected its settings; has the run's message.
             Stopped: a signal arrived; the current run has been saved.
         """
-        with handling_stop_signals(self._handle):
+        activity = f"study {self.study.folder.name}"
+        with handling_stop_signals(self._handle), phase(activity, unit="runs") as progress:
             while runs := self.pending():
                 self._raise_if_stopped()
+                known = len(self.runs())
+                progress.report(activity, known - len(runs), known)
                 if not any(self._take(run) for run in runs):
                     time.sleep(POLL_SECONDS)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, SupportsFloat, TypeVar
+from typing import Any, Generic, SupportsFloat, TypeVar
 
 from ..report.history import Points
 from ..report.plot import Plot
@@ -76,25 +75,18 @@ def curve(x: Iterable[SupportsFloat], y: Iterable[SupportsFloat]) -> Points:
 
 
 class Progress:
-    """Reports how far an experiment is, at most once every ``INTERVAL_SECONDS``.
+    """Reports how far an experiment is.
 
     Args:
-        write: receives a line.
+        report: receives an activity, how much of it is done, and its total, or None if that is unknown.
     """
 
-    INTERVAL_SECONDS: ClassVar[float] = 2.0
+    def __init__(self, report: Callable[[str, float, float | None], object] = lambda *_: None) -> None:
+        self._report = report
 
-    def __init__(self, write: Callable[[str], object] = lambda line: None) -> None:
-        self._write = write
-        self._reported_at = time.monotonic()
-
-    def __call__(self, activity: str, done: float | None = None, total: float | None = None) -> None:
+    def __call__(self, activity: str, done: float = 0.0, total: float | None = None) -> None:
         """Report an activity, and how much of it is done."""
-        now = time.monotonic()
-        if now - self._reported_at >= self.INTERVAL_SECONDS:
-            self._reported_at = now
-            share = "" if done is None or not total else f", {done / total:.0%}"
-            self._write(f"{activity}{share}")
+        self._report(activity, done, total)
 
 
 S = TypeVar("S")

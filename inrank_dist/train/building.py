@@ -16,6 +16,7 @@ from ..engine.settings import zero_stage
 from ..lowrank.convert import Layout
 from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.context import Context
+from ..runtime.progress import phase
 
 
 def dense_skeleton(settings: ModelSettings, vocab_size: int, separator_id: int | None = None) -> LanguageModel:
@@ -61,7 +62,8 @@ def build_engine(
         make: Callable[..., Engine] = functools.partial(Engine, name=name, shard_size=config.parallel.shard_size)
     else:
         make = _zero(zero_stage(name), config, context)
-    return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
+    with phase("building the model", enabled=context.is_main):
+        return make(skeleton, layout, values, context=context, optimizer=config.optimizer, options=options)
 
 
 def cost_setup(config: Config, world_size: int) -> Setup:

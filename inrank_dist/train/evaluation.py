@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import validation_batches
+from ..runtime.progress import phase
 
 if TYPE_CHECKING:
     from ..data import Prepared
@@ -58,16 +59,22 @@ def validation_loss(
         The losses, the same in all processes, or None if interrupted.
     """
     parts = data.parts
+    counts = [None if max_sequences is None else max(round(max_sequences * part.share), 1) for part in parts]
+    sizes = (
+        len(part.data.validation) if count is None else min(count, len(part.data.validation))
+        for part, count in zip(parts, counts, strict=True)
+    )
     totals = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
-    for total, part in zip(totals, parts, strict=True):
-        count = None if max_sequences is None else max(round(max_sequences * part.share), 1)
-        for batch in validation_batches(
-            part.data.validation, batch_size=batch_size, rank=rank, world_size=world_size, max_sequences=count
-        ):
-            if interrupted():
-                return None
-            total[0] += loss_of(batch.inputs, batch.targets)
-            total[1] += (batch.targets >= 0).sum()
+    with phase("validating", sum(sizes), unit="sequences", enabled=rank == 0) as advance:
+        for total, part, count in zip(totals, parts, counts, strict=True):
+            for batch in validation_batches(
+                part.data.validation, batch_size=batch_size, rank=rank, world_size=world_size, max_sequences=count
+            ):
+                if interrupted():
+                    return None
+                total[0] += loss_of(batch.inputs, batch.targets)
+                total[1] += (batch.targets >= 0).sum()
+                advance(len(batch.inputs) * world_size)
     add_up(totals)
     losses = (totals[:, 0] / totals[:, 1]).tolist()
     return ValidationLoss(

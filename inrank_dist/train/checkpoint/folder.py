@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from ...data.hashing import hash_file
 from ...runtime.files import flush_path
 from ...runtime.paths import content_of, is_plain_file, status
+from ...runtime.progress import Advance, phase
 from .listing import Damaged, Unreadable, leftovers, listing_error, named_folders, read_error, step_of
 
 log = logging.getLogger("inrank_dist")
@@ -152,14 +153,16 @@ def verify(folder: Path, rank: int = 0, count: int = 1, *, tensors: bool = True)
     """
     files = read_manifest(folder).files
     entries = [(name, files[name]) for name in sorted(files) if tensors or not name.endswith(TENSORS)][rank::count]
-    names = [name for name, _ in entries]
-    for (name, expected), found in zip(entries, hash_files(folder, names).values(), strict=True):
+    names, size = [name for name, _ in entries], sum(entry.bytes for _, entry in entries)
+    with phase(f"hashing {folder.name}", size, unit="bytes", enabled=rank == 0) as advance:
+        hashed = hash_files(folder, names, advance)
+    for (name, expected), found in zip(entries, hashed.values(), strict=True):
         if found != expected:
             raise Damaged(f"{folder / name} is damaged: its sha256 is not the one in {MANIFEST}")
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Manifest entries of files, hashed concurrently.
+def hash_files(folder: Path, names: Iterable[str], advance: Advance = lambda done: None) -> dict[str, FileEntry]:
+    """Manifest entries of files, hashed concurrently. Calls ``advance`` with the bytes of each block.
 
     Raises:
         Damaged, Unreadable: a file cannot be read.
@@ -167,7 +170,7 @@ def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
 
     def entry(name: str) -> FileEntry:
         try:
-            return FileEntry((folder / name).stat().st_size, hash_file(folder / name))
+            return FileEntry((folder / name).stat().st_size, hash_file(folder / name, advance=advance))
         except OSError as error:
             raise read_error(folder / name, error) from None
 

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ...engine.engine import Engine
+from ...runtime.environment import logs_for_node
+from ...runtime.progress import phase
 from .listing import Damaged
 from .state import TrainState
 
@@ -39,7 +41,8 @@ def load_tensors(folder: Path, state: TrainState, engine: Engine) -> None:
 
     def read(tensors: dict[str, Tensor]) -> None:
         check_tensors(folder, stored, tensors)
-        _read(folder, tensors)
+        with phase(f"reading {folder.name}", enabled=logs_for_node()):
+            _read(folder, tensors)
 
     engine.restore(state.optimizer_steps, read)
 
@@ -52,7 +55,8 @@ def load_parameters(folder: Path, parameters: dict[str, Tensor]) -> None:
     """
     stored = {name: each for name, each in stored_tensors(folder).items() if not name.startswith("optimizer.")}
     check_tensors(folder, stored, parameters)
-    _read(folder, parameters, no_dist=True)
+    with phase(f"reading {folder.name}"):
+        _read(folder, parameters, no_dist=True)
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:

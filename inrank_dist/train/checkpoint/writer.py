@@ -12,6 +12,7 @@ from ...engine.checkpointable import SavedRows
 from ...engine.engine import Engine
 from ...runtime.context import Context
 from ...runtime.errors import UserError
+from ...runtime.progress import phase
 from ..settings import CheckpointSettings
 from . import folder as folders
 from . import shard
@@ -64,7 +65,8 @@ class CheckpointWriter:
         if self.settings.async_:
             self._pending = self._thread.submit(self._complete, final, partial, state, ephemeral, shard.stage(rows))
         else:
-            self._complete(final, partial, state, ephemeral, rows)
+            with phase(f"writing {final.name}", enabled=self.context.is_main):
+                self._complete(final, partial, state, ephemeral, rows)
 
     @property
     def failure(self) -> bool:
@@ -79,7 +81,8 @@ class CheckpointWriter:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            with phase("writing the checkpoint", enabled=self.context.is_main):
+                pending.result()
 
     def close(self) -> None:
         """Stop the thread once the save in progress is done."""

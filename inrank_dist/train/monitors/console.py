@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from ...runtime.progress import terminal_holders
 from .ranks import RankTable, mean
 from .text import amount, duration, fixed, number, perplexity_of, plural, size
 
@@ -40,6 +41,7 @@ class ConsoleMonitor:
                 console=Console(file=self._stream),
                 auto_refresh=False,
                 transient=True,
+                redirect_stderr=sys.stderr.isatty(),
             )
             self._task = self._bar.add_task("train", total=total_steps, left="-")
 
@@ -82,6 +84,7 @@ class ConsoleMonitor:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            terminal_holders.discard(self)
         if not self._stream.closed:
             self._stream.flush()
 
@@ -137,6 +140,7 @@ class ConsoleMonitor:
             f"{used}{waited}{rank}  ETA {left}"
         )
         if self._bar is not None:
+            terminal_holders.add(self)
             self._bar.start()
             self._bar.update(self._task, completed=step, left=left, refresh=True)
 

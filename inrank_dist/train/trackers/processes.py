@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import UserError
+from ...runtime.progress import counted
 from . import TRACKERS
 from .tracker import State, state_path
 
@@ -74,7 +75,7 @@ class RunTrackers:
             process.stdin.close()
         seconds = FINISH_SECONDS if self._finished else STOP_SECONDS
         deadline = time.monotonic() + seconds
-        for name, process in running.items():
+        for name, process in counted(running.items(), "waiting for the trackers"):
             try:
                 if process.wait(max(deadline - time.monotonic(), 0)):
                     reason = self._reason(name, process)
