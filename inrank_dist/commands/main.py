@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": "parameters, FLOPs, memory and communication of a config, without the hardware",
     "verify": "whether the checkpoints of a run are complete and can be resumed from",
     "report": "one self-contained HTML file with plots",
+    "compare": "several runs beside each other: one table, and one HTML file with plots",
     "study": "many runs of one config, variants against their controls, in one table",
     "theory": "the laboratory: small exact experiments of the papers",
     "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",

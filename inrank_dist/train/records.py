@@ -52,6 +52,7 @@ class Records(Callback):
                 "peak_flops": self.peak.flops if self.peak else None,
                 "peak_source": self.peak.source if self.peak else None,
                 "unigram_entropy": data.unigram_entropy,
+                "data_fingerprint": data.fingerprint,
                 "train_tokens": data.train_tokens,
                 "validation_tokens": data.validation_tokens,
                 "ranks": {name: layer.rank for name, layer in engine.layout.items()},
