@@ -164,7 +164,7 @@ def test_the_reading_holds_ranks_against_null_ranks(tmp_path: Path, null_rank: i
 
 def test_the_reading_says_what_one_run_cannot_show(tmp_path: Path) -> None:
     text = report_text(tmp_path, records_of_a_run())
-    assert "One seed (7); no control run in this folder" in text
+    assert "One seed (7): a difference from another run may be chance" in text
     assert "4.210 nats per token, 2.702 below the unigram entropy, 6.912" in text
     assert "27% fewer than the dense one" in text
     assert "resumed once (at step 60), and the number of processes changed" in text

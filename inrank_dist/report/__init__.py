@@ -10,6 +10,7 @@ from typing import Any
 from ..train.monitors.text import amount, number, plural
 from . import sections
 from .chart import Charts
+from .control import control_sentence
 from .curves import dynamics_figures, loss_figure, rank_figures, threshold_of
 from .history import History
 from .reading import mode_of, reading
@@ -38,8 +39,8 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
 
 
 def _page(run: Run) -> str:
-    history, settings = run.history, run.settings
-    statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in reading(history, settings))
+    history, settings, control = run.history, run.settings, control_sentence(run)
+    statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in reading(history, settings, control))
     charts = Charts([timeline(run.name, history)])
     body = [
         _header(run.name, history, settings),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from ..train.monitors.text import amount, duration, fixed, number, operations, plural, size
 from .chart import COLOURS, Chart, Charts, Line
-from .comparison import Comparison, Group, Member
+from .comparison import Comparison, Group, Member, readable
 from .curves import memory_lines
 from .history import History, Points
 from .plot import smoothed
@@ -23,6 +22,9 @@ DASHES = ("", "7 3", "2 3")
 """Dash patterns of the lines: another one after each round of the colours."""
 
 UNFINISHED_DASH = "1 4"
+
+STYLE = "<style>main { max-width:1400px } @media print { .controls { break-after:avoid } }</style>"
+"""Room for the columns of the tables, and no heading at the end of a page."""
 
 CURVES: list[tuple[str, str, Callable[[History], Points], bool]] = [
     ("Validation loss", "nats per token", lambda history: history.eval_curve("loss"), False),
@@ -57,7 +59,7 @@ FIGURES: list[Figure] = [
 COST_NAMES: dict[str, tuple[str, Callable[[float | None], str]]] = {
     "tokens": ("tokens", amount),
     "flops": ("FLOPs", operations),
-    "seconds": ("h:mm:ss", duration),
+    "seconds": ("", duration),
 }
 
 
@@ -97,6 +99,7 @@ def _page(comparison: Comparison) -> str:
     charts = Charts([member.timeline for member in comparison.members])
     figures = [_figure(charts, comparison, index) for index in range(len(CURVES))]
     body = [
+        STYLE,
         f'<header><h1><bdi>{escape(title)}</bdi></h1><p class="soft">{runs} compared</p></header>',
         f'<h2>Before comparing</h2><div class="reading"><ul>{notes}</ul></div>' if notes else "",
         f"<h2>At the end</h2>{_final_table(comparison)}",
@@ -120,7 +123,6 @@ def _axis_choice(charts: Charts) -> str:
 def _figure(charts: Charts, comparison: Comparison, index: int) -> str:
     title, unit, points_of, from_zero = CURVES[index]
     lines: list[Line] = []
-    style = {"hold": title in STEPPED, "dots": title in DOTTED}
     for number_of_group, group in enumerate(comparison.groups):
         colour = COLOURS[number_of_group % len(COLOURS)]
         dash = DASHES[number_of_group // len(COLOURS) % len(DASHES)]
@@ -139,7 +141,9 @@ def _figure(charts: Charts, comparison: Comparison, index: int) -> str:
             nulls.dash, nulls.width, nulls.low, nulls.high = "4 4", 1.1, (), ()
             lines.append(nulls)
     for line in lines:
-        line.hold, line.dots = style["hold"], style["dots"] and len(line.points) <= 60
+        line.dots = title in DOTTED and len(line.points) <= 60
+        if title in STEPPED:
+            _hold(line)
     return charts.figure(
         Chart(title=title, unit=unit, lines=lines, marks=False, height=340 if index == 0 else 220, from_zero=from_zero)
     )
@@ -156,6 +160,18 @@ def _mean_line(curves: Sequence[Points]) -> Line:
     return Line(label="", points=points, low=[min(each) for each in at], high=[max(each) for each in at])
 
 
+def _hold(line: Line) -> None:
+    """Let a line and its band keep their values until the next point."""
+    steps = [step for step, _ in line.points for _ in range(2)]
+    line.points = list(zip(steps, _delayed([value for _, value in line.points]), strict=True))
+    line.low, line.high = _delayed(line.low), _delayed(line.high)
+
+
+def _delayed(values: Sequence[float | None]) -> list[float | None]:
+    """Each value after the one before it."""
+    return [each for pair in zip([*values[:1], *values[:-1]], values, strict=True) for each in pair]
+
+
 def _smooth(points: Points) -> Points:
     return smoothed(points, len(points) // 100) if len(points) >= 50 else points
 
@@ -170,8 +186,8 @@ def _means(group: Group, figure: Figure) -> tuple[str, str]:
     """Mean over the compared runs, and the range where they differ."""
     _, value_of, write = figure
     values = group.values(value_of)
-    span = f"{write(min(values))} \u2013 {write(max(values))}" if values and min(values) < max(values) else ""
-    return write(group.mean(value_of)), span
+    ends = [write(min(values)), write(max(values))] if values else []
+    return write(group.mean(value_of)), " \u2013 ".join(ends) if len({*ends}) > 1 else ""
 
 
 def _seeds(group: Group) -> str:
@@ -200,9 +216,10 @@ def _final_table(comparison: Comparison) -> str:
             )
         rows.append(f"<tr><td><bdi>{escape(group.label)}</bdi></td>{''.join(cells)}</tr>")
     return (
+        '<p class="soft">Means over the seeds, with their range below. The null rank is what the rule finds on '
+        "untrained factors: a rank says something only where it differs. Memory is the peak of process 0.</p>"
         f'<div class="scroll"><table><thead><tr><th>config</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
-        '</table></div><p class="soft">Means over the seeds, with their range below. The null rank is what the rule '
-        "finds on untrained factors: a rank says something only where it differs. Memory is the peak of process 0.</p>"
+        "</table></div>"
     )
 
 
@@ -212,7 +229,11 @@ def _equal_costs(comparison: Comparison) -> str:
         return ""
     head = [
         "config",
-        *(f"at {write(budgets[axis])} {name}" for axis, (name, write) in COST_NAMES.items() if axis in budgets),
+        *(
+            f"at {write(budgets[axis])} {name}".rstrip()
+            for axis, (name, write) in COST_NAMES.items()
+            if axis in budgets
+        ),
     ]
     rows = [
         [
@@ -226,9 +247,9 @@ def _equal_costs(comparison: Comparison) -> str:
         for group in comparison.groups
     ]
     return (
-        f"<h2>Validation loss at equal cost</h2>{text_table(head, rows, [0])}"
-        "<p class='soft'>Each at the largest cost that all have reached, linear between evaluations. The learning "
-        "rate of a run that goes on is not yet at its end there. Time depends on the machine and on its other load.</p>"
+        '<h2>Validation loss at equal cost</h2><p class="soft">Each at the largest cost that all have reached, linear '
+        "between evaluations. The learning rate of a run that goes on is not yet at its end there. Time depends on the "
+        f"machine and on its other load.</p>{text_table(head, rows, [0])}"
     )
 
 
@@ -236,21 +257,18 @@ def _differences(comparison: Comparison) -> str:
     if not comparison.differences:
         return ""
     head = ["setting", *(group.label for group in comparison.groups)]
-    rows = [
-        [key, *(value if len(value) <= 60 else f"{value[:59]}\u2026" for value in values)]
-        for key, values in comparison.differences
-    ]
+    rows = [[key, *(readable(value, 60) for value in values)] for key, values in comparison.differences]
     return f"<h2>Settings that differ</h2>{text_table(head, rows, range(len(head)))}"
 
 
 def _run_table(comparison: Comparison) -> str:
-    head = ["run", "config", "seed", "state", *(heading for heading, _, _ in FIGURES), "folder"]
+    head = ["run", "config", "seed", "state", *(heading for heading, _, _ in FIGURES)]
     rows = []
     for group in comparison.groups:
         for member in group.members:
             figures = [write(value_of(member)) for _, value_of, write in FIGURES]
-            rows.append([member.label, group.label, member.seed, state_of(member), *figures, _place(member)])
-    return text_table(head, rows, [0, 1, 3, len(head) - 1])
+            rows.append([member.label, group.label, member.seed, state_of(member), *figures])
+    return text_table(head, rows, [0, 1, 3])
 
 
 def state_of(member: Member) -> str:
@@ -261,8 +279,3 @@ def state_of(member: Member) -> str:
     state = "finished" if history.ended else f"not finished, step {history.last_step:,}{goal}"
     times = len(history.resumes)
     return state + (f", resumed {'once' if times == 1 else f'{times} times'}" if times else "")
-
-
-def _place(member: Member) -> str:
-    folder = os.fspath(member.run.folder)
-    return folder if len(folder) <= 60 else f"\u2026{folder[-59:]}"

@@ -202,10 +202,10 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return found
 
 
-def readable(text: str) -> str:
-    """A text for one line of a table: printable, and of at most ``LONGEST`` characters."""
+def readable(text: str, longest: int = LONGEST) -> str:
+    """A text for one line of a table: printable, and of at most ``longest`` characters."""
     clean = "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
-    return clean if len(clean) <= LONGEST else f"{clean[: LONGEST - 12]}\u2026{clean[-11:]}"
+    return clean if len(clean) <= longest else f"{clean[: longest - 12]}\u2026{clean[-11:]}"
 
 
 def grouped(members: Sequence[Member]) -> list[Group]:

@@ -9,8 +9,9 @@ from ..train.monitors.text import amount, fixed, number, plural
 from .history import History
 
 
-def reading(history: History, settings: dict[str, Any]) -> list[str]:
-    """Plain sentences, the most important first. ``settings`` is the resolved config, or {}."""
+def reading(history: History, settings: dict[str, Any], control: str = "") -> list[str]:
+    """Plain sentences, the most important first. ``settings`` is the resolved config, or {}; ``control`` is what
+    is known of a control of the run."""
     sentences = [_end(history), _loss(history), _generalisation(history), _ranks(history, settings)]
     sentences += _not_found(history)
     sentences += [
@@ -19,6 +20,7 @@ def reading(history: History, settings: dict[str, Any]) -> list[str]:
         _broken(history),
         _resumes(history),
         _seeds(history),
+        control,
     ]
     return [sentence for sentence in sentences if sentence]
 
@@ -157,7 +159,4 @@ def _resumes(history: History) -> str:
 def _seeds(history: History) -> str:
     seed = history.first("seed")
     named = f" ({seed})" if seed is not None else ""
-    return (
-        f"One seed{named}; no control run in this folder: a difference from another run may be chance, "
-        "or one in learning rate or initial scale."
-    )
+    return f"One seed{named}: a difference from another run may be chance, or one in learning rate or initial scale."

@@ -44,6 +44,19 @@ def read_run(folder: Path) -> Run:
     history = History(read_metrics(folder / "metrics.jsonl"))
     if not history.count:
         raise UserError(f"{folder / 'metrics.jsonl'} holds no records; train for at least one logged step")
+    text, settings = read_settings(folder)
+    section = settings.get("run")
+    configured = section.get("name") if isinstance(section, dict) else None
+    name = str(configured or folder.resolve().name)
+    return Run(folder=folder, name=name, config=text, settings=settings, history=history)
+
+
+def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of the config of a run, and its settings as nested dicts; both empty without a config.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     file = folder / "config.yaml"
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
@@ -51,11 +64,7 @@ def read_run(folder: Path) -> Run:
         text = ""
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}); make it readable") from None
-    settings = _settings(text)
-    section = settings.get("run")
-    configured = section.get("name") if isinstance(section, dict) else None
-    name = str(configured or folder.resolve().name)
-    return Run(folder=folder, name=name, config=text, settings=settings, history=history)
+    return text, _settings(text)
 
 
 def write_page(file: Path, content: str) -> None:

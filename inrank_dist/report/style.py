@@ -36,6 +36,7 @@ header .status { display:inline-block; font-size:.8rem; padding:1px 9px; border:
 .tile .note { font-size:.82rem; color:var(--soft); line-height:1.4 }
 .reading { border-left:3px solid var(--c0); background:var(--card); padding:12px 16px 12px 0; margin:0;
   border-radius:0 8px 8px 0 }
+.reading { overflow-wrap:anywhere }
 .reading ul { margin:0; padding-left:32px }
 .reading li { margin:3px 0 }
 figure { margin:0 0 24px; break-inside:avoid }
