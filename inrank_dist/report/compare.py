@@ -23,8 +23,16 @@ DASHES = ("", "7 3", "2 3")
 
 UNFINISHED_DASH = "1 4"
 
-STYLE = "<style>main { max-width:1400px } @media print { .controls { break-after:avoid } }</style>"
-"""Room for the columns of the tables, and no heading at the end of a page."""
+STYLE = """<style>
+main { max-width:1400px }
+figure, .legend { min-width:0 }
+@media print {
+  .controls { break-after:avoid }
+  td, th { white-space:normal; padding:2px 3px }
+  td:not(.n), th:not(.n) { overflow-wrap:anywhere }
+}
+</style>"""
+"""Room for the columns of the tables, also on paper, and no heading at the end of a page."""
 
 CURVES: list[tuple[str, str, Callable[[History], Points], bool]] = [
     ("Validation loss", "nats per token", lambda history: history.eval_curve("loss"), False),
@@ -247,9 +255,9 @@ def _equal_costs(comparison: Comparison) -> str:
         for group in comparison.groups
     ]
     return (
-        '<h2>Validation loss at equal cost</h2><p class="soft">Each at the largest cost that all have reached, linear '
-        "between evaluations. The learning rate of a run that goes on is not yet at its end there. Time depends on the "
-        f"machine and on its other load.</p>{text_table(head, rows, [0])}"
+        '<h2>Validation loss at equal cost</h2><p class="soft">Each at the largest cost at which all were evaluated, '
+        "linear between evaluations. The learning rate of a run that goes on is not yet at its end there. Time depends "
+        f"on the machine and on its other load.</p>{text_table(head, rows, [0])}"
     )
 
 

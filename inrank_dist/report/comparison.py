@@ -107,15 +107,19 @@ class Member:
             *(start.get(key) for key in ("train_tokens", "validation_tokens", "unigram_entropy")),
         )
 
-    def loss_at(self, axis: str, budget: float) -> float | None:
-        """Validation loss at a cost, linear between evaluations; None before the first and beyond the last one."""
+    @cached_property
+    def evaluated(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Cost -> its value at each evaluation, and the validation losses; without costs that were not recorded."""
         axes = self.timeline.axes
         points = [(step, loss) for step, loss in self.history.eval_curve("loss") if loss is not None]
-        if axis not in axes or not points:
-            return None
-        steps, losses = zip(*points, strict=True)
-        costs = np.interp(steps, axes["step"], axes[axis])
-        if not costs[0] <= budget <= costs[-1] * (1 + 1e-9):
+        steps, losses = [step for step, _ in points], [loss for _, loss in points]
+        known = [axis for axis in COSTS if axis in axes and points]
+        return {axis: (np.interp(steps, axes["step"], axes[axis]).tolist(), losses) for axis in known}
+
+    def loss_at(self, axis: str, budget: float) -> float | None:
+        """Validation loss at a cost, linear between evaluations; None before the first and beyond the last one."""
+        costs, losses = self.evaluated.get(axis, ([], []))
+        if not costs or not costs[0] <= budget <= costs[-1] * (1 + 1e-9):
             return None
         return float(np.interp(budget, costs, losses))
 
@@ -176,13 +180,13 @@ class Comparison:
 
     @cached_property
     def budgets(self) -> dict[str, float]:
-        """The largest cost of each kind that all groups have reached; without kinds that some run did not record."""
-        found = {}
-        for axis in COSTS:
-            ends = [member.timeline.axes.get(axis, [0.0])[-1] for group in self.groups for member in group.compared]
-            if min(ends) > 0:
-                found[axis] = min(ends)
-        return found
+        """The largest cost of each kind at which all configs have been evaluated; without kinds that a run lacks."""
+        compared = [member for group in self.groups for member in group.compared]
+        return {
+            axis: min(member.evaluated[axis][0][-1] for member in compared)
+            for axis in COSTS
+            if all(axis in member.evaluated for member in compared)
+        }
 
     def notes(self) -> list[str]:
         """What a reader must know before comparing, as sentences; the most important first."""
