@@ -114,6 +114,7 @@ def commands(page: str) -> Iterator[Command]:
 def filled(text: str) -> str:
     """The command with ``[optional parts]`` taken out of their brackets and placeholders replaced."""
     text = re.sub(r"\[(-[^]]*)\]", r"\1", text).replace("study FILE", "study configs/studies/quickstart.yaml")
+    text = text.replace("DIR DIR", "runs/quickstart runs/my")
     return " ".join(PLACEHOLDERS.get(word, word) for word in text.split(" "))
 
 

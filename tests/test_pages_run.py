@@ -70,6 +70,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.chdir(folder)
     for name, config in {"quickstart": "configs/quickstart.yaml", "my": "my.yaml"}.items():
         assert main(["train", "--config", config, "--run.dir", f"runs/{name}"]) == 0
+    for name in ("dense-0", "dense-1", "inrank-0", "inrank-1"):
+        shutil.copytree("runs/my", f"runs/{name}")
     yield folder
     os.chdir(before)
 
