@@ -164,7 +164,7 @@ def test_prepare_says_where_the_data_is(run: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     folder = Path(re.search(r"folder\s+(\S+)", out)[1])  # type: ignore[index]
     assert folder.is_dir()
-    assert "unigram entropy" in out
+    assert "unigram entropy" in out and "bits per byte" in out
 
 
 def test_the_published_choices_find_the_null_rank(

@@ -111,6 +111,9 @@ def test_a_mixture_holds_its_sources(tmp_path: Path) -> None:
     )
     path = str(a.data.folder / "tokenizer.model")
     assert prepared(alone, path=path).folder == a.data.folder, "a source is the same whether it is mixed or not"
+    assert a.data.bytes_per_token and b.data.bytes_per_token
+    expected = 0.75 * a.data.bytes_per_token + 0.25 * b.data.bytes_per_token
+    assert found.bytes_per_token == pytest.approx(expected, rel=1e-12)
     expected = 0.75 * a.data.unigram_entropy + 0.25 * b.data.unigram_entropy
     assert found.unigram_entropy == pytest.approx(expected, rel=1e-12)
 

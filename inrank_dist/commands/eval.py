@@ -7,7 +7,7 @@ from dataclasses import replace
 from ..data import DataSettings, Prepared, find_prepared, prepare
 from ..runtime.errors import UserError
 from ..train.evaluation import validation_loss
-from ..train.records import perplexity
+from ..train.records import loss_figures, perplexity
 from .common import TrainedModel, add_run_arguments, device, load_trained, no_overrides
 
 
@@ -46,7 +46,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"validation loss   {found.loss:.4f} nats per token over {found.tokens} tokens")
     for label, loss in found.sources.items():
         print(f"  {label:<15} {loss:.4f}")
-    print(f"perplexity        {perplexity(found.loss):.2f}")
+    figures = loss_figures(found.loss, data.bytes_per_token)
+    print(f"perplexity        {figures['perplexity']:.2f}")
+    if "bits_per_byte" in figures:
+        print(f"bits per byte     {figures['bits_per_byte']:.4f}")
     print(f"unigram entropy   {data.unigram_entropy:.4f} (perplexity {perplexity(data.unigram_entropy):.2f})")
 
 
