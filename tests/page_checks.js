@@ -25,15 +25,14 @@
     const range = document.createRange();
     range.selectNodeContents(node);
     for (const rect of range.getClientRects()) {
+      const svg = parent.closest("svg"), frame = svg && svg.getBoundingClientRect();
+      if (svg && (rect.left < frame.left - 1 || rect.right > frame.right + 1 || rect.top < frame.top - 4 || rect.bottom > frame.bottom + 1)) {
+        say(`${told(parent)} is cut by its plot`);
+      }
       const box = seen(node, rect);
       if (!box) continue;
       texts.push(box);
       if (box.right > width + 1 || box.left < -1) say(`${told(parent)} leaves the page at ${box.left.toFixed(0)} to ${box.right.toFixed(0)}`);
-      const svg = parent.closest("svg");
-      if (svg) {
-        const frame = svg.getBoundingClientRect();
-        if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1) say(`${told(parent)} is cut by its plot`);
-      }
     }
   }
   texts.sort((a, b) => a.top - b.top);

@@ -65,6 +65,23 @@ def test_nothing_overlaps_is_cut_or_empty(
     assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("[...document.querySelectorAll('.tick')].slice(0, 2).map(t => t.setAttribute('y', 50))", "overlaps"),
+        ("document.querySelector('.tile').style.width = '1200px'", "the page is"),
+        ("document.querySelector('[data-chart] .tick').setAttribute('x', -30)", "is cut by its plot"),
+        ("document.querySelector('[data-chart]').innerHTML = ''", "is empty"),
+        ("document.querySelector('path.curve').setAttribute('d', 'MNaN 1L2 2')", "a number that is none"),
+    ],
+)
+def test_the_checks_find_faults(browser: Browser, reports: dict[str, Path], fault: str, told: str) -> None:
+    browser.show(reports["resumed"], 800)
+    assert browser.run(CHECKS) == []
+    browser.run(fault)
+    assert any(told in found for found in browser.run(CHECKS))
+
+
 @pytest.mark.parametrize("name", ["grown", "resumed", "going", "dense", "large", "hostile"])
 def test_on_paper_nothing_overlaps_or_is_cut(
     browser: Browser, reports: dict[str, Path], name: str, tmp_path: Path
@@ -197,7 +214,7 @@ def test_a_real_run_that_grew_froze_and_was_resumed(
     browser: Browser, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
-    for steps in (20, 30):
+    for steps in (26, 30):
         settings = small_config(corpus, run__dir=tmp_path / "run", train__steps=steps, eval__interval=5)
         config.write_text(settings.to_yaml())
         assert main(["train", "--config", str(config), "--allow-change", "train.steps"]) == 0
@@ -215,6 +232,7 @@ def test_a_real_run_that_grew_froze_and_was_resumed(
     assert {"growth", "freeze", "resume"} <= set(marks)
 
 
+@pytest.mark.nightly
 def test_three_hundred_thousand_steps_fit(browser: Browser, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=300_000, blocks=12, checks=100, width=768)
     report = write_report(folder)

@@ -30,9 +30,16 @@ def spectra_of_decisions(charts: Charts, history: History, run: int = 0) -> str:
     return panel.html(charts, run, "singular values of what the rule measures", [NULL, RANK, NULL_RANK])
 
 
-def spectra_of_updates(charts: Charts, history: History, run: int = 0) -> str:
-    """The spectra of the cumulative updates of dense layers."""
-    return _Panel(dict(sorted(history.updates.items()))).html(charts, run, "singular values of W(t) - W(0)", [])
+def spectra_of_dense(
+    charts: Charts, records: Mapping[int, Mapping[str, dict[str, Any]]], what: str, run: int = 0
+) -> str:
+    """The spectra of dense layers, or of their updates.
+
+    Args:
+        records: step -> layer -> entry with ``sigma`` and ``indices``.
+        what: the matrix that was measured, such as ``W(t)``.
+    """
+    return _Panel(dict(sorted(records.items()))).html(charts, run, f"singular values of {what}", [])
 
 
 class _Panel:

@@ -96,7 +96,7 @@ svg { display:block; width:100%; height:auto }
 .scroll { overflow-x:auto }
 table { border-collapse:collapse; width:100%; font-size:.88rem }
 th,td { padding:5px 10px; text-align:left; border-bottom:1px solid var(--grid); white-space:nowrap;
-  max-width:64ch; overflow:hidden; text-overflow:ellipsis }
+  max-width:64ch; overflow:hidden; text-overflow:ellipsis; overflow-wrap:normal }
 th { font-weight:600; color:var(--soft); border-bottom-color:var(--rule); vertical-align:bottom }
 th.n,td.n { text-align:right }
 tfoot td { font-weight:600; border-top:1px solid var(--rule); border-bottom:0 }

@@ -8,7 +8,7 @@ from ..train.monitors.ranks import mean
 from ..train.monitors.text import fixed, plural
 from .chart import Chart, Charts, Line
 from .history import History, Points
-from .spectra import spectra_of_updates
+from .spectra import spectra_of_dense
 from .style import text_table
 
 RANKS = (
@@ -42,9 +42,10 @@ def update_figures(charts: Charts, history: History) -> str:
         for title, key, meaning in RANKS
     )
     layers = dict.fromkeys(name for _, each in records for name in each)
+    spectra = spectra_of_dense(charts, history.updates, "W(t) - W(0)")
     return (
         f"<h2>Cumulative updates</h2><p>W(t) - W(0) of {plural(len(layers), 'dense layer')}.</p>"
-        f'{charts.controls()}<div class="pair">{ranks}</div>{spectra_of_updates(charts, history)}{_table(records)}'
+        f'{charts.controls()}<div class="pair">{ranks}</div>{spectra}{_table(records)}'
     )
 
 

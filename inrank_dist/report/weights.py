@@ -8,6 +8,7 @@ from ..train.monitors.ranks import mean
 from ..train.monitors.text import fixed, number, plural
 from .chart import Chart, Charts, Line
 from .history import History, Points
+from .spectra import spectra_of_dense
 from .style import text_table
 
 
@@ -38,7 +39,8 @@ def weight_figures(charts: Charts, history: History) -> str:
     count = len({name for _, layers in records or stable for name in layers})
     return (
         f"<h2>Weights of dense layers</h2><p>W(t) of {plural(count, 'dense layer')}.</p>"
-        f'<div class="pair">{"".join(plots)}</div>{"".join(tables)}'
+        f'{charts.controls()}<div class="pair">{"".join(plots)}</div>'
+        f"{spectra_of_dense(charts, history.weights, 'W(t)')}{''.join(tables)}"
     )
 
 
