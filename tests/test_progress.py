@@ -150,10 +150,17 @@ def test_many_threads_may_count(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages[0] == "hashing ..." and caplog.messages[-1].startswith("hashing: done in")
 
 
-def test_the_estimate_is_of_the_current_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_of_the_current_activity() -> None:
     work = progress.Work("theory", None, "")
     work._since -= 100
     work.report("theory: width 10", 0, 100)
     time.sleep(0.01)
     work.report("theory: width 10", 50, 100)
     assert work.left is not None and work.left < 50
+
+
+def test_what_ends_is_the_whole(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "inrank_dist")
+    with phase("theory", patience=0) as work:
+        work.report("theory: width 10", 1, 2)
+    assert caplog.messages[-1].startswith("theory: done in")

@@ -101,7 +101,8 @@ class Work:
     """How far some work is. May be called by several threads."""
 
     def __init__(self, activity: str, total: float | None, unit: str) -> None:
-        self.activity, self.total, self.unit = activity, total, unit
+        self.name = self.activity = activity
+        self.total, self.unit = total, unit
         self.done, self._lock = 0.0, threading.Lock()
         self._start = self._since = time.monotonic()
 
@@ -165,7 +166,7 @@ class _Lines:
         work = self._work
         if self._shown and finished:
             rate = f" ({work.rate})" if work.rate else ""
-            log.info("%s: done in %.1f s%s", work.activity, work.seconds, rate)
+            log.info("%s: done in %.1f s%s", work.name, work.seconds, rate)
 
 
 class _Bar:
@@ -206,6 +207,7 @@ class _Bar:
     def close(self, finished: bool) -> None:
         if self._task is None:
             return
+        self._work.activity = self._work.name
         if finished:  # a source that turned out smaller or larger than announced is done, too
             self._work.total = self._work.done = self._work.done or self._work.total or 1
         self.update()
