@@ -10,6 +10,7 @@ import pytest
 from runs import short_config, small_config
 
 from inrank_dist.commands.main import main
+from inrank_dist.runtime import progress
 from inrank_dist.train.checkpoint import list_checkpoints
 
 
@@ -186,3 +187,52 @@ def test_the_published_choices_find_the_null_rank(
     assert "in 4 of 4 layers the rank is the null rank within 2%" in out
     for layer in records(tmp_path / "run", "summary")[0]["ranks"].values():
         assert layer["rank"] > 40
+
+
+PROGRESS = {
+    "verify": ["hashing {newest}", "hashing {oldest}"],
+    "eval": ["hashing {newest}", "reading {newest}", "validating"],
+    "generate": ["reading {newest}", "sampling"],
+    "inspect": ["measuring the spectra"],
+    "export": ["hashing {newest}", "writing the weights"],
+    "report": ["drawing the report of {run}"],
+    "compare": ["reading the runs", "drawing the comparison"],
+}
+"""Command -> activities that take long for a large run."""
+
+
+@pytest.mark.parametrize("command", PROGRESS)
+def test_long_work_is_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str
+) -> None:
+    """As it would be if each part took longer than two seconds."""
+    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    words = ["--run", str(run)]
+    if command == "compare":
+        shutil.copytree(run, tmp_path / "other")
+        words = [str(run), str(tmp_path / "other"), "--output", str(tmp_path / "page.html")]
+    elif command == "export":
+        words += ["--output", str(tmp_path / "exported"), "--format", "factors"]
+    assert main([command, *words]) == 0
+    told = [record.getMessage() for record in caplog.records if record.name == "inrank_dist.progress"]
+    oldest, *_, newest = (folder.name for folder in list_checkpoints(run))
+    for activity in PROGRESS[command]:
+        named = activity.format(run=run, oldest=oldest, newest=newest)
+        assert f"{named} ..." in told and any(line.startswith(f"{named}: done in ") for line in told)
+
+
+def test_a_training_tells_what_is_not_a_step(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    settings = {"run__dir": tmp_path / "run", "eval__interval": 6, "checkpoint__interval": 6}
+    (tmp_path / "config.yaml").write_text(short_config(corpus, **settings).to_yaml())
+    words = ["train", "--config", str(tmp_path / "config.yaml")]
+    assert main(words) == 0
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
+    assert main(words) == 0
+    told = {record.getMessage() for record in caplog.records if record.name == "inrank_dist.progress"}
+    activities = ("building the model", "validating", "drawing the report", "hashing step-00000006")
+    for activity in (*activities, "reading step-00000006"):
+        assert f"{activity} ..." in told
+    assert any(line.startswith("writing ") for line in told)
