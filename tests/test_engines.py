@@ -253,15 +253,23 @@ NOT_WITH_ZERO = (
 OF_THE_DECISION = (
     "freeze by itself", "uniform", "budget", "inrank", "inrank, decay", "fixed, decay", "multiple of 2, patterns",
     "no base, product", "no clipping, wsd", "reset moments", "fixed, spectral ones", "factored head",
-    "dense, then fixed", "bottleneck",
+    "dense, then fixed", "bottleneck", "deep, product", "deep, gradient directions", "deep, fixed outer factors",
+    "deep, sgd, reset",
 )  # fmt: skip
 """Where engines do nothing that they do not do in the others: FSDP2 in CI, ZeRO-3 nightly."""
+
+
+COVERED = ("deep", "deep, no base", "deep, frobenius in the loss")
+"""Whose parts "deep, frobenius decay, slow outer factors" and test_deep.py have in the default tier."""
 
 
 @pytest.mark.parametrize(
     ("engine", "variant"),
     [
-        *(slow("fsdp", variant) if variant in OF_THE_DECISION else ("fsdp", variant) for variant in VARIANTS),
+        *(
+            slow("fsdp", variant) if variant in (*OF_THE_DECISION, *COVERED) else ("fsdp", variant)
+            for variant in VARIANTS
+        ),
         *(
             (nightly if variant in OF_THE_DECISION else slow)("zero3", variant)
             for variant in VARIANTS
