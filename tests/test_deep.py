@@ -49,6 +49,22 @@ def test_uneven_shards_give_the_run_of_one_process(pool: Pool, corpus: Path, eng
         assert_same_run(pool.run("runs:train_in_worker", config, world_size=world_size), reference, world_size)
 
 
+@pytest.mark.slow
+def test_replicas_of_shards_count_each_row_of_a_core_once(pool: Pool, corpus: Path) -> None:
+    config = short_config(corpus, **UNEVEN | {"train__global_batch_size": 8, "train__micro_batch_size": 2})
+    reference = trained_once(config)
+    config.parallel.engine, config.parallel.shard_size = "fsdp", 2
+    assert_same_run(pool.run("runs:train_in_worker", config, world_size=4), reference, 4)
+
+
+@pytest.mark.nightly
+def test_compiled_is_the_same(corpus: Path, tmp_path: Path) -> None:
+    config = deep_config(corpus, model__num_layers=1, train__steps=9)
+    plain = trained_once(config)
+    config.train.compile, config.run.dir = True, str(tmp_path)
+    assert train(config)[0].losses() == pytest.approx(plain.losses(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("engine", "world_size"), [("local", 1), slow("fsdp", 2), nightly("ddp", 2), nightly("zero2", 2)]
 )
@@ -235,6 +251,42 @@ def test_deep_updates_in_a_loop_of_your_own(outer_init: str) -> None:
     )
     assert losses[-1] < 0.9 * losses[0]
     assert torch.equal(run.model.get_parameter("0.base"), loaded[0].weight)
+    torch.testing.assert_close(run.merge()(x), run.model(x))
+
+
+def test_deep_layers_grow_and_freeze_in_a_loop_of_your_own() -> None:
+    """A state saved between two events continues bit for bit in a new run."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 12), torch.randn(64, 9)
+
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.Tanh(), torch.nn.Linear(20, 9))
+
+    def started() -> Any:
+        method = inrank_dist.InRank(
+            [r"^\d"], initial_rank=1, buffer=2, interval=3, freeze_step=9, base="none", depth=4, multiple_of=1
+        )
+        return inrank_dist.LowRankRun(make, method, lambda groups: torch.optim.AdamW(groups, lr=1e-2))
+
+    def train(run: Any, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss = (run.model(x) - y).square().mean()
+            loss.backward()
+            losses.append(float(loss.detach()))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.after_step()
+        return losses
+
+    run = started()
+    train(run, 7)
+    assert max(run.ranks.values()) > 1
+    saved = {name: tensor.clone() for name, tensor in run.state_dict().items()}
+    again = started()
+    again.load_state_dict(saved)
+    assert train(again, 6) == train(run, 6)
+    assert run.frozen
     torch.testing.assert_close(run.merge()(x), run.model(x))
 
 
