@@ -406,7 +406,7 @@ def test_record_and_page_hold_the_same() -> None:
         assert text in page
     for text in ("a &lt; b", "seeds: 0, 1", "log scale", ">scale</text>", "10⁻⁶", "scale 0.001: 1e-07"):
         assert text in page
-    assert "http" not in page and '<b>"' not in page and "<script" not in page
+    assert "http:" not in page and "https:" not in page and '<b>"' not in page and "<script" not in page
 
 
 @pytest.mark.slow

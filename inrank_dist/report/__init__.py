@@ -40,7 +40,7 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
 
 def _page(run: Run) -> str:
     history, settings, control = run.history, run.settings, control_sentence(run)
-    statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in reading(history, settings, control))
+    statements = "".join(f"<li><bdi>{escape(sentence)}</bdi></li>" for sentence in reading(history, settings, control))
     charts = Charts([timeline(run.name, history)])
     body = [
         _header(run.name, history, settings),

@@ -275,10 +275,12 @@ function plot(box, getSpec) {
       return { line, i, px: px(line.at[i]), value: line.y[i] };
     });
     const nearest = found.reduce((a, b) => (Math.abs(b.px - x) < Math.abs(a.px - x) ? b : a));
-    const rows = found.map(({ line, i, value }) => {
+    const rows = found.map(({ line, i, value, px: at }) => {
       const range = line.low.length && line.low[i] !== null ? ` (${format(line.low[i])} to ${format(line.high[i])})` : "";
-      return `<tr><td><i style="background:var(${line.colour})"></i></td><td><bdi>${esc(line.label)}</bdi></td>` +
-        `<td class="n">${format(value)}${range}</td></tr>`;
+      // A line with few points has none at this place.
+      const elsewhere = !line.hold && Math.abs(at - nearest.px) > 3 ? ` <span class="soft">at ${spec.x ? format(line.x[i]) : position(line, i)}</span>` : "";
+      return `<tr><td><i style="background:var(${line.colour});opacity:${line.faint ? 0.4 : 1}"></i></td>` +
+        `<td><bdi>${esc(line.label)}</bdi></td><td class="n">${format(value)}${range}${elsewhere}</td></tr>`;
     });
     const near = marks.filter((mark) => Math.abs(px(mark.at) - x) < 5).slice(0, 4);
     const events = near.map((mark) => `<p style="color:var(${mark.colour})"><bdi>${esc(mark.tip)}</bdi></p>`);
@@ -302,10 +304,14 @@ function plot(box, getSpec) {
     const { spec, lines } = view;
     if (spec.x) return `${esc(spec.x)} ${format(line.x[i])}`;
     const run = page.runs[line.run], names = lines.every((each) => each.run === line.run) ? Object.keys(AXIS) : [axis];
-    return names.map((name) => [name, place(run, line.x[i], name)]).filter(([, at]) => at !== null).map(([name, at]) => {
-      if (name === "step") return `step ${Math.round(at).toLocaleString("en-US")}`;
-      return name === "seconds" ? duration(at) : `${format(at, AXIS[name].units)} ${name === "flops" ? "FLOPs" : name}`;
-    }).join(" · ");
+    return names.filter((name) => run.axes[name]).map((name) => position(line, i, name)).join(" · ");
+  }
+
+  /** The place of a point on an axis as text. */
+  function position(line, i, name = axis) {
+    const at = place(page.runs[line.run], line.x[i], name);
+    if (name === "step") return `step ${Math.round(at).toLocaleString("en-US")}`;
+    return name === "seconds" ? duration(at) : `${format(at, AXIS[name].units)} ${name === "flops" ? "FLOPs" : name}`;
   }
 
   function leave() {

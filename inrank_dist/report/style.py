@@ -39,6 +39,7 @@ header .status { display:inline-block; font-size:.8rem; padding:1px 9px; border:
 .reading { overflow-wrap:anywhere }
 .reading ul { margin:0; padding-left:32px }
 .reading li { margin:3px 0 }
+.reading bdi { display:block; max-height:12em; overflow:auto }
 figure { margin:0 0 24px; break-inside:avoid }
 figcaption { display:flex; flex-wrap:wrap; align-items:baseline; gap:0 8px; margin-bottom:4px }
 .unit { color:var(--soft); font-size:.85rem }
