@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-"""The browser's command; None if the machine has none."""
+from cluster_tools import require
+
+COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 
 TIMEOUT = 60.0
 
@@ -22,12 +23,16 @@ TIMEOUT = 60.0
 class Browser:
     """One page of a headless Chromium. Console messages and errors are collected in ``errors``.
 
+    Installs Chromium as root on Debian, and skips the test where there is none.
+
     Args:
         folder: of the browser's profile.
     """
 
     def __init__(self, folder: Path) -> None:
-        assert CHROMIUM
+        if not any(map(shutil.which, COMMANDS)):
+            require("chromium", packages="chromium fonts-dejavu-core")
+        command = next(filter(None, map(shutil.which, COMMANDS)))
         theirs, ends = [], []
         for end in (0, 1):
             pipe = os.pipe()
@@ -44,7 +49,7 @@ class Browser:
         words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         words += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run", "about:blank"]
         self._process = subprocess.Popen(
-            [CHROMIUM, *words],
+            [command, *words],
             pass_fds=(3, 4),
             preexec_fn=connect,
             stdout=subprocess.DEVNULL,

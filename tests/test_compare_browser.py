@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from test_compare import HOSTILE, make_run, unfinish
 
 from inrank_dist.report.compare import write_comparison
 from inrank_dist.report.comparison import Comparison
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; install it, on Debian with apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 
 PAPER = 718
 """Width of an A4 page without its margins, in CSS pixels."""

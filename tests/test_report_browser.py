@@ -7,17 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, Browser
+from browser import Browser
 from report_runs import HOSTILE, write_run
 from runs import small_config
 
 from inrank_dist.commands.main import main
 from inrank_dist.report import write_report
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium; install it, on Debian with apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 
 WIDTHS = (390, 800, 1400)
 PAPER = 718
