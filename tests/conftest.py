@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests start more processes than a machine has GPUs
+os.environ["INRANK_PROGRESS"] = "off"  # what a command prints must not depend on how long it took
 
 import pytest
 import torch
@@ -26,6 +27,12 @@ from inrank_dist.bench.parity import write_corpus  # noqa: E402
 from inrank_dist.commands.main import main  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def progress_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show progress, also in processes that the test starts."""
+    monkeypatch.delenv("INRANK_PROGRESS")
 
 
 def pytest_configure(config: pytest.Config) -> None:

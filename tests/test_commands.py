@@ -203,6 +203,7 @@ PROGRESS = {
 """Command -> activities that take long for a large run."""
 
 
+@pytest.mark.usefixtures("progress_is_on")
 @pytest.mark.parametrize("command", PROGRESS)
 def test_long_work_is_told(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str
@@ -223,6 +224,7 @@ def test_long_work_is_told(
         assert f"{named} ..." in told and any(line.startswith(f"{named}: done in ") for line in told)
 
 
+@pytest.mark.usefixtures("progress_is_on")
 def test_a_training_tells_what_is_not_a_step(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,6 +102,7 @@ def test_one_document_begins_its_rows_with_the_separator(tmp_path: Path) -> None
     assert text.startswith(prepared.tokenizer.decode(rows[:, 1:].ravel().tolist()))
 
 
+@pytest.mark.usefixtures("progress_is_on")
 def test_progress_is_that_of_the_process_that_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, corpus: Path
 ) -> None:

@@ -237,6 +237,7 @@ def test_stdlib_prepares_with_the_defaults(corpus: Corpus) -> None:
 # What the user sees
 
 
+@pytest.mark.usefixtures("progress_is_on")
 def test_lines_where_there_is_no_terminal(
     corpus: Corpus, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +253,7 @@ def test_lines_where_there_is_no_terminal(
     assert capfd.readouterr().err.count("\r") == 0
 
 
+@pytest.mark.usefixtures("progress_is_on")
 def test_quiet_when_asked(corpus: Corpus, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     """One process of a job reports; the others must not repeat it."""
     caplog.set_level(logging.INFO, "inrank_dist")

@@ -16,10 +16,12 @@ import pytest
 from inrank_dist.runtime import progress
 from inrank_dist.runtime.progress import counted, phase
 
+pytestmark = pytest.mark.usefixtures("progress_is_on")
+
 WORK = """
 import logging, sys, time
 from inrank_dist.runtime import progress
-from inrank_dist.runtime.progress import CurrentStderrHandler, counted, phase, terminal_holders
+from inrank_dist.runtime.progress import CurrentStderrHandler, counted, end_bars, phase, terminal_holders
 
 logging.basicConfig(format="%(message)s", level=logging.INFO, handlers=[CurrentStderrHandler()])
 progress.PATIENCE_S = float(sys.argv[1])
@@ -136,6 +138,24 @@ def test_other_processes_of_a_job_are_silent(caplog: pytest.LogCaptureFixture) -
     with phase("hashing", 10, enabled=False, patience=0) as advance:
         advance(10)
     assert list(counted([1, 2], "x", enabled=False)) == [1, 2] and not caplog.messages
+
+
+def test_it_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INRANK_PROGRESS", "off")
+    assert in_file(COUNTED, tmp_path, "0") == ["warning: in between"]
+    assert "layers" not in on_terminal(COUNTED, "0")
+
+
+def test_an_error_gives_the_terminal_back() -> None:
+    """Also where a loop over ``counted`` was left, whose traceback keeps it alive."""
+    body = (
+        "try:\n    for each in counted(range(2), 'measuring'):\n        long_enough()\n        raise KeyError\n"
+        "except KeyError as error:\n    kept = error\n    end_bars()\n    print('an error')"
+    )
+    shown = on_terminal(body, "0.1")
+    hidden, visible = "\x1b[?25l", "\x1b[?25h"
+    assert shown.count(hidden) == shown.count(visible) == 1
+    assert shown.index(visible) < shown.index("an error")
 
 
 def test_many_threads_may_count(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from ..runtime import console
 from ..runtime.environment import logs_for_node
 from ..runtime.errors import JobFailed, UserError
 from ..runtime.parent import watch_launcher
-from ..runtime.progress import CurrentStderrHandler
+from ..runtime.progress import CurrentStderrHandler, end_bars
 from ..runtime.signals import exiting_on_stop
 
 COMMANDS = {
@@ -94,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if hasattr(module, "complete"):
                 rest = module.complete(rest)
             arguments, overrides = parser.parse_known_args(rest)
-            module.run(arguments, overrides)
+            try:
+                module.run(arguments, overrides)
+            finally:
+                end_bars()
         sys.stdout.flush()
         return 0
     except UserError as error:

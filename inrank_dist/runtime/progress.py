@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,9 @@ log = logging.getLogger("inrank_dist.progress")
 
 #: Seconds before anything is shown, between log lines, and between updates of a bar.
 PATIENCE_S, LINE_INTERVAL_S, BAR_INTERVAL_S = 2.0, 30.0, 0.2
+
+#: Environment variable; ``off`` shows nothing at all.
+SWITCH = "INRANK_PROGRESS"
 
 Item = TypeVar("Item")
 
@@ -56,7 +60,7 @@ def phase(
     """
     work = Work(activity, total, unit)
     seconds = PATIENCE_S if patience is None else patience
-    if not enabled:
+    if not enabled or os.environ.get(SWITCH) == "off":
         yield work
         return
     display: _Bar | _Lines = _Bar(work) if bar and sys.stderr.isatty() and not terminal_holders else _Lines(work)
@@ -212,10 +216,18 @@ class _Bar:
             self._work.total = self._work.done = self._work.done or self._work.total or 1
         self.update()
         with _Bar._lock:
-            _Bar._open -= 1
+            _Bar._open = max(_Bar._open - 1, 0)
             if _Bar._bars is not None and not _Bar._open:
                 _Bar._bars.stop()
                 _Bar._bars = None
+
+
+def end_bars() -> None:
+    """Give the terminal back after an error, which may have left a loop over ``counted`` unfinished."""
+    with _Bar._lock:
+        if _Bar._bars is not None:
+            _Bar._bars.stop()
+            _Bar._bars, _Bar._open = None, 0
 
 
 def _new_bars() -> Bars:
