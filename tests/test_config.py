@@ -63,7 +63,8 @@ def test_every_size_is_there_with_its_controls() -> None:
     names = {path.stem for path in CONFIGS}
     published = {f"gpt2-{size}-published{mode}" for size in PUBLISHED for mode in ("", "-dense")}
     recommended = {f"{size}-{mode}" for size in RECOMMENDED for mode in ("inrank", "dense", "dense-flops")}
-    assert names == published | recommended | {"quickstart", "deep-lora"}
+    neighbours = {f"quickstart-{name}" for name in ("pretrain", "spectral", "cuttlefish")}
+    assert names == published | recommended | neighbours | {"quickstart", "deep-lora"}
 
 
 @pytest.mark.parametrize("path", DRY_RUN, ids=lambda path: path.stem)
@@ -80,7 +81,7 @@ def test_every_config_dry_runs(
         assert main(["train", "--config", str(path), "--dry-run"]) == 0
     assert not caplog.records
     assert not list(tmp_path.iterdir())
-    if path.stem != "quickstart":
+    if not path.stem.startswith("quickstart"):
         size = "-".join(path.stem.split("-")[:2])
         assert f"{RECOMMENDED[size]} parameters" in capsys.readouterr().out
 

@@ -79,7 +79,7 @@ def undisturbed(corpus: Path, folder: Path, **changes: Any) -> Path:
 def records(folder: Path) -> list[dict[str, Any]]:
     """The metrics that say what was computed."""
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "eval", "rank_event", "rank_check", "base_removed", "skipped", "summary")
+    kept = ("step", "eval", "rank_event", "rank_check", "stable_ranks", "base_removed", "skipped", "summary")
     return [{k: v for k, v in r.items() if k not in LATER} for r in lines if r["kind"] in kept]
 
 
@@ -184,6 +184,30 @@ def test_one_run_killed_again_and_again(corpus: Path, tmp_path: Path, engine: st
             if checkpoint.name not in compared:
                 assert bytes_of(checkpoint) == bytes_of(straight / "run/checkpoints" / checkpoint.name), fault
                 compared.add(checkpoint.name)
+    assert statuses(launch(command, tmp_path, world_size=2)) == [0, 0]
+    assert_the_same_run(tmp_path, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", nightly("zero3")])
+def test_killed_before_in_and_after_the_factorisation_of_dense_layers(
+    corpus: Path, tmp_path: Path, engine: str
+) -> None:
+    """In the step before it, within it, and in the step after it; stable ranks are measured at steps 4, 8 and 12."""
+    dense: dict[str, Any] = {
+        "parallel__engine": engine, "lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__dense_fraction": 0.3,
+        "lowrank__dense_until": "stable_rank", "lowrank__interval": 4, "lowrank__stable_rank_tolerance": 0,
+    }  # fmt: skip
+    straight = tmp_path / "straight"
+    ended = launch(words(straight, corpus, checkpoint__keep=STEPS, **dense), straight, world_size=2)
+    assert statuses(ended) == [0, 0], ended
+    assert [(r["step"], r["action"]) for r in records(straight) if r["kind"] == "rank_event"] == [(12, "factorise")]
+    assert [r["step"] for r in records(straight) if r["kind"] == "stable_ranks"] == [4, 8, 12]
+    command = words(tmp_path, corpus, checkpoint__keep=STEPS, **dense)
+    for phase, step, process in (("optimizer", 12, 0), ("reshape", 12, 1), ("forward", 13, 0)):
+        fault = Fault("kill", process, step, phase, str(tmp_path / f"fired {phase}"))
+        ended = launch(command, tmp_path, world_size=2, fault=fault)
+        assert statuses(ended)[process] == -signal.SIGKILL, (fault, ended)
     assert statuses(launch(command, tmp_path, world_size=2)) == [0, 0]
     assert_the_same_run(tmp_path, straight)
 

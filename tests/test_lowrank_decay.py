@@ -28,6 +28,24 @@ def test_gradient_needs_the_grams_only(out: int, in_: int, R: int) -> None:
     assert torch.allclose(V @ grams.U, expected[1], rtol=1e-12, atol=1e-12)
 
 
+def test_gradient_on_three_uneven_shards() -> None:
+    """Each process has the rows of the gradient that it has of the factor, after one all-reduce of the Grams."""
+    U, V = reference.normal(23, 5, 0).double(), reference.normal(17, 5, 1).double()
+    rows = [reference.cut(len(factor), 3, seed) for seed, factor in ((3, U), (4, V))]
+    assert len({len(range(*each.indices(23))) for each in rows[0]}) > 1
+
+    def process(index: int, all_reduce: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        held = Factors(U[rows[0][index]], V[rows[1][index]])
+        grams = gram_matrices({"layer": held}, all_reduce)["layer"]
+        return held.U @ grams.V, held.V @ grams.U
+
+    processes = reference.Processes(3)
+    found = processes.run(process)
+    assert len(processes.calls) == 1
+    for pieces, expected in zip(zip(*found, strict=True), reference.gradients(U, V, half_square), strict=True):
+        torch.testing.assert_close(torch.cat(pieces), expected, rtol=1e-12, atol=1e-12)
+
+
 def build(strength: float, *, in_loss: bool = False) -> tuple[Engine, Any]:
     """An engine of two low-rank layers, and its initial values by name."""
     with torch.device("meta"):

@@ -30,6 +30,9 @@ WIDE = {
 }
 """Weights large enough beside the buffers of a batch; frozen after four steps."""
 
+DENSE_FIRST = {"lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__dense_fraction": 0.07}
+"""Two steps of 30."""
+
 STAGES = {
     "full": ({"lowrank__mode": "full"}, 1),
     "growing over a base": ({}, 2),
@@ -38,6 +41,8 @@ STAGES = {
     "sgd": ({"optimizer__name": "sgd", "optimizer__lr": 0.1}, 5),
     "muon": ({"optimizer__name": "muon", "lowrank__mode": "full"}, 1),
     "lora_muon": ({"optimizer__name": "lora_muon"}, 5),
+    "dense, to be factored": (DENSE_FIRST, 1),
+    "dense, then factored": (DENSE_FIRST, 4),
 }
 
 

@@ -261,6 +261,7 @@ MODELS: dict[str, dict[str, Any]] = {
         ("bottleneck", "local", 1), ("dense first", "local", 1), ("dense first, fixed, lora_muon", "local", 1),
         ("crossing", "local", 1), ("crossing, full, llama", "local", 1),
         slow("dense first, fixed, lora_muon", "fsdp", 3), nightly("dense first", "zero2", 2),
+        slow("dense first", "fsdp", 2), slow("dense first", "zero3", 2),
         ("muon", "local", 1), ("spectron", "local", 1), ("lora_muon", "local", 1),
         slow("muon", "fsdp", 3), slow("spectron", "fsdp", 3), slow("lora_muon", "fsdp", 3), slow("muon", "ddp", 2),
         slow("lora_muon", "ddp", 2), slow("crossing", "fsdp", 3), slow("crossing, full, llama", "zero3", 2),

@@ -58,7 +58,7 @@ class DenseRows:
     """Rows of a dense weight as trivial factors ``U = W`` and ``V = I`` with ``R = in``.
 
     The rows of the identity are computed on access and never cached, because those of all layers could need more memory
-    than the model. A Gram takes ``8 * in^2`` bytes.
+    than the model. A Gram takes ``8 * in^2`` bytes; ``DenseColumns`` has smaller ones if ``in > out``.
 
     Attributes:
         U: ``(rows of out, in)``.

@@ -18,6 +18,7 @@ from ..lowrank.null import null_shape
 from ..lowrank.spectrum import FactorRows, Factors, Learned, Spectra, measure_spectra
 from ..lowrank.updates import recorded_spectrum
 from ..runtime.errors import UserError
+from .dense import dense_factors, events_of_rows
 from .directions import Gradients
 from .growth import GROWTHS, Growth
 from .holder import FactorHolder
@@ -186,9 +187,9 @@ class RankController:
         return decisions, found, measured.sigma, product
 
     def _factors(self) -> Mapping[str, FactorRows]:
-        """Return the counted rows of the factors, or of the dense weights and identities while the layers are dense."""
+        """Return the counted rows of the factors. Those of a dense layer are its weight and an identity."""
         if not self.holder.layout:
-            return self.holder.dense_factors(self.shapes)
+            return dense_factors(self.holder, self.shapes)
         return {name: absorbed(rows) for name, rows in self.holder.factors().items()}
 
     def _measure(self, factors: Mapping[str, FactorRows], step: int) -> Spectra:
@@ -242,7 +243,8 @@ class RankController:
                 directions[name] = self._directions(name, step, event.fresh)[slice(*rows)]
                 # Copy the rows, because a view would keep the whole Z of every layer in memory.
                 directions[name] = directions[name].to(self.holder.device, copy=True)
-        return orthogonalise(events, factors, product, directions, self.processes)
+        events = orthogonalise(events, factors, product, directions, self.processes)
+        return events_of_rows(events, factors, self.holder, self.shapes)
 
     def _directions(self, layer: str, step: int, count: int) -> Tensor:
         """Draw all rows of the random directions ``Z: (in, F)`` of a layer, equal on all processes."""

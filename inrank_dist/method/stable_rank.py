@@ -2,34 +2,15 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..lowrank.criterion import stable_rank
-from ..lowrank.updates import weight_spectra
 from ..runtime.errors import UserError
+from .dense import dense_spectra
 from .holder import FactorHolder
 
 Shape = tuple[int, int]
-
-
-def dense_spectra(
-    holder: FactorHolder, shapes: Mapping[str, Shape], initial: Callable[[str], Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Compute the singular values of dense layers, see ``weight_spectra``.
-
-    Args:
-        holder: holds the weights.
-        shapes: layer -> ``(out, in)``.
-        initial: layer -> ``W(0)``, to measure ``W(t) - W(0)`` instead of ``W(t)``.
-    """
-
-    def rows(name: str) -> tuple[int, Tensor]:
-        return holder.placement(name).counted_rows(shapes[name][0])[0], holder.dense_factors([name])[name].U
-
-    return weight_spectra(rows, shapes, holder.processes, initial)
 
 
 class StableRanks:

@@ -11,7 +11,7 @@ from ..lowrank.criterion import effective_rank, stable_rank
 from ..lowrank.init import generator_for
 from ..lowrank.spectrum import dense_singular_values
 from ..lowrank.updates import recorded_spectrum
-from ..method.stable_rank import dense_spectra
+from ..method.dense import dense_spectra
 from ..models.values import InitialValues
 from .callbacks import Callback
 from .health import Verdict
