@@ -61,8 +61,8 @@ class Settings:
     epochs: int = 20
     every: int = 10
     batch: int = 50
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0)
-    decays: tuple[float, ...] = (1e-3, 1e-2)
+    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
+    decays: tuple[float, ...] = (1e-3,)
     momentum: float = 0.9
     tuning_seed: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)
