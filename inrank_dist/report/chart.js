@@ -11,7 +11,8 @@ const AXIS = {
   seconds: { label: "training time" },
 };
 const TIME = [[259200, 86400, "days"], [10800, 3600, "hours"], [180, 60, "minutes"], [0, 1, "seconds"]];
-const LEFT = 58, RIGHT = 14, TOP = 10, BOTTOM = 40;
+const GLYPH = 7.8; // width of a character of a tick, about, in pixels
+const RIGHT = 14, TOP = 10, BOTTOM = 40;
 const hiddenMarks = new Set();
 let axis = "step";
 
@@ -129,7 +130,7 @@ function xTicks(low, high, room, spec) {
     ticks = linearTicks(low / unit, high / unit, count).filter((t) => t * unit >= low && t * unit <= high * 1.0001);
     labels = tickLabels(ticks, units);
     count -= 1;
-  } while (count > 1 && labels.reduce((sum, label) => sum + label.length * 6.8 + 16, 0) > room);
+  } while (count > 1 && labels.reduce((sum, label) => sum + label.length * GLYPH + 16, 0) > room);
   return { ticks: ticks.map((t) => t * unit), labels, label: spec.x || AXIS[on].label + (time ? `, ${name}` : "") };
 }
 
@@ -160,7 +161,7 @@ function yRange(spec, lines) {
 function xAxis({ ticks, labels, label }, px, left, right, bottom) {
   let free = -Infinity;
   const parts = ticks.map((tick, i) => {
-    const half = labels[i].length * 3.4, x = px(tick), at = Math.min(x, right + RIGHT - half);
+    const half = (labels[i].length * GLYPH) / 2, x = px(tick), at = Math.min(x, right + RIGHT - half);
     const line = `<path class="axis" d="M${x.toFixed(1)} ${bottom}v4"/>`;
     if (at - half < free) return line;
     free = at + half + 6;
@@ -211,30 +212,31 @@ function plot(box, getSpec) {
     let last = Math.max(...ends, first);
     if (last <= first) last = first + (Math.abs(first) || 1);
     const xWarp = spec.xLog ? Math.log10 : Number, yWarp = log ? Math.log10 : Number;
-    const px = (x) => LEFT + ((xWarp(x) - xWarp(first)) / (xWarp(last) - xWarp(first))) * (right - LEFT);
+    const tickTexts = tickLabels(ticks), left = Math.max(50, 12 + GLYPH * Math.max(...tickTexts.map((each) => each.length)));
+    const px = (x) => left + ((xWarp(x) - xWarp(first)) / (xWarp(last) - xWarp(first))) * (right - left);
     const py = (y) => bottom - ((yWarp(y) - yWarp(low)) / (yWarp(high) - yWarp(low))) * (bottom - TOP);
     const marks = (spec.own || marksOf(spec.marks)).filter((mark) => !hidden.has(mark.label));
-    const grid = tickLabels(ticks).map((label, i) => {
+    const grid = tickTexts.map((label, i) => {
       const y = py(ticks[i]).toFixed(1);
-      return `<path class="grid" d="M${LEFT} ${y}H${right}"/>` +
-        `<text class="tick" x="${LEFT - 7}" y="${+y + 4}" text-anchor="end">${label}</text>`;
+      return `<path class="grid" d="M${left} ${y}H${right}"/>` +
+        `<text class="tick" x="${left - 7}" y="${+y + 4}" text-anchor="end">${label}</text>`;
     });
     let free = Infinity;
     const references = [...spec.references].sort((a, b) => b.y - a.y).map((each) => {
       const y = py(each.y), at = y > TOP + 18 ? y - 6 : y + 14, fits = Math.abs(free - at) > 16;
       if (fits) free = at;
-      return `<path class="reference" d="M${LEFT} ${y.toFixed(1)}H${right}"/>` + (!fits ? "" :
+      return `<path class="reference" d="M${left} ${y.toFixed(1)}H${right}"/>` + (!fits ? "" :
         `<text class="name" x="${right - 4}" y="${at.toFixed(1)}" text-anchor="end">${esc(each.label)}</text>`);
     });
     const clip = `clip-${drawings.indexOf(draw)}`;
     box.innerHTML = `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${esc(summary(spec))}">` +
-      `<clipPath id="${clip}"><rect x="${LEFT - 4}" y="${TOP - 4}" width="${Math.max(right - LEFT + 8, 0)}" ` +
+      `<clipPath id="${clip}"><rect x="${left - 4}" y="${TOP - 4}" width="${Math.max(right - left + 8, 0)}" ` +
       `height="${bottom - TOP + 8}"/></clipPath>${grid.join("")}` +
-      xAxis(xTicks(first, last, right - LEFT, spec), px, LEFT, right, bottom) +
+      xAxis(xTicks(first, last, right - left, spec), px, left, right, bottom) +
       `<g clip-path="url(#${clip})">${verticalMarks(marks, px, TOP, bottom)}` +
       `${lines.map((line) => curve(line, px, py, log, holdEnd(spec, line))).join("")}</g>${references.join("")}` +
       `<path class="cross" d=""/><g class="points"></g></svg><div class="tip" hidden></div>`;
-    view = { spec, lines, marks, px, py, log, width, right, first, last };
+    view = { spec, lines, marks, px, py, log, width, left, right, first, last };
   }
 
   function curve(line, px, py, log, end) {
@@ -294,7 +296,7 @@ function plot(box, getSpec) {
   }
 
   function invert(x) {
-    const { spec, first, last, right } = view, part = (x - LEFT) / (right - LEFT);
+    const { spec, first, last, left, right } = view, part = (x - left) / (right - left);
     if (!spec.xLog) return first + part * (last - first);
     return 10 ** (Math.log10(first) + part * (Math.log10(last) - Math.log10(first)));
   }
@@ -334,8 +336,8 @@ function plot(box, getSpec) {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!by || !view) return;
     event.preventDefault();
-    const step = Math.max(1, (view.right - LEFT) / 200);
-    cursor.at = Math.min(view.right, Math.max(LEFT, (cursor.at ?? LEFT) + by * step));
+    const { left, right } = view, step = Math.max(1, (right - left) / 200);
+    cursor.at = Math.min(right, Math.max(left, (cursor.at ?? left) + by * step));
     hover(cursor.at);
   });
   figure.addEventListener("click", (event) => {

@@ -116,9 +116,7 @@ class History:
     def _end(self, record: dict[str, Any]) -> None:
         self.summary = record
         layers = record.get("ranks") or {}
-        for name, entry in layers.items():
-            shape = entry.get("shape")
-            self._layer(name).shape = (int(shape[0]), int(shape[1])) if shape else None
+        self._take_shapes(layers)
         self._take_ranks(layers, number(record.get("step")) or 0.0)
 
     def _ranks(self, record: dict[str, Any], step: int) -> None:
@@ -127,9 +125,15 @@ class History:
             self.rank_changes.append(self.table.change(record))
         elif any("sigma" in layer for layer in layers.values()):
             self.spectra[step] = record
+        self._take_shapes(layers)
         seconds = number(record.get("seconds")) or 0.0
         self._decision_seconds[step] = max(seconds, self._decision_seconds.get(step, 0.0))
         self._take_ranks(layers, step, measured=True)
+
+    def _take_shapes(self, layers: dict[str, dict[str, Any]]) -> None:
+        for name, entry in layers.items():
+            if shape := entry.get("shape"):
+                self._layer(name).shape = (int(shape[0]), int(shape[1]))
 
     def _take_ranks(self, names: Iterable[str], step: float, *, measured: bool = False) -> None:
         """Append the table's current values for these layers; ``measured``: including values from their spectra."""
