@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from ..train.monitors.text import plural
 from .chart import Charts, digits, frame
@@ -119,7 +118,7 @@ def spans(points: Points, x_end: float) -> list[tuple[float, float, float]]:
     return result
 
 
-def _grouped(layers: Any) -> list[Layer]:
+def _grouped(layers: Iterable[Layer]) -> list[Layer]:
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(layer.kind, []).append(layer)

@@ -75,7 +75,7 @@ class _Panel:
         if not self._layers:
             return ""
         drawn = [index for index in OVER_TIME if any(index in indices for indices in self._indices)]
-        colours = {f"{_ordinal(index)}": COLOURS[at % len(COLOURS)] for at, index in enumerate(drawn)}
+        colours = {_ordinal(index): COLOURS[at % len(COLOURS)] for at, index in enumerate(drawn)}
         index = charts.add(
             "spectra",
             {
