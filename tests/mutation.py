@@ -144,8 +144,8 @@ FAULTS = [
     Fault(
         "the schedule a step ahead",
         "train/loop.py",
-        'planned_rate(self.config, "lr", self.step)',
-        'planned_rate(self.config, "lr", self.step + 1)',
+        'planned_rate(self.config, "lr", self.step, ',
+        'planned_rate(self.config, "lr", self.step + 1, ',
         (f"{STEP}[gpt2-local-1]",),
     ),
     Fault(
