@@ -44,6 +44,7 @@ def test_a_bad_gradient_in_one_process_is_skipped_by_all(pool: Pool, corpus: Pat
         assert changed == []
         (skipped,) = [record for record in records if record["kind"] == "skipped"]
         reason = f"the {'loss' if where == 'loss' else 'gradient'} is not finite"
+        del skipped["time"]
         assert skipped == {"kind": "skipped", "step": 10, "reason": reason, "processes": [1], "skipped": 1}
         losses = {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
         assert torch.isfinite(torch.tensor([losses[step] for step in (9, 11, 12)])).all()
