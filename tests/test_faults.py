@@ -193,7 +193,7 @@ def test_one_run_killed_again_and_again(corpus: Path, tmp_path: Path, engine: st
 def test_killed_before_in_and_after_the_factorisation_of_dense_layers(
     corpus: Path, tmp_path: Path, engine: str
 ) -> None:
-    """In the step before it, within it, and in the step after it; stable ranks are measured at steps 4, 8 and 12."""
+    """In the step that it follows, within it, and in the step after it; stable ranks are measured at steps 4, 8 and 12."""
     dense: dict[str, Any] = {
         "parallel__engine": engine, "lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__dense_fraction": 0.3,
         "lowrank__dense_until": "stable_rank", "lowrank__interval": 4, "lowrank__stable_rank_tolerance": 0,
@@ -204,7 +204,7 @@ def test_killed_before_in_and_after_the_factorisation_of_dense_layers(
     assert [(r["step"], r["action"]) for r in records(straight) if r["kind"] == "rank_event"] == [(12, "factorise")]
     assert [r["step"] for r in records(straight) if r["kind"] == "stable_ranks"] == [4, 8, 12]
     command = words(tmp_path, corpus, checkpoint__keep=STEPS, **dense)
-    for phase, step, process in (("optimizer", 12, 0), ("reshape", 12, 1), ("forward", 13, 0)):
+    for phase, step, process in (("optimizer", 11, 0), ("reshape", 12, 1), ("forward", 12, 0)):
         fault = Fault("kill", process, step, phase, str(tmp_path / f"fired {phase}"))
         ended = launch(command, tmp_path, world_size=2, fault=fault)
         assert statuses(ended)[process] == -signal.SIGKILL, (fault, ended)
