@@ -193,7 +193,7 @@ def test_one_run_killed_again_and_again(corpus: Path, tmp_path: Path, engine: st
 def test_killed_before_in_and_after_the_factorisation_of_dense_layers(
     corpus: Path, tmp_path: Path, engine: str
 ) -> None:
-    """In the step that it follows, within it, and in the step after it; stable ranks are measured at steps 4, 8 and 12."""
+    """In the step that it follows, within it, and in the next one; stable ranks are measured at steps 4, 8 and 12."""
     dense: dict[str, Any] = {
         "parallel__engine": engine, "lowrank__mode": "fixed", "lowrank__base": "none", "lowrank__dense_fraction": 0.3,
         "lowrank__dense_until": "stable_rank", "lowrank__interval": 4, "lowrank__stable_rank_tolerance": 0,

@@ -361,13 +361,14 @@ class RankController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the layout, as JSON-serialisable values."""
+        followed = None if self.holder.layout else self.method.stable_ranks  # of no use once layers are factored
         return {
             "null": self.method.null.state_dict(),
             "explained": self.reached,
             "found": self.found,
             "quiet": self.checks_without_growth,
             "frozen": self.frozen,
-            "stable_ranks": (self.method.stable_ranks or StableRanks(self.shapes, 0, 1)).state_dict(),
+            "stable_ranks": (followed or StableRanks(self.shapes, 0, 1)).state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
