@@ -8,6 +8,7 @@ from rich.table import Table
 from ..bench.common import MIB, machine_info, spread
 from ..bench.nodes import EXCHANGED_BYTES, REDUCED_BYTES, Report, measure_nodes
 from ..runtime.context import Context
+from ..runtime.progress import phase
 from .common import at_least_one, console
 
 log = logging.getLogger("inrank_dist")
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
     at_least_one(arguments, "repeats", "timeout")
     context = Context()
     context.start(arguments.timeout)
-    report = measure_nodes(context, arguments.repeats)
+    with phase("measuring the nodes", enabled=context.is_main):
+        report = measure_nodes(context, arguments.repeats)
     context.on_rank_zero(_show, report, context)
     context.stop()
 

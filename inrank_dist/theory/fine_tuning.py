@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..library import DeepLoRA, LowRankRun
 from ..lowrank.init import generator_for
 from ..runtime.errors import UserError
+from .digits import load_digits
 
 TARGETS = ("query", "key", "value", "out", "up", "down")
 SIDE, CLASSES = 8, 10
@@ -68,13 +69,7 @@ class Data:
 
 def load_data(seed: int) -> Data:
     """Divide the 1,797 images at random: 797, 300, 200 and 500."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("deep-lora needs the digits of scikit-learn; write pip install scikit-learn peft") from None
-    digits = load_digits()
-    images = torch.tensor(digits.images / 8 - 1, dtype=torch.float64)
-    labels = torch.tensor(digits.target)
+    images, labels = load_digits()
     order = torch.randperm(len(labels), generator=generator_for(seed, "deep-lora", "data"))
     images, labels = images[order], labels[order]
     turned = images.rot90(dims=(1, 2)).contiguous()

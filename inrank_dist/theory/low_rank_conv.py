@@ -23,7 +23,7 @@ from ..lowrank.init import generator_for, start_factors
 from ..lowrank.kinds import matrix_shape
 from ..lowrank.layer import LowRankLayer
 from ..report.plot import Line, Plot
-from ..runtime.errors import UserError
+from .digits import load_digits
 from .experiment import Cell, Claim, Experiment, Progress, Result, Table
 
 TARGETS = (r"blocks\.\d+\.(first|second|shortcut)$",)
@@ -112,18 +112,10 @@ class WideResNet(nn.Module):
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    """The digits of scikit-learn: images ``(1797, 1, 8, 8)`` from -1 to 1, and labels, in an order of no meaning.
-
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("the digits are those of scikit-learn, which is not here; pip install scikit-learn") from None
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(data.images)[order, None] / 8 - 1, torch.tensor(data.target)[order]
+    """The digits of scikit-learn: images ``(1797, 1, 8, 8)`` and labels, in random order."""
+    images, labels = load_digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    return images[order, None], labels[order]
 
 
 def make_network(settings: Settings, init: str | None, budget: float, seed: int) -> nn.Module:
