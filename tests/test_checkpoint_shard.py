@@ -87,16 +87,17 @@ def test_a_process_without_rows_writes_no_file_but_fetches(tmp_path: Path) -> No
 
 
 MEASURED = """
-import resource, sys, torch
+import sys, torch
 from pathlib import Path
 from inrank_dist.engine.checkpointable import SavedRows
 from inrank_dist.train.checkpoint.shard import stage, write_shard
+from inrank_dist.train.memory import peak_resident_bytes
 
 MIB, COUNT, ROWS = 2**20, 12, 2048
 tensors = [torch.ones(ROWS, 1024) for _ in range(COUNT)]  # 8 MiB each
 rows = [SavedRows(str(i), t.shape, t.dtype, 0, ROWS, t.clone) for i, t in enumerate(tensors)]
 write_shard(Path(sys.argv[1]), 0, rows[:2])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+peak = lambda: peak_resident_bytes() / MIB
 before = peak()
 write_shard(Path(sys.argv[1]), 1, rows)
 sync = peak() - before

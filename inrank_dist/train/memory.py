@@ -42,7 +42,15 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def peak_resident_bytes() -> int:
-    """Return the peak resident set size of this process in bytes."""
+    """Return the peak resident set size of this process in bytes.
+
+    Linux carries ``ru_maxrss`` over from the process that started this one, so it is only used elsewhere.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
