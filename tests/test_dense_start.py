@@ -49,9 +49,16 @@ def test_saved_on_two_processes_it_goes_on_with_three(corpus: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("engine", "world_size"),
-    [slow("local", 1), slow("ddp", 2), slow("fsdp", 2), slow("zero1", 2), nightly("zero0", 2), slow("zero2", 2),
-     slow("zero3", 2)],
-)  # fmt: skip
+    [
+        slow("local", 1),
+        slow("ddp", 2),
+        slow("fsdp", 2),
+        slow("zero1", 2),
+        slow("zero3", 2),
+        nightly("zero0", 2),
+        nightly("zero2", 2),
+    ],
+)
 def test_every_engine_factors_grows_freezes_and_resumes(
     corpus: Path, tmp_path: Path, pool: Pool, engine: str, world_size: int
 ) -> None:

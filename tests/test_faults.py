@@ -164,7 +164,7 @@ def chained_fault(step: int, folder: Path) -> Fault:
     ("engine", "steps"),
     [
         slow("fsdp", (1, 2, 3, 6, 9, 12, 15, 20, 24, 27, 30, 35)),  # each phase at least once
-        slow("zero2", (5, 12, 21, 30)),
+        nightly("zero2", (5, 12, 21, 30)),
         nightly("fsdp", range(1, STEPS)),
         nightly("zero3", (6, 15, 20, 24)),
     ],
