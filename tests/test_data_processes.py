@@ -22,6 +22,7 @@ from forked import CONTEXT
 from inrank_dist.data import DataSettings, TokenizerSettings, prepare
 from inrank_dist.runtime import files
 from inrank_dist.runtime.errors import UserError
+from inrank_dist.runtime.progress import SWITCH
 from inrank_dist.runtime.lock import Lock
 
 WORLD_SIZE = 3
@@ -34,6 +35,7 @@ def prepare_small(cache: Path, vocab_size: int) -> Any:
 
 def one_process(barrier: Barrier, answers: Queue, root: Path) -> None:
     """Twice all start together: data that can be prepared, and data that cannot."""
+    os.environ.pop(SWITCH, None)  # progress is off in tests
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
