@@ -22,8 +22,8 @@ from forked import CONTEXT
 from inrank_dist.data import DataSettings, TokenizerSettings, prepare
 from inrank_dist.runtime import files
 from inrank_dist.runtime.errors import UserError
-from inrank_dist.runtime.progress import SWITCH
 from inrank_dist.runtime.lock import Lock
+from inrank_dist.runtime.progress import SWITCH
 
 WORLD_SIZE = 3
 pytestmark = pytest.mark.xdist_group("faults")  # beside the others whose processes are forked
