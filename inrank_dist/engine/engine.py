@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..lowrank.convert import Layout
 from ..lowrank.cores import product_gradients
 from ..lowrank.division import Processes
-from ..lowrank.layer import set_activation, set_fused
+from ..lowrank.layer import core_index, set_activation, set_fused
 from ..lowrank.spectrum import Factors, gram_matrices
 from ..models import LanguageModel
 from ..optim import (
@@ -297,7 +297,7 @@ class Engine(CheckpointableModel):
                 name = f"{layer}.{leaf}"
                 if not parameters[name].requires_grad:
                     continue
-                if leaf not in ("U", "V"):
+                if core_index(leaf):
                     gradient = gradient[slice(*self._placements[name].rows(len(gradient)))].to(held.U.dtype)
                 yield name, gradient
 

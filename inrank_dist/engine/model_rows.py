@@ -1,6 +1,6 @@
 """Access to this process's rows of the parameters and the optimizer state."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -92,27 +92,25 @@ class ModelRows:
 
         Communication: one all-reduce of ``8 R^2`` bytes per core; none if no layer is deep.
         """
-        rows = {layer: self.counted(layer, held) for layer, held in self.held_rows(self.layout).items()}
-        cores = self._whole_cores()
-        return {layer: replace(each, cores=tuple(cores.get(layer, {}).values())) for layer, each in rows.items()}
-
-    def _whole_cores(self) -> dict[str, dict[str, Tensor]]:
-        """Return the whole cores of each deep layer by name, float64. All processes must call it together."""
-        deep = {layer: core_names(each.depth) for layer, each in self.layout.items() if each.depth > 2}
+        names = [(layer, f"{layer}.{core}") for layer, each in self.layout.items() for core in core_names(each.depth)]
         parameters = self.parameters()
-        names = [f"{layer}.{core}" for layer, cores in deep.items() for core in cores]
-        whole = dict(zip(names, self._gathered({name: self._local(parameters[name]) for name in names}), strict=True))
-        return {layer: {core: whole[f"{layer}.{core}"] for core in cores} for layer, cores in deep.items()}
+        whole = self._gathered([(name, self._local(parameters[name])) for _, name in names])
+        cores: dict[str, tuple[Tensor, ...]] = {}
+        for (layer, _), core in zip(names, whole, strict=True):
+            cores[layer] = (*cores.get(layer, ()), core)
+        return {
+            layer: replace(self.counted(layer, held), cores=cores.get(layer, ()))
+            for layer, held in self.held_rows(self.layout).items()
+        }
 
-    def _gathered(self, held: Mapping[str, Tensor], names: Sequence[str] | None = None) -> list[Tensor]:
-        """Return square tensors, float64, given this process's rows of them, with one all-reduce of all.
+    def _gathered(self, held: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """Return square tensors, float64, with one all-reduce of all. All processes must call it together.
 
         Args:
-            held: this process's rows by name.
-            names: the parameters with the same placements, in the same order. Default: the names of ``held``.
+            held: for each tensor, the name of a parameter with the same placement, and this process's rows.
         """
         parts = []
-        for name, rows in zip(names or held, held.values(), strict=True):
+        for name, rows in held:
             placement, size = self._placements[name], rows.shape[1]
             part = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
             part[slice(*placement.counted_rows(size))] = placement.counted(rows, size).double()

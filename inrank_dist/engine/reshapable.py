@@ -222,7 +222,7 @@ class ReshapableModel(ModelRows):
             if not moments[name]:
                 continue
             step, betas = self._step_and_betas(extras[name])
-            gathered = self._gathered(moments[name], [name] * len(moments[name]))
+            gathered = self._gathered((name, moment) for moment in moments[name].values())
             whole_moments = {key: each.to(like.dtype) for key, each in zip(moments[name], gathered, strict=True)}
             mapped = map_moments(event, core, whole_moments, step=step, betas=betas, rule=self.moments_on_event)
             moments[name] = {key: each[rows].clone() for key, each in mapped.items()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layer import core_names
 from .spectrum import FactorRows, Factors, Grams
 
 SMALLEST = 1e-6
@@ -88,7 +89,7 @@ def product_gradients(rows: Factors, grams: Grams) -> dict[str, Tensor]:
         of_cores.insert(0, after.T @ grams.U @ whole @ grams.V @ before.T)
         after = after @ core.double()
     found = {"U": U @ of_U.to(U.dtype), "V": V @ of_V.to(V.dtype)}
-    return found | {f"C{j}": gradient for j, gradient in enumerate(of_cores, start=1)}
+    return found | dict(zip(core_names(len(of_cores) + 2), of_cores, strict=True))
 
 
 @dataclass(frozen=True)

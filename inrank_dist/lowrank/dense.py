@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .division import Processes
+from .division import Processes, whole_matrix
 from .event import RankEvent
 from .spectrum import identity_rows
 
@@ -49,11 +49,7 @@ def dense_columns(
         shape: ``(out, in)`` of the layer.
         processes: the processes that hold rows.
     """
-    weight = rows.detach()
-    if processes.count > 1:
-        weight = rows.new_zeros(shape)
-        weight[slice(*out)] = rows.detach()
-        processes.sum(weight)
+    weight = whole_matrix(rows.detach(), out[0], shape, processes)
     return DenseColumns(weight[:, slice(*in_)].T.contiguous(), *out)
 
 

@@ -51,6 +51,25 @@ def sum_over_processes(tensors: list[Tensor], all_reduce: AllReduce) -> list[Ten
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def whole_matrix(rows: Tensor, first: int, shape: tuple[int, int], processes: Processes) -> Tensor:
+    """Return a whole matrix of which each process passes some rows; they are the result if there is only one process.
+
+    Communication: one all-reduce of the bytes of the matrix if there are several processes.
+
+    Args:
+        rows: ``(rows, columns)``. Each row is passed by exactly one process.
+        first: the first of them.
+        shape: of the matrix.
+        processes: the processes that hold rows.
+    """
+    if processes.count == 1:
+        return rows
+    whole = rows.new_zeros(shape)
+    whole[first : first + len(rows)] = rows
+    processes.sum(whole)
+    return whole
+
+
 def assign_owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """Assign each problem to the process rank that solves it.
 

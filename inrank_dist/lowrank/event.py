@@ -169,8 +169,8 @@ def orthogonalise(
         values, vectors = torch.linalg.eigh(gram - shadow.T @ shadow)
         floor = torch.finfo(values.dtype).eps * float(gram.diagonal().max())  # rounding can make eigenvalues negative
         from_new = (vectors / values.clamp_min(floor).sqrt()).flip(1)
-        gram = spectra.grams[name].V
-        lengths = torch.stack([(each * (gram @ each)).sum(0) for each in _across(events[name])])
+        of_V = spectra.grams[name].V
+        lengths = torch.stack([(each * (of_V @ each)).sum(0) for each in _across(events[name])])
         return [-basis @ shadow @ from_new, from_new, lengths]
 
     shapes = {

@@ -15,9 +15,14 @@ def core_names(depth: int) -> list[str]:
     return [f"C{index}" for index in range(1, depth - 1)]
 
 
+def core_index(leaf: str) -> int:
+    """Return ``j`` if the name of a parameter in its layer is that of the core ``C_j``, otherwise 0."""
+    return int(leaf[1:]) if leaf[:1] == "C" and leaf[1:].isdecimal() else 0
+
+
 def is_factor(leaf: str) -> bool:
     """Return whether the name of a parameter in its layer is that of a factor: ``U``, ``V`` or a core."""
-    return leaf in ("U", "V") or (leaf[:1] == "C" and leaf[1:].isdecimal())
+    return leaf in ("U", "V") or core_index(leaf) > 0
 
 
 class LowRankLayer(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .division import Processes, assign_owners, solve_once
+from .division import Processes, assign_owners, solve_once, whole_matrix
 from .spectrum import dense_singular_values, gram_of_rows, singular_values_of_gram
 
 #: Singular values up to this index are recorded one by one, and a quarter of an octave apart above it.
@@ -51,11 +51,7 @@ def weight_spectra(
             if is_owner:
                 solved[name] = singular_values_of_gram(gram)
             continue
-        weight = held
-        if processes.count > 1:
-            weight = held.new_zeros(shape)
-            weight[first : first + len(held)] = held
-            processes.sum(weight)
+        weight = whole_matrix(held, first, shape, processes)
         if is_owner:
             start = 0 if initial is None else initial(name).to(weight.device, torch.float64)
             solved[name] = dense_singular_values(weight.double() - start)

@@ -13,7 +13,7 @@ from ..lowrank.convert import LayerLayout, Layout, find_targets
 from ..lowrank.division import assign_owners
 from ..lowrank.init import deepened, generator_for, start_base, start_factors
 from ..lowrank.kinds import matrix_shape
-from ..lowrank.layer import is_factor
+from ..lowrank.layer import core_index, is_factor
 from ..lowrank.spectrum import Factors
 from ..lowrank.truncate import truncated_weight
 from ..models.values import InitialValues
@@ -156,8 +156,8 @@ class StartValues:
             generator = generator_for(self.seed, layer, "base")
             return start_base(*self.shapes[layer], self.settings.init, self.std(layer), generator)
         if layer in self.shapes and is_factor(leaf):
-            factors = self.factors(layer)
-            return factors.cores[int(leaf[1:]) - 1] if leaf not in ("U", "V") else getattr(factors, leaf)
+            factors, index = self.factors(layer), core_index(leaf)
+            return factors.cores[index - 1] if index else getattr(factors, leaf)
         return self.dense.parameter(name)
 
     def cut_loaded(self, context: Context) -> None:

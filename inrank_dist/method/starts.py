@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def finds_ranks(settings: LowRankSettings) -> bool:
-    """Whether the dense weights determine the ranks of mode fixed after the dense steps."""
+    """Return whether the dense weights determine the ranks of mode fixed after the dense steps."""
     if settings.mode != "fixed" or not settings.dense_fraction or settings.initial_budget is not None:
         return False
     return settings.dense_until == "stable_rank" or settings.initial_energy is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..lowrank.cores import map_core_first_moment, map_core_second_moment
 from ..lowrank.division import AllReduce, sum_over_processes
 from ..lowrank.event import RankEvent, fresh_share, map_first_moment, map_second_moment
+from ..lowrank.layer import core_index
 from ..runtime.errors import UserError
 from .groups import Role
 from .settings import MomentRule, OptimizerSettings
@@ -100,7 +101,7 @@ def map_moments(
     if rule != "transport":
         kept = min(next(iter(moments.values())).shape[1], event.modes) if rule == "slice" else 0
         more = event.modes - kept
-        if factor not in ("U", "V"):
+        if core_index(factor):
             return {name: torch.nn.functional.pad(m[:kept, :kept], (0, more, 0, more)) for name, m in moments.items()}
         return {name: torch.nn.functional.pad(moment[:, :kept], (0, more)) for name, moment in moments.items()}
     return {name: STATE_MAPS[name](event, factor, name, moments, step, betas) for name in moments}
@@ -109,9 +110,9 @@ def map_moments(
 def _first(
     event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
 ) -> Tensor:
-    if factor not in ("U", "V"):
+    if index := core_index(factor):
         assert event.cores is not None
-        return map_core_first_moment(event.cores, int(factor[1:]), event.fresh, moments[name])
+        return map_core_first_moment(event.cores, index, event.fresh, moments[name])
     return map_first_moment(event, moments[name], event.gradient_map(factor))
 
 
@@ -119,11 +120,11 @@ def _second(
     event: RankEvent, factor: str, name: str, moments: Mapping[str, Tensor], step: float, betas: tuple[float, float]
 ) -> Tensor:
     first, second = moments["exp_avg"], moments[name]
-    if factor not in ("U", "V"):
+    if index := core_index(factor):
         assert event.cores is not None
         corrections = [1 - beta**step for beta in betas]
         means = (first.double() / corrections[0], second.double() / corrections[1])
-        mapped = map_core_second_moment(event.cores, int(factor[1:]), event.fresh, *means, fresh_share(betas))
+        mapped = map_core_second_moment(event.cores, index, event.fresh, *means, fresh_share(betas))
         return (mapped * corrections[1]).to(second.dtype)
     return map_second_moment(event, first, second, factor, step=step, betas=betas)
 

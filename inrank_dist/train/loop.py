@@ -182,7 +182,6 @@ class Trainer:
         batches = [(batch.inputs, batch.targets) for batch in self.loader.next_batch()]
         self.flops.count(self._tokens_per_step)
         if self.step == 0:
-            self.ranks.before_step(0)
             self.ranks.start(partial(self.engine.factor_gradients, batches, self._tokens_per_step))
         verdict, rate = self._update(batches)
         self.step += 1
