@@ -12,13 +12,12 @@ from . import sections
 from .chart import Charts
 from .control import control_sentence
 from .curves import dynamics_figures, loss_figure, rank_figures, threshold_of
+from .dense import update_figures, weight_figures
 from .history import History
 from .reading import mode_of, reading
 from .run import Run, read_run, write_page
 from .style import page
 from .timeline import timeline
-from .updates import update_figures
-from .weights import weight_figures
 
 
 def write_report(run_folder: Path, report: Path | None = None) -> Path:
@@ -69,8 +68,7 @@ def _header(name: str, history: History, settings: dict[str, Any]) -> str:
     )
     facts = [str(start.get("model", "")), f"mode {mode_of(history, settings)}"]
     facts += [f"seed {history.first('seed')}"] if history.first("seed") is not None else []
-    planned = number(start.get("steps"))
-    goal = f" of {planned:,.0f}" if planned and not history.ended else ""
+    goal = "" if history.ended else history.goal
     facts += [f"{history.last_step:,}{goal} steps", f"{amount(history.tokens)} tokens"]
     world = number(history.first("world_size"))
     machine = [plural(int(world), "process")] if world else []

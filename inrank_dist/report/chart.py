@@ -116,10 +116,13 @@ class Charts:
         self._charts: list[dict[str, Any]] = []
         self._more: dict[str, list[Any]] = {}
 
-    def controls(self) -> str:
+    def controls(self, *, events: bool = True) -> str:
         """Buttons that choose the x axis of all plots over training, and the legend of the events in them.
 
         May be placed at several points of a page, such as below the headings of its sections.
+
+        Args:
+            events: whether to show the legend of the events.
         """
         known = [axis for axis in AXES if any(axis in run.axes for run in self._runs)]
         buttons = "".join(
@@ -128,8 +131,8 @@ class Charts:
             for axis in known
         )
         choice = f'<div class="choice" role="group" aria-label="x axis">{buttons}</div>' if len(known) > 1 else ""
-        events = {mark.label: mark for run in self._runs for mark in run.marks}
-        legend = "".join(key(mark.label, mark.colour, mark.dash, upright=True) for mark in events.values())
+        marks = {mark.label: mark for run in self._runs for mark in run.marks} if events else {}
+        legend = "".join(key(mark.label, mark.colour, mark.dash, upright=True) for mark in marks.values())
         legend = f'<span class="legend">{legend}</span>' if legend else ""
         return f'<div class="controls">{choice}{legend}</div>' if choice or legend else ""
 

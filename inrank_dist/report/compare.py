@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..train.monitors.text import amount, duration, fixed, number, operations, plural, size
+from ..train.monitors.text import amount, duration, fixed, operations, plural, size
 from .chart import COLOURS, Chart, Charts, Line
 from .comparison import Comparison, Group, Member, readable
-from .curves import memory_lines
+from .curves import memory_points, scaled
 from .history import History, Points
 from .plot import smoothed
 from .run import write_page
@@ -53,13 +53,13 @@ Figure = tuple[str, Callable[[Member], float | None], Callable[[float | None], s
 
 FIGURES: list[Figure] = [
     ("validation loss", lambda member: member.loss, lambda value: fixed(value, 4)),
-    ("bits per byte", lambda member: member.bits_per_byte, lambda value: fixed(value, 4)),
+    ("bits per byte", lambda member: member.history.bits_per_byte, lambda value: fixed(value, 4)),
     ("parameters", lambda member: member.history.parameters, amount),
     ("rank", lambda member: member.rank, lambda value: fixed(value, 1)),
     ("null rank", lambda member: member.null_rank, lambda value: fixed(value, 1)),
     ("tokens", lambda member: member.history.tokens, amount),
-    ("FLOPs", lambda member: member.end("flops"), operations),
-    ("time", lambda member: member.end("seconds"), duration),
+    ("FLOPs", lambda member: member.history.at_end("flops"), operations),
+    ("time", lambda member: member.history.at_end("seconds"), duration),
     ("memory", lambda member: member.memory, size),
 ]
 """Heading, figure of a run, and how it is written."""
@@ -105,6 +105,7 @@ def _page(comparison: Comparison) -> str:
     runs = plural(len(comparison.members), "run")
     notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes())
     charts = Charts([member.timeline for member in comparison.members])
+    choice = charts.controls(events=False)  # those of many runs would fill the plots
     figures = [_figure(charts, comparison, index) for index in range(len(CURVES))]
     body = [
         STYLE,
@@ -112,20 +113,12 @@ def _page(comparison: Comparison) -> str:
         f'<h2>Before comparing</h2><div class="reading"><ul>{notes}</ul></div>' if notes else "",
         f"<h2>At the end</h2>{_final_table(comparison)}",
         _equal_costs(comparison),
-        f'<h2>Over training</h2>{_axis_choice(charts)}{figures[0]}<div class="pair">{"".join(figures[1:])}</div>',
+        f'<h2>Over training</h2>{choice}{figures[0]}<div class="pair">{"".join(figures[1:])}</div>',
         _differences(comparison),
         f"<h2>Runs</h2>{_run_table(comparison)}",
         charts.script(),
     ]
     return page(escape(title), body)
-
-
-def _axis_choice(charts: Charts) -> str:
-    """The x axis only: the events of many runs would fill the plots."""
-    controls = charts.controls()
-    return (
-        controls.partition('<span class="legend">')[0] + "</div>" if '<span class="legend">' in controls else controls
-    )
 
 
 def _figure(charts: Charts, comparison: Comparison, index: int) -> str:
@@ -185,9 +178,8 @@ def _smooth(points: Points) -> Points:
 
 
 def _memory(history: History) -> Points:
-    lines, unit = memory_lines(history)
-    scale = 1024 if unit.startswith("GiB") else 1
-    return [(step, None if value is None else value * scale) for step, value in lines[0].points] if lines else []
+    points, _ = memory_points(history)
+    return scaled(points, 2**20)
 
 
 def _means(group: Group, figure: Figure) -> tuple[str, str]:
@@ -282,8 +274,6 @@ def _run_table(comparison: Comparison) -> str:
 def state_of(member: Member) -> str:
     """How far a run is, in words."""
     history = member.history
-    planned = number(history.start.get("steps"))
-    goal = f" of {planned:,.0f}" if planned else ""
-    state = "finished" if history.ended else f"not finished, step {history.last_step:,}{goal}"
+    state = "finished" if history.ended else f"not finished, step {history.last_step:,}{history.goal}"
     times = len(history.resumes)
     return state + (f", resumed {'once' if times == 1 else f'{times} times'}" if times else "")

@@ -20,7 +20,7 @@ from ..runtime.progress import counted
 from ..runtime.yaml_text import shown
 from ..train.monitors.ranks import mean
 from ..train.monitors.text import number
-from .history import History, last
+from .history import History
 from .run import Run, read_run
 from .timeline import Timeline, timeline
 
@@ -67,20 +67,10 @@ class Member:
     def seed(self) -> str:
         return self.settings.get("run.seed", shown(self.history.first("seed")))
 
-    def end(self, key: str) -> float | None:
-        """A figure at the end of the records: that of the summary, or else the last one of a step."""
-        value = number(self.history.summary.get(key))
-        return value if value is not None else last(self.history.curve(key))
-
     @property
     def loss(self) -> float | None:
         """Validation loss, nats per token."""
         return self.history.validation_loss
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        value = number(self.history.summary.get("bits_per_byte"))
-        return value if value is not None else last(self.history.eval_curve("bits_per_byte"))
 
     @property
     def memory(self) -> float | None:
@@ -258,7 +248,7 @@ def _other_data(members: Sequence[Member]) -> list[str]:
     _, *others = sorted(kinds.values(), key=len, reverse=True)
     apart = [member for each in others for member in each]
     text = f"{_names(apart)}: other data, tokenizer or block length than the others, so the losses are not comparable"
-    if all(member.bits_per_byte is not None for member in members):
+    if all(member.history.bits_per_byte is not None for member in members):
         text += "; bits per byte are, if the validation text is the same"
     return [f"{text}."]
 
@@ -267,9 +257,7 @@ def _unfinished(members: Sequence[Member]) -> list[str]:
     found = []
     for member in members:
         if not member.ended:
-            planned = number(member.history.start.get("steps"))
-            goal = f" of {planned:,.0f}" if planned else ""
-            found.append(f"{member.label} at step {member.history.last_step:,}{goal}")
+            found.append(f"{member.label} at step {member.history.last_step:,}{member.history.goal}")
     if not found:
         return []
     names = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")

@@ -68,16 +68,28 @@ def dynamics_figures(charts: Charts, history: History) -> str:
     return f'<div class="pair">{figures}</div>' if figures else ""
 
 
-def memory_lines(history: History, run: int = 0) -> tuple[list[Line], str]:
-    """The memory of process 0 over the steps, and the unit."""
+def memory_points(history: History) -> tuple[Points, str]:
+    """The memory of process 0 over the steps in bytes, and what was measured; empty if nothing was."""
     for key, what in MEMORY:
         points = history.curve(key)
-        most = max((value for _, value in points if value is not None), default=0.0)
-        if most:
-            scale, name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
-            scaled: Points = [(step, None if value is None else value / scale) for step, value in points]
-            return [Line(label=what, points=scaled, run=run, width=1.2)], f"{name}, {what}"
+        if any(value for _, value in points):
+            return points, what
     return [], ""
+
+
+def memory_lines(history: History, run: int = 0) -> tuple[list[Line], str]:
+    """The memory of process 0 over the steps, and the unit."""
+    points, what = memory_points(history)
+    if not points:
+        return [], ""
+    most = max(value for _, value in points if value is not None)
+    unit, name = (2**30, "GiB") if most >= 2**30 else (2**20, "MiB")
+    return [Line(label=what, points=scaled(points, unit), run=run, width=1.2)], f"{name}, {what}"
+
+
+def scaled(points: Points, unit: float) -> Points:
+    """Points with their values in multiples of a unit."""
+    return [(step, None if value is None else value / unit) for step, value in points]
 
 
 def rank_figures(charts: Charts, history: History, threshold: float | None) -> str:

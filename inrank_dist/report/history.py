@@ -168,6 +168,12 @@ class History:
         """``key`` at every evaluation; None where it is missing or not finite."""
         return [(record["step"], number(record.get(key))) for record in self.evals]
 
+    def at_end(self, key: str, points: Points | None = None) -> float | None:
+        """``key`` at the end of the records: that of the summary, or else the last of ``points``, by default
+        ``curve(key)``."""
+        value = number(self.summary.get(key))
+        return value if value is not None else last(self.curve(key) if points is None else points)
+
     def first(self, key: str) -> Any:
         """``key`` from the summary, or else from the start record, or None."""
         return self.summary.get(key, self.start.get(key))
@@ -177,6 +183,12 @@ class History:
         """The last step in the records; 0 if there is none."""
         ends = [record["step"] for record in (*self.steps[-1:], *self.evals[-1:])]
         return int(max([*ends, number(self.summary.get("step")) or 0]))
+
+    @property
+    def goal(self) -> str:
+        """Of how many steps the run is, as ``" of 400"``; empty if unknown."""
+        planned = number(self.start.get("steps"))
+        return f" of {planned:,.0f}" if planned else ""
 
     @property
     def start_rank(self) -> float | None:
@@ -202,20 +214,17 @@ class History:
     @property
     def validation_loss(self) -> float | None:
         """The last validation loss, in nats per token."""
-        value = number(self.summary.get("validation_loss"))
-        return value if value is not None else last(self.eval_curve("loss"))
+        return self.at_end("validation_loss", self.eval_curve("loss"))
 
     @property
     def perplexity(self) -> float | None:
         """The last validation perplexity."""
-        value = number(self.summary.get("perplexity"))
-        return value if value is not None else last(self.eval_curve("perplexity"))
+        return self.at_end("perplexity", self.eval_curve("perplexity"))
 
     @property
     def bits_per_byte(self) -> float | None:
         """The last bits per byte of the validation; None if the bytes of its text are unknown."""
-        value = number(self.summary.get("bits_per_byte"))
-        return value if value is not None else last(self.eval_curve("bits_per_byte"))
+        return self.at_end("bits_per_byte", self.eval_curve("bits_per_byte"))
 
     @property
     def train_loss(self) -> float | None:
@@ -227,8 +236,7 @@ class History:
     @property
     def parameters(self) -> float | None:
         """Number of parameters at the end of the records."""
-        value = number(self.summary.get("parameters"))
-        return value if value is not None else last(self.curve("parameters"))
+        return self.at_end("parameters")
 
     @property
     def parameters_start(self) -> float | None:
@@ -238,8 +246,7 @@ class History:
     @property
     def tokens(self) -> float | None:
         """Total number of training tokens."""
-        value = number(self.summary.get("tokens"))
-        return value if value is not None else last(self.curve("tokens"))
+        return self.at_end("tokens")
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -35,9 +35,7 @@ def mode_of(history: History, settings: dict[str, Any]) -> str:
 def _end(history: History) -> str:
     if history.ended:
         return ""
-    planned = number(history.start.get("steps"))
-    goal = f" of {planned:,.0f}" if planned else ""
-    return f"The run has not finished: the records end at step {history.last_step:,}{goal}, without a summary."
+    return f"The run has not finished: the records end at step {history.last_step:,}{history.goal}, without a summary."
 
 
 def _loss(history: History) -> str:
