@@ -19,6 +19,12 @@ COMMANDS = ("chromium", "chromium-browser", "google-chrome")
 
 TIMEOUT = 60.0
 
+PAPER = 718
+"""Width of an A4 page without its margins, in CSS pixels."""
+
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
+"""JavaScript that returns what overlaps, is cut or is empty in a page."""
+
 
 class Browser:
     """One page of a headless Chromium. Console messages and errors are collected in ``errors``.

@@ -6,58 +6,24 @@ from typing import Any
 
 import torch
 from library_checks import shard
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import inrank_dist as inrank
 from inrank_dist.method.settings import LowRankSettings
 from inrank_dist.runtime.context import Context
+from inrank_dist.theory import low_rank_conv
+from inrank_dist.theory.low_rank_conv import WideResNet
 
 BATCH, HELD_OUT = 64, 357
 TARGETS = [r"blocks\.\d+\.(first|second|shortcut)$"]
 
 
-class Block(nn.Module):
-    """Of a Wide-ResNet (arXiv 1605.07146): two pre-activated 3 x 3 convolutions and a shortcut, 1 x 1 where the shape
-    changes."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.first = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.second = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = self.norm1(x).relu()
-        kept = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(active)
-        return kept + self.second(self.norm2(self.first(active)).relu())
-
-
-class WideResNet(nn.Module):
-    """8 x 8 pixels to ten digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.blocks = nn.ModuleList([Block(16, 16, 1), Block(16, 32, 2), Block(32, 32, 1)])
-        self.norm, self.head = nn.BatchNorm2d(32), nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x).relu().mean((2, 3)))
-
-
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """Images ``(n, 1, 8, 8)`` and labels, in an order of no meaning."""
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(data.images, dtype=torch.float32)[order, None] / 8 - 1
-    return images, torch.tensor(data.target)[order]
+    images, labels = low_rank_conv.digits()
+    return images.float(), labels
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +34,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def make_run(method: LowRankSettings, steps: int, world_size: int = 1) -> inrank.LowRankRun:
     return inrank.LowRankRun(
-        WideResNet,
+        lambda: WideResNet(((16, 1), (32, 2))),
         method,
         lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.01),
         parallelize=partial(shard, world_size=world_size) if world_size > 1 else None,

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser
+from browser import CHECKS, PAPER, Browser
 from test_compare import HOSTILE, make_run, unfinish
 
 from inrank_dist.report.compare import write_comparison
 from inrank_dist.report.comparison import Comparison
 
 pytestmark = pytest.mark.slow
-
-PAPER = 718
-"""Width of an A4 page without its margins, in CSS pixels."""
-
-CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser
+from browser import CHECKS, PAPER, Browser
 from report_runs import HOSTILE, write_run
 from runs import small_config
 
@@ -17,18 +16,7 @@ from inrank_dist.report import write_report
 pytestmark = pytest.mark.slow
 
 WIDTHS = (390, 800, 1400)
-PAPER = 718
-"""Width of an A4 page without its margins, in CSS pixels."""
-
-CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 TEXT = "document.querySelector('{}').innerText"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ of the package ``peft``. Deep LoRA and its compressed form are ``inrank_dist.Dee
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from ..lowrank.init import generator_for
 from ..report.plot import Line, Plot
@@ -153,18 +154,10 @@ def _of(outcomes: list[Outcome], **wanted: object) -> list[float]:
     return [o.accuracy for o in outcomes if all(getattr(o, key) == value for key, value in wanted.items())]
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _range(values: list[float]) -> str:
-    return f"{_mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
 def _claims(settings: Settings, outcomes: list[Outcome], before: list[float]) -> list[Claim]:
     reference = outcomes[0].parameters
     most = max(settings.examples)
-    ours, theirs = ([_mean(_of(outcomes, variant=name, examples=n)) for n in settings.examples] for name in NAMES[:2])
+    ours, theirs = ([fmean(_of(outcomes, variant=name, examples=n)) for n in settings.examples] for name in NAMES[:2])
     return [
         Claim(
             name="equal_parameters",
@@ -199,7 +192,7 @@ def _table(outcomes: list[Outcome], rates: dict[tuple[str, int], float]) -> Tabl
     for name, examples in rates:
         values = _of(outcomes, variant=name, examples=examples)
         parameters = next(o.parameters for o in outcomes if o.variant == name)
-        rows.append([name, parameters, examples, rates[name, examples], _mean(values), min(values), max(values)])
+        rows.append([name, parameters, examples, rates[name, examples], fmean(values), min(values), max(values)])
     columns = ["method", "trained parameters", "examples", "rate", "accuracy", "lowest", "highest"]
     return Table(title="Accuracy on turned images at equal parameters", columns=columns, rows=rows)
 
@@ -209,7 +202,7 @@ def _sweep_table(settings: Settings, sweep: list[Outcome]) -> Table:
     for name, rank in dict.fromkeys((o.variant, o.rank) for o in sweep):
         values = _of(sweep, variant=name, rank=rank)
         parameters = next(o.parameters for o in sweep if (o.variant, o.rank) == (name, rank))
-        rows.append([name, rank, parameters, _mean(values), min(values), max(values)])
+        rows.append([name, rank, parameters, fmean(values), min(values), max(values)])
     columns = ["method", "rank", "trained parameters", "accuracy", "lowest", "highest"]
     return Table(title=f"Sweep of the rank, {settings.sweep_examples} examples", columns=columns, rows=rows)
 
@@ -220,7 +213,7 @@ def _plots(settings: Settings, outcomes: list[Outcome], sweep: list[Outcome]) ->
         for index, name in enumerate(NAMES):
             means = [_of(of, variant=name, **{key: place}) for place in places]
             if all(means):
-                points = curve(range(len(places)), map(_mean, means))
+                points = curve(range(len(places)), map(fmean, means))
                 found.append(Line(label=name, points=points, colour=f"--c{index}", width=2))
         return found
 
@@ -237,7 +230,7 @@ def _plots(settings: Settings, outcomes: list[Outcome], sweep: list[Outcome]) ->
 def _notes(settings: Settings, outcomes: list[Outcome], sweep: list[Outcome]) -> list[str]:
     def gain(name: str) -> str:
         each = [
-            _mean(_of(outcomes, variant=name, examples=n)) - _mean(_of(outcomes, variant=NAMES[0], examples=n))
+            fmean(_of(outcomes, variant=name, examples=n)) - fmean(_of(outcomes, variant=NAMES[0], examples=n))
             for n in settings.examples
         ]
         return ", ".join(f"{value:+.3f}" for value in each)
@@ -249,7 +242,7 @@ def _notes(settings: Settings, outcomes: list[Outcome], sweep: list[Outcome]) ->
     spread = {
         name: max(means) - min(means)
         for name in dict.fromkeys(o.variant for o in sweep)
-        for means in [[_mean(_of(sweep, variant=name, rank=rank)) for rank in settings.sweep]]
+        for means in [[fmean(_of(sweep, variant=name, rank=rank)) for rank in settings.sweep]]
     }
     return [
         f"{published} examples: " + "; ".join(f"{name}: {gain(name)}" for name in NAMES[2:]) + ".",
