@@ -325,6 +325,20 @@ def test_a_step_of_the_convolutions_is_that_of_sgd() -> None:
 
 
 @pytest.mark.slow
+def test_rates_of_convolutions_are_chosen_without_the_test_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the 60 training images is left out and decides."""
+    images, labels = low_rank_conv.digits()
+    expected = low_rank_conv.train(NARROW, "He, L2", 0.25, 1, 0.1, 0.01, validate=True).accuracies
+    assert all((15 * accuracy) % 1 == pytest.approx(0, abs=1e-9) for accuracy in expected)
+    for hidden in (slice(45, 60), slice(60, None)):
+        changed = labels.clone()
+        changed[hidden] = -1
+        monkeypatch.setattr(low_rank_conv, "digits", lambda changed=changed: (images, changed))
+        found = low_rank_conv.train(NARROW, "He, L2", 0.25, 1, 0.1, 0.01, validate=True).accuracies
+        assert found == ([0.0] * len(expected) if hidden.stop else expected)
+
+
+@pytest.mark.slow
 def test_convolutions_in_small() -> None:
     few: dict[str, Any] = {
         "rates": (0.1,),
