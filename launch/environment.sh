@@ -42,7 +42,7 @@ make_environment() {
 # Use the python3 on PATH if it has the required libraries, such as a cluster's own; else the project's .venv, created if needed.
 find_environment() {
     local root
-    python3 -c 'import filelock, numpy, rich, sentencepiece, torch, yaml' 2>/dev/null && return
+    python3 -c 'import datasets, filelock, numpy, psutil, pyarrow, rich, safetensors, sentencepiece, tensorboard, torch, yaml' 2>/dev/null && return
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     pushd "$root" >/dev/null || return
     make_environment "$1"

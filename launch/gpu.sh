@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmarks one GPU without downloading anything; designed to take at most 12 minutes. Each part writes its result when done.
+# Benchmarks one GPU without downloading anything; in about 12 minutes. Each part writes its result when done.
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
 #   parity  every engine, precision and mode against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json
@@ -52,8 +52,8 @@ part() { # NAME COMMAND ARGUMENTS...
 study() {
     local settings="run: {seed: 0}
 model: {name: gpt2, num_layers: 8, num_heads: 8, hidden_size: 512, max_seq_len: 512}
-train: {steps: 400, global_batch_size: 32, micro_batch_size: 32, precision: bf16}
-lowrank: {targets: [inner], interval: 20, warmup_steps: 120, initial_rank: 32, buffer: 32, multiple_of: 8}
+train: {steps: 250, global_batch_size: 32, micro_batch_size: 32, precision: bf16}
+lowrank: {targets: [inner], interval: 20, warmup_steps: 80, initial_rank: 32, buffer: 32, multiple_of: 8}
 tokenizer: {vocab_size: 8192}
 eval: {interval: 200, batches: 8, sample_tokens: 0}"
     local wide="model.hidden_size: 768, model.num_heads: 12" rank=128
@@ -112,7 +112,9 @@ for part in ${parts//,/ }; do
         parity)
             only=()
             [ -z "$toy" ] || only=(--only "local,fsdp,bf16")
-            part parity python3 -m inrank_dist bench parity --json "$out/parity.json" "${only[@]}"
+            workers=$(($(nproc) / 3))
+            [ "$workers" -lt 5 ] || workers=5
+            part parity python3 -m inrank_dist bench parity --workers "$((workers > 1 ? workers : 1))" --json "$out/parity.json" "${only[@]}"
             ;;
         speed)
             small=()

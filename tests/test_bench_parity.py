@@ -23,7 +23,7 @@ def test_what_computes_the_same_holds_and_what_does_not_is_named(
     other = Case("another schedule", {"schedule.warmup_steps": "3"})
     broken = Case("refused", {"train.global_batch_size": "9"})
     monkeypatch.setattr("inrank_dist.commands.bench_parity.CASES", (resumed, other, broken))
-    assert main(["bench", "parity", "--json", str(tmp_path / "parity.json")]) == 1
+    assert main(["bench", "parity", "--workers", "2", "--json", str(tmp_path / "parity.json")]) == 1
     out, err = capsys.readouterr()
     assert err == "error: does not compute the same as on the CPU: another schedule; refused\n"
     assert "refused: failed (error: train.global_batch_size is 9" in out
@@ -47,6 +47,7 @@ def test_mistakes(tmp_path: Path, fails: Fails) -> None:
         "bench", "parity", "--only", "nothing"
     )
     assert "--timeout is 0" in fails("bench", "parity", "--timeout", "0")
+    assert "--workers is 0" in fails("bench", "parity", "--workers", "0")
 
 
 def test_cases_have_names_of_their_own() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,10 @@ from runs import small_config, tensor_bytes, the_error
 from sharing import nightly, slow
 
 from inrank_dist.launcher import deepspeed
+from inrank_dist.launcher.agent import agent_class
+from inrank_dist.launcher.common import Outcome
 from inrank_dist.launcher.network import reachable
+from inrank_dist.launcher.torchrun_job import read_job
 from inrank_dist.runtime.signals import STOP_SIGNALS
 from inrank_dist.train.checkpoint import list_checkpoints
 
@@ -146,6 +150,19 @@ def test_a_killed_launcher_leaves_nobody(corpus: Path, tmp_path: Path) -> None:
     wait_until(lambda: not processes_of(tmp_path))
     assert "stopped; the same command goes on from there" in output.read_text()
     assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+def test_processes_have_time_to_save_with_every_release_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents of releases before 2.13 pass no timeout and wait for 30 s."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "180")
+    job = read_job(["train", "--config", "config.yaml"])
+    agent_type = agent_class(job, None, "", lambda statuses: 0, Outcome())
+    agent = agent_type.__new__(agent_type)
+    closed: list[tuple[object, ...]] = []
+    context = SimpleNamespace(close=lambda *arguments: closed.append(arguments))
+    vars(agent).update(_pcontext=context, _worker_watchdog=None, _health_check_server=None)
+    agent._shutdown(signal.SIGTERM)
+    assert closed[0] == (signal.SIGTERM, 180)
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +86,28 @@ def _engine(name: str, **more: str) -> dict[str, str]:
 _FULL = {"lowrank.mode": "full", "optimizer.name": "muon"}
 _FACTORS = {"optimizer.name": "lora_muon"}
 _CROSSING = {"model.layer_crossing": "true"}
+_DEEP = {"lowrank.depth": "3"}
+_DENSE_FIRST = {
+    "lowrank.mode": "fixed",
+    "lowrank.base": "none",
+    "lowrank.dense_fraction": "0.5",
+    "lowrank.dense_until": "stable_rank",
+    "lowrank.interval": "3",
+    "lowrank.track_weights": "5",
+}
+_DOCUMENTS = {
+    "model.mask_documents": "true",
+    "model.restart_positions": "true",
+    "data.document_separator": "learned",
+}
+_HF = {
+    "model.name": "hf",
+    "model.config": "{model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, "
+    "num_attention_heads: 2}",
+    "model.num_layers": "null",
+    "model.num_heads": "null",
+    "model.hidden_size": "null",
+}
 
 CASES = (
     Case("local"),
@@ -94,6 +118,12 @@ CASES = (
     Case("resumed", {"checkpoint.interval": "6"}, resumes=True),
     Case("checkpoints behind", {"checkpoint.interval": "5", "checkpoint.async": "true"}),
     Case("growth along the gradient", {"lowrank.growth_init": "gradient"}, {"lowrank.growth_init": "gradient"}),
+    Case("dense first, fsdp", {**_DENSE_FIRST, **_engine("fsdp")}, _DENSE_FIRST),
+    Case("depth 3, fsdp", {**_DEEP, **_engine("fsdp")}, _DEEP),
+    Case("depth 3, compiled", {**_DEEP, "train.compile": "true"}, _DEEP),
+    Case("documents apart", _DOCUMENTS, _DOCUMENTS),
+    Case("documents apart, compiled", {**_DOCUMENTS, "train.compile": "true"}, _DOCUMENTS),
+    Case("hf, fsdp", {**_HF, **_engine("fsdp")}, _HF),
     Case("muon, fsdp", {**_FULL, **_engine("fsdp")}, _FULL),
     Case("lora_muon, fsdp", {**_FACTORS, **_engine("fsdp")}, _FACTORS),
     Case("activation checkpointing", {"train.activation_checkpointing": "true"}),
@@ -137,28 +167,32 @@ class _Trace:
 
 
 class Bench:
-    """Runs cases one after another, in subprocesses.
+    """Runs cases in subprocesses.
 
     Args:
         folder: an empty folder for the runs.
         timeout: of each run, in seconds.
+        workers: number of runs at a time; they share the GPU.
     """
 
-    def __init__(self, folder: Path, timeout: float = 300.0) -> None:
-        self._folder, self._timeout = folder, timeout
+    def __init__(self, folder: Path, timeout: float = 300.0, workers: int = 1) -> None:
+        self._folder, self._timeout, self._workers = folder, timeout, workers
         self._references: dict[str, _Trace | str] = {}
+        self._locks: dict[str, threading.Lock] = {}
         write_corpus(folder / "corpus")
 
     def measure(self, cases: tuple[Case, ...]) -> Iterator[Parity]:
-        """Yield the result of each case when it is done."""
-        for case in counted(cases, "training", unit="cases"):
-            yield self._measure(case)
+        """Yield the results of the cases in their order, each as soon as it is known."""
+        self._locks = {_key(case): threading.Lock() for case in cases}
+        with ThreadPoolExecutor(self._workers) as pool:
+            yield from counted(pool.map(self._measure, cases), "training", len(cases), unit="cases")
 
     def _measure(self, case: Case) -> Parity:
-        key = json.dumps(dict(case.reference), sort_keys=True)
-        if key not in self._references:
-            name = f"cpu-{len(self._references)}"
-            self._references[key] = self._train(name, {**case.reference, "parallel.engine": "local"}, on_cpu=True)
+        key = _key(case)
+        with self._locks[key]:
+            if key not in self._references:
+                settings = {**case.reference, "parallel.engine": "local"}
+                self._references[key] = self._train(f"cpu-{list(self._locks).index(key)}", settings, on_cpu=True)
         reference = self._references[key]
         if isinstance(reference, str):
             return Parity(case, failure=f"on the CPU: {reference}")
@@ -185,7 +219,9 @@ class Bench:
         }
         file = self._folder / f"{name}.yaml"
         file.write_text(load_config(None, [f"--{key}={value}" for key, value in overrides.items()])[0].to_yaml())
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})}
+        threads = max((os.cpu_count() or 1) // self._workers, 1)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
         argv = [sys.executable, "-m", "inrank_dist.launcher.torchrun", "-n", "1", "train", "--config", str(file)]
         try:
             done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=self._timeout)
@@ -199,10 +235,19 @@ class Bench:
         return _Trace([record["loss"] for record in records if record["kind"] == "step"], ranks)
 
 
+def _key(case: Case) -> str:
+    """Cases with the same key have the same reference."""
+    return json.dumps(dict(case.reference), sort_keys=True)
+
+
 def is_supported(case: Case) -> bool:
-    """Whether this machine and installation support a case: some need a GPU, ZeRO needs DeepSpeed."""
-    zero = case.settings.get("parallel.engine", "").startswith("zero")
-    return (not case.gpu or torch.cuda.is_available()) and (not zero or find_spec("deepspeed") is not None)
+    """Whether this machine and installation support a case: some need a GPU, DeepSpeed or transformers."""
+    libraries = {
+        "deepspeed": case.settings.get("parallel.engine", "").startswith("zero"),
+        "transformers": case.settings.get("model.name") == "hf",
+    }
+    missing = [name for name, needed in libraries.items() if needed and find_spec(name) is None]
+    return (not case.gpu or torch.cuda.is_available()) and not missing
 
 
 def truncate(run: Path, step: int) -> None:

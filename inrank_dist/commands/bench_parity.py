@@ -21,26 +21,27 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``[--only NAMES] [--timeout SECONDS] [--json FILE]``."""
+    """``[--only NAMES] [--workers N] [--timeout SECONDS] [--json FILE]``."""
     parser.add_argument("--only", metavar="NAMES", help="comma-separated prefixes of case names (default: all)")
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--timeout", metavar="SECONDS", type=int, default=300, help="of one run (default 300)")
     parser.add_argument("--json", metavar="FILE", type=path_argument, help="also write the results to this file")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print a table, and fail if a case does."""
-    at_least_one(arguments, "timeout")
+    at_least_one(arguments, "workers", "timeout")
     refuse_unwritable(arguments.json)
     wanted = [name.strip() for name in (arguments.only or "").split(",") if name.strip()]
     cases = tuple(case for case in CASES if not wanted or any(case.name.startswith(name) for name in wanted))
     if not cases:
         raise UserError(f"--only is {arguments.only}; write prefixes of {'; '.join(case.name for case in CASES)}")
     if skipped := [case.name for case in cases if not is_supported(case)]:
-        print(f"left out, for want of a GPU or of DeepSpeed: {'; '.join(skipped)}")
+        print(f"left out, for want of a GPU, DeepSpeed or transformers: {'; '.join(skipped)}")
         cases = tuple(case for case in cases if is_supported(case))
     results: list[Parity] = []
     with tempfile.TemporaryDirectory(prefix="inrank-parity-") as folder:
-        for result in Bench(Path(folder), arguments.timeout).measure(cases):
+        for result in Bench(Path(folder), arguments.timeout, arguments.workers).measure(cases):
             results.append(result)
             print(f"{result.case.name}: {_summary(result)}", flush=True)
     table = Table(box=None, header_style="bold", pad_edge=False)

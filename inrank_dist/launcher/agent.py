@@ -88,11 +88,14 @@ def agent_class(
             os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"
             return super()._start_workers(worker_group)
 
-        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float | None = None) -> None:
+            # Releases before torch 2.13 pass no timeout and ignore the variable, so processes are waited for here.
             stopping = isinstance(sys.exc_info()[1], SignalException)
             if stopping:  # a second signal would interrupt the wait and leave the processes behind
                 signal.signal(signal.SIGTERM, lambda *_: None)
-            super()._shutdown(death_sig, timeout)
+            if self._pcontext:
+                self._pcontext.close(death_sig, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
+            super()._shutdown(death_sig)
             for local_rank, handler in getattr(self._pcontext, "subprocess_handlers", {}).items() if stopping else ():
                 code = handler.proc.poll()
                 outcome.statuses[local_rank] = -signal.SIGKILL if code is None else code
