@@ -230,8 +230,8 @@ def test_stdlib_prepares_with_the_defaults(corpus: Corpus) -> None:
     prepared = corpus.prepare(source="stdlib", paths=[], max_bytes=300_000, tokenizer={"vocab_size": 1000})
     assert 60_000 < prepared.train_tokens < 300_000
     assert 4 < prepared.unigram_entropy < np.log(1000)
-    text = prepared.tokenizer.decode(stream_of(rows_of(prepared.train))[:2000])
-    assert "def " in text
+    text = prepared.tokenizer.decode(stream_of(rows_of(prepared.train)))
+    assert "import " in text
 
 
 # What the user sees
