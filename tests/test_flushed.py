@@ -4,6 +4,7 @@ Power cannot be cut here; the calls of ``fsync`` can be counted.
 """
 
 import os
+import pathlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -43,8 +44,14 @@ class Flushes(AbstractContextManager["Flushes"]):
             self.calls.append(("fsync", key(file)))
 
         self._patches.enter_context(patch.object(os, "fsync", flushed))
+        callers = [
+            os,
+            getattr(pathlib, "_normal_accessor", None),
+        ]  # the latter in Python 3.10, which keeps os's functions
         for name in ("rename", "replace"):
-            self._patches.enter_context(patch.object(os, name, self._noted(getattr(os, name))))
+            noted = self._noted(getattr(os, name))
+            for caller in filter(None, callers):
+                self._patches.enter_context(patch.object(caller, name, noted))
         return self
 
     def _noted(self, rename: Callable[..., None]) -> Callable[..., None]:

@@ -68,8 +68,10 @@ def test_gradients_are_divided_after_every_micro_batch_unless_told_otherwise(
         corpus, **WIDE, lowrank__mode="full", train__global_batch_size=8, parallel__reduce_each_micro_batch=each
     )
     config.parallel.engine = "fsdp"
+    # FSDP2 of torch 2.9 also keeps gathered parameters when it does not reduce the gradients.
+    exact = each == "true" or torch.__version__ >= "2.11"
     for held, formula in pool.run("cost_checks:held_before_the_last_micro_batch", config, world_size=2):
-        assert held == pytest.approx(formula, rel=0.02)
+        assert held == pytest.approx(formula, rel=0.02 if exact else 0.2)
     for _, _, sent, formula in pool.run("cost_checks:held_and_sent", config, 1, world_size=2):
         assert sent == pytest.approx(formula, abs=300)
 
