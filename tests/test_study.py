@@ -17,6 +17,7 @@ from cluster_tools import ROOT, wait_until
 from runs import SHORT, Fails, small_config
 
 from inrank_dist.commands.main import main
+from inrank_dist.runtime.stop import Stopped
 from inrank_dist.study import Worker, read_study
 from inrank_dist.study.results import T_95, compare, difference
 from inrank_dist.study.work import Outcome, Run
@@ -45,6 +46,10 @@ def study_file(folder: Path, corpus: Path, **changes: Any) -> Path:
 
 def command(file: Path) -> list[str]:
     return [sys.executable, "-m", "inrank_dist", "study", str(file)]
+
+
+def stopped(worker: Worker) -> None:
+    raise Stopped("stopped; the same command goes on from there")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,9 @@ def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> N
 
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
-def test_what_is_there_is_not_done_again(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_not_done_again(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, _ = done
     folder = file.parent / "study"
     before = (folder / "study.json").read_text()
@@ -108,7 +115,13 @@ def test_what_is_there_is_not_done_again(done: tuple[Path, str], capsys: pytest.
     shutil.rmtree(gone.parent)
     assert main(["study", str(file), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("to do  ") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "work", stopped)
+        assert main(["study", str(file)]) == 75
+    assert re.search(r"not done yet and therefore left out: (dense|inrank)", capsys.readouterr().out)
+    assert "not done yet" in (folder / "study.html").read_text()
     assert main(["study", str(file)]) == 0
+    assert "not done yet" not in (folder / "study.html").read_text()
     assert [path for path in stamps if path.stat().st_mtime_ns != stamps[path]] == [gone]
 
 

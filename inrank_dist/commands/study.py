@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtime.home import path_argument
+from ..runtime.stop import Stopped
 from ..study import Worker, compare, read_study
 from ..study.page import notes, tables, write_results
 from .common import at_least_one, console, no_overrides
@@ -19,8 +20,8 @@ log = logging.getLogger("inrank_dist")
 DESCRIPTION = """\
 Trains variants of one config, each with its control, over the same seeds, and writes one table (study.html and
 study.json in the study's folder). Tuning uses separate seeds. Runs that are already done are not repeated; if stopped,
-the same command resumes. Several workers may share one study, on one machine or as a Slurm array
-(sbatch --array=1-8 ... inrank study FILE): each takes runs that no other worker has taken.
+the command shows the variants that are done, and the same command resumes. Several workers may share one study, on one
+machine or as a Slurm array (sbatch --array=1-8 ... inrank study FILE): each takes runs that no other worker has taken.
 
 FILE, for example:
 
@@ -76,9 +77,20 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             print(f"{'done' if worker.outcome(each) else 'to do'}  {each.title()}")
         print(f"{len(runs)} runs can be named by now; those of tuned variants follow their grids")
         return
-    with _more_workers(arguments.file, arguments.workers - 1, threads):
-        worker.work()
-    comparison = compare(worker)
+    try:
+        with _more_workers(arguments.file, arguments.workers - 1, threads):
+            worker.work()
+    except Stopped:
+        _show(worker)
+        raise
+    _show(worker)
+
+
+def _show(worker: Worker) -> None:
+    """Print and write the results of the variants whose runs are all done."""
+    study, comparison = worker.study, compare(worker)
+    if not any(comparison.tables.values()):
+        return
     page, record = write_results(study, comparison)
     screen = console(width=240)
     for table in tables(comparison):

@@ -27,9 +27,9 @@ TEXT_COLUMNS = (0, 4, 13)
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """One table for each unit of the budget."""
+    """One table for each unit of the budget in which a variant is done."""
     found = []
-    for unit, rows in comparison.tables.items():
+    for unit, rows in _filled(comparison):
         table = Table(box=None, header_style="bold", pad_edge=False, title=TITLES[unit], title_justify="left")
         for index, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="left" if index in TEXT_COLUMNS else "right", no_wrap=index < 13)
@@ -37,6 +37,10 @@ def tables(comparison: Comparison) -> list[Table]:
             table.add_row(*cells(row))
         found.append(table)
     return found
+
+
+def _filled(comparison: Comparison) -> list[tuple[Unit, list[Row]]]:
+    return [(unit, rows) for unit, rows in comparison.tables.items() if rows]
 
 
 def cells(row: Row) -> list[str]:
@@ -77,6 +81,9 @@ def notes(study: Study, comparison: Comparison) -> list[str]:
             "Equal FLOPs and equal time: as many steps as use up the budget, given the use per step of the runs "
             "with equal tokens. Time is the training time of a run; it depends on the machine and on its other load."
         )
+    for unit, names in comparison.missing.items():
+        if names:
+            sentences.append(f"{TITLES[unit]}: not done yet and therefore left out: {'; '.join(names)}.")
     edges = sorted(
         {f"{row.variant.name}: {key}" for rows in comparison.tables.values() for row in rows for key in row.edges}
     )
@@ -140,7 +147,7 @@ def _html(study: Study, comparison: Comparison) -> str:
     where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
     wide = "<style>main { max-width:1600px }</style>"  # for fourteen columns
     body = [wide, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
-    for unit, rows in comparison.tables.items():
+    for unit, rows in _filled(comparison):
         body.append(f"<h2>{TITLES[unit]}</h2>")
         body.append(text_table(HEADINGS, map(cells, rows), TEXT_COLUMNS))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))

@@ -80,26 +80,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Tables by budget unit; the rows are in the order of the study file."""
+    """Results of the variants whose runs are all done.
+
+    Attributes:
+        tables: by budget unit; the rows are in the order of the study file.
+        missing: names of the variants that are not done, by budget unit.
+    """
 
     tables: dict[Unit, list[Row]]
+    missing: dict[Unit, list[str]]
 
 
 def compare(worker: Worker) -> Comparison:
-    """Compute the results of a study whose runs are all done."""
+    """Compute the results of a study, as far as its runs are done."""
     study = worker.study
     tables: dict[Unit, list[Row]] = {}
+    missing: dict[Unit, list[str]] = {}
     for unit in study.budget:
-        losses: dict[str, tuple[float, ...]] = {}
-        rows = []
         variants = [variant for variant in study.variants.values() if unit in variant.units]
-        for variant in variants:
-            losses[variant.name] = tuple(outcome.loss for _, outcome in _done(worker, variant, unit))
-        for variant in variants:
-            control = losses[variant.control] if variant.control else None
-            rows.append(_row(worker, variant, unit, losses[variant.name], control))
-        tables[unit] = rows
-    return Comparison(tables)
+        done = {variant.name: _done(worker, variant, unit) for variant in variants}
+        losses = {name: tuple(outcome.loss for _, outcome in runs) for name, runs in done.items() if runs}
+        tables[unit] = [
+            _row(worker, variant, unit, done[variant.name], losses.get(variant.control or ""))
+            for variant in variants
+            if variant.name in losses
+        ]
+        missing[unit] = [name for name in done if name not in losses]
+    return Comparison(tables, missing)
 
 
 def difference(losses: Sequence[float], control: Sequence[float]) -> Difference:
@@ -113,19 +120,17 @@ def difference(losses: Sequence[float], control: Sequence[float]) -> Difference:
 
 
 def _done(worker: Worker, variant: Variant, unit: Unit) -> list[tuple[Run, Outcome]]:
-    done = []
-    for run in worker.compared(variant, unit) or []:
-        outcome = worker.outcome(run)
-        assert outcome is not None, f"{run.title()} is not done"
-        done.append((run, outcome))
-    return done
+    """A variant's runs, one per seed; none if not all of them are done."""
+    runs = worker.compared(variant, unit) or []
+    done = [(run, outcome) for run in runs if (outcome := worker.outcome(run)) is not None]
+    return done if len(done) == len(runs) else []
 
 
 def _row(
-    worker: Worker, variant: Variant, unit: Unit, losses: tuple[float, ...], control: tuple[float, ...] | None
+    worker: Worker, variant: Variant, unit: Unit, done: list[tuple[Run, Outcome]], control: tuple[float, ...] | None
 ) -> Row:
-    done = _done(worker, variant, unit)
     run = done[0][0]
+    losses = tuple(outcome.loss for _, outcome in done)
     summaries = [outcome.summary for _, outcome in done if outcome.summary]
     layers = [layer for summary in summaries for layer in summary["ranks"].values()]
     nulls = [layer["null_rank"] for layer in layers if layer["null_rank"] is not None]
