@@ -358,14 +358,14 @@ def test_the_library_cuts_a_loaded_model_or_grows_an_update() -> None:
     cut, grown = (
         started(method)["mlp"].weight  # type: ignore[index]
         for method in (
-            inrank_dist.FixedRank(3, ["mlp$"], init="loaded"),
+            inrank_dist.FixedRank("mlp$", initial_rank=3, init="loaded"),
             inrank_dist.InRank(["mlp$"], base="frozen", init="loaded", initial_rank=1, buffer=2),
         )
     )
     torch.testing.assert_close(cut, best)
     assert torch.equal(grown, weight)
     with pytest.raises(UserError, match="initial_energy is a setting of the trainer; write initial_rank"):
-        started(inrank_dist.FixedRank(3, ["mlp$"], init="loaded", initial_energy=0.9))
+        started(inrank_dist.FixedRank("mlp$", init="loaded", initial_energy=0.9))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from init_from_checks import whole
 from pool import Pool
 from sharing import slow
+from test_export import loaded
 from test_init_from import FIXED, Source
 
 from inrank_dist.config import Config
@@ -52,6 +53,42 @@ def test_each_weight_is_cut_in_one_process(
     assert all(result["table"] == alone["table"] for result in results)
     for name, factor in alone["rows"].items():
         assert torch.equal(whole(results, name), factor), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine", "changes"),
+    [
+        (1, "local", {"optimizer__name": "lora_muon"}),
+        (2, "fsdp", {"optimizer__name": "adamw"}),
+        (2, "zero3", {"optimizer__name": "adamw"}),
+        slow(2, "ddp", {"optimizer__name": "adamw", "train__precision": "bf16"}),
+        slow(3, "fsdp", {"optimizer__name": "lora_muon"}),
+        slow(2, "zero2", {"optimizer__name": "adamw"}),
+    ],
+)
+def test_only_factors_are_trained(
+    pool: Pool, gpt2: Source, tmp_path: Path, world_size: int, engine: str, changes: dict[str, Any]
+) -> None:
+    """Embeddings, norms and biases keep their values to the bit, also through growth and a resumed run."""
+    grows = {"lowrank__mode": "inrank", "lowrank__base": "frozen", "lowrank__init": "loaded", "lowrank__interval": 3}
+    config = gpt2.config(
+        "run", tmp_path / "run", train__global_batch_size=12, train__micro_batch_size=2, train__steps=4,
+        parallel__engine=engine, lowrank__train_only_factors="true", checkpoint__interval=4, **grows, **changes,
+    )  # fmt: skip
+    for steps in (4, 8):
+        config.train.steps = steps
+        run = pool.run("runs:train_in_worker", config, steps > 4, world_size=world_size, timeout=150)[0]
+    (start,) = (record for record in run.records if record["kind"] == "start")
+    assert start["parameters"] - start["parameters_trained"] == sum(p.numel() for p in gpt2.model.parameters())
+    tuned, moved = loaded(tmp_path / "run").model, set()
+    before = dict(gpt2.model.named_parameters())
+    for name, parameter in tuned.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("U", "V"):
+            moved.add(leaf) if parameter.any() else None
+        elif leaf != "base":
+            assert torch.equal(parameter, before[name]), name
+    assert moved == {"U", "V"}
 
 
 def test_a_layer_that_one_process_cannot_cut_ends_all(pool: Pool, gpt2: Source, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pool import Pool
 from sharing import slow
 
 import inrank_dist as inrank
+from inrank_dist.method.settings import LowRankSettings
 
 STEPS = 12
 CHOICES: dict[str, dict[str, Any]] = {
@@ -97,9 +99,9 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
 
     def refused(message: str, **changes: Any) -> None:
         arguments: dict[str, Any] = {"method": inrank.InRank([r"\.up$"]), "optimizer": lambda groups: adamw(groups)}
-        steps = changes.pop("then", False)
+        steps, model = changes.pop("then", False), changes.pop("build", build)
         with pytest.raises(inrank.UserError, match=message):
-            run = inrank.LowRankRun(build, **{**arguments, **changes})
+            run = inrank.LowRankRun(model, **{**arguments, **changes})
             assert steps
             run.after_step()
 
@@ -113,7 +115,7 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
     refused("processes|needs gradients", method=inrank.InRank([r"\.up$"], growth_init="gradient"), then=True)
     refused(
         "total_steps is 7, but the method is for 9",
-        method=inrank.PretrainThenFactorise(3, 9, [r"\.up$"]),
+        method=inrank.PretrainThenFactorise(r"\.up$", steps=3, total_steps=9),
         total_steps=7,
     )
     for wrong in ({"base": "decya"}, {"criterion": "energi"}, {"measure": "updtae"}, {"init": "orthognal"}):
@@ -121,8 +123,33 @@ def test_what_cannot_work_is_refused_at_construction() -> None:
         with pytest.raises(inrank.UserError, match=f"lowrank.{name} is .*; write one of"):
             inrank.InRank(["mlp"], **wrong)
     assert inrank.InRank(["mlp"], freeze_step="auto").freeze_at(100)
-    with pytest.raises(TypeError, match="tresh"):
+    with pytest.raises(inrank.UserError, match="no setting 'treshold'; did you mean 'threshold'"):
         inrank.InRank(["mlp"], treshold=0.5)
+    refused("write a function that makes it", build=build())
+    refused("write a function, such as lambda groups: AdamW", optimizer=adamw([torch.zeros(1)]))
+
+
+METHODS: dict[str, tuple[Callable[..., LowRankSettings], dict[str, int]]] = {
+    "InRank": (inrank.InRank, {}),
+    "FixedRank": (inrank.FixedRank, {}),
+    "DeepLoRA": (inrank.DeepLoRA, {}),
+    "PretrainThenFactorise": (inrank.PretrainThenFactorise, {"steps": 5, "total_steps": 10}),
+    "Published": (inrank.Published, {}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_called_alike(name: str) -> None:
+    """The layers first, one or several; all else by the names of the settings."""
+    method, needed = METHODS[name]
+    assert method("all", initial_rank=3, **needed) == method(["all"], initial_rank=3, **needed)
+    assert method(("mlp", "attention"), **needed).targets == ["mlp", "attention"]
+    assert method("mlp", initial_rank=3, **needed).initial_rank == 3
+    assert method(base="none", init="orthogonal", train_only_factors=False, **needed).base == "none"
+    with pytest.raises(inrank.UserError, match=r"targets is 8; write names of layers, such as 'mlp'"):
+        method(8, **needed)
+    with pytest.raises(inrank.UserError, match="no setting 'rank'"):
+        method("mlp", rank=8, **needed)
 
 
 def test_shardings_that_cannot_work_are_refused_by_name(pool: Pool) -> None:

@@ -23,7 +23,9 @@ def growing(freeze_step: int = 55, **options: Any) -> LowRankSettings:
 
 
 def dense_start(steps: int) -> LowRankSettings:
-    return inrank.PretrainThenFactorise(steps // 2, steps, TARGETS, multiple_of=1, max_rank_fraction=1.0)
+    return inrank.PretrainThenFactorise(
+        TARGETS, steps=steps // 2, total_steps=steps, multiple_of=1, max_rank_fraction=1.0
+    )
 
 
 @pytest.mark.parametrize("choice", ["no base", slow("frozen base"), "dense start"])

@@ -33,6 +33,8 @@ NAN = float("nan")
         ({"max_rank_fraction": NAN}, "lowrank.max_rank_fraction is nan;"),
         ({"frobenius_decay": -0.1}, "lowrank.frobenius_decay is -0.1; write 0 or a positive number"),
         ({"frobenius_decay": NAN}, "lowrank.frobenius_decay is nan;"),
+        ({"targets": "all"}, "lowrank.targets is 'all'; write a list such as [all]"),
+        ({"train_only_factors": True}, "lowrank.base is decay; write lowrank.base: frozen"),
         ({"targets": []}, "lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full"),
         ({"init": "spectral"}, "lowrank.init is spectral but with lowrank.base decay the factors start at zero;"),
         ({"dense_fraction": 1.0, "base": "none"}, "write a fraction from 0, for none, to below 1"),

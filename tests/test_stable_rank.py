@@ -410,8 +410,8 @@ def test_the_console_the_report_and_tensorboard_show_them(tmp_path: Path, capsys
 
 def test_the_library_factors_once_the_stable_ranks_have_settled() -> None:
     method = inrank.PretrainThenFactorise(
-        30, 40, ["0", "2"], dense_until="stable_rank", mode="fixed", interval=2, stable_rank_tolerance=0.05,
-        stable_rank_window=2, max_rank_fraction=1.0,
+        ["0", "2"], steps=30, total_steps=40, dense_until="stable_rank", mode="fixed", interval=2,
+        stable_rank_tolerance=0.05, stable_rank_window=2, max_rank_fraction=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     inputs, targets = torch.randn(64, 12), torch.randn(64, 3)

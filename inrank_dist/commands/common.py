@@ -91,7 +91,7 @@ def open_run(arguments: argparse.Namespace) -> OpenedRun:
     checkpoint = find_checkpoint(arguments.run, arguments.step)
     config, _ = load_config(checkpoint.config_file)
     tokenizer = Tokenizer.load(checkpoint.tokenizer_file)
-    skeleton = dense_skeleton(config.model, tokenizer.vocab_size, tokenizer.eos_id)
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size, tokenizer.eos_id, config.lowrank)
     return OpenedRun(checkpoint, config, tokenizer, skeleton)
 
 

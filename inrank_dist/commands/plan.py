@@ -80,7 +80,7 @@ def show_plan(
     Raises:
         UserError: the settings do not fit each other or the number of processes.
     """
-    skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size, separator_id=0)
+    skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size, 0, config.lowrank)
     shapes = layer_shapes(skeleton, config.lowrank)
     setup = cost_setup(config, world_size)
     stages = _stages(config, shapes, rank)

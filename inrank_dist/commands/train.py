@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     context = Context()
     engine = config.parallel.resolve(context.world_size)
     # Everything that can be wrong without data is found before a minute is spent on data.
-    skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size)
+    skeleton = dense_skeleton(config.model, config.tokenizer.vocab_size, lowrank=config.lowrank)
     layer_shapes(skeleton, config.lowrank)
     if config.train.cuda_graph and engine not in ("local", "ddp"):
         raise UserError(

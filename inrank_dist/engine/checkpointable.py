@@ -135,3 +135,7 @@ class CheckpointableModel(ReshapableModel):
     def parameter_count(self) -> int:
         """Return the current number of parameters of the model, including a fading or frozen base."""
         return sum(self._shape(parameter).numel() for parameter in self.parameters().values())
+
+    def trained_count(self) -> int:
+        """Return the current number of parameters that are trained."""
+        return sum(self._shape(each).numel() for each in self.parameters().values() if each.requires_grad)

@@ -79,6 +79,10 @@ class ZeroEngine(ZeroRows):
         if self.stage == 3:
             # All-gather whole blocks: fewer and larger collectives, and fused layers need several weights at once.
             self.utils.set_z3_leaf_modules(module, list({type(block) for block in self.plan.block_modules(module)}))
+            # Stage 3 gathers a block's parameters in the backward pass only if the input of the block needs a gradient.
+            for embedding in module.modules():
+                if isinstance(embedding, nn.Embedding) and not embedding.weight.requires_grad:
+                    embedding.register_forward_hook(_require_gradient)
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         cls = self._optimizer_class
@@ -227,6 +231,11 @@ class ZeroEngine(ZeroRows):
             "backend": dist.get_backend(),
             "optimizer": f"{cls.__module__.partition('.')[0]} {cls.__name__}{' on cpu' if self.offload else ''}",
         }
+
+
+def _require_gradient(module: nn.Module, inputs: object, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def _forget_models() -> None:

@@ -1,14 +1,18 @@
 """Functions that create the settings of each low-rank method."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Literal
 
 from ..lowrank.init import Init
 from ..method.settings import Base, LowRankSettings
+from ..runtime.errors import UserError, nearest
+
+Targets = str | Sequence[str]
 
 
 def InRank(
-    targets: Sequence[str] = ("mlp",),
+    targets: Targets = "mlp",
     *,
     initial_rank: int = 8,
     buffer: int = 8,
@@ -24,8 +28,10 @@ def InRank(
     The rank of each layer grows until the active modes reach a given explained ratio.
 
     Args:
-        targets: the layers to factor: ``mlp``, ``attention``, ``all``, ``inner`` (all except those of the first block),
-            or regular expressions searched in module names.
+        targets: the layers to factor, one target or several. ``mlp`` and ``attention`` are the linear layers below
+            modules of these names (``attention`` also below ``attn``, ``self_attn``, ``self_attention``, ``cross_attn``
+            and ``crossattention``). ``all`` is both, ``inner`` is both except in the first block. Other targets are
+            regular expressions that are searched in layer names, so ``.`` selects every linear layer.
         initial_rank: active rank of each layer at initialisation.
         buffer: number of modes trained beyond the active rank. A check adds at most this many modes.
         threshold: the rank grows if the explained ratio is below this value.
@@ -38,11 +44,14 @@ def InRank(
         warmup_steps: number of optimizer steps over which a decaying base fades. Defaults to ``freeze_step`` if that is
             a number, otherwise 200.
         options: any other field of ``LowRankSettings``.
+
+    Raises:
+        UserError: an option is not a setting, or a value is invalid.
     """
     warmup = warmup_steps or (freeze_step if isinstance(freeze_step, int) else 200)
     return _settings(
+        targets,
         mode="inrank" if freeze_step is None else "efficient",
-        targets=list(targets),
         initial_rank=initial_rank,
         buffer=buffer,
         threshold=threshold,
@@ -55,43 +64,58 @@ def InRank(
 
 
 def FixedRank(
-    rank: int, targets: Sequence[str] = ("mlp",), *, init: Init = "spectral", **options: object
+    targets: Targets = "mlp", *, initial_rank: int = 8, init: Init = "spectral", **options: object
 ) -> LowRankSettings:
     """Return settings for training with factors of a fixed rank (arXiv 2209.13569).
 
     Args:
-        rank: rank of every factored layer.
         targets: as in ``InRank``.
+        initial_rank: rank of every factored layer.
         init: initialisation of the factors: ``spectral`` (best approximation of a dense initial weight),
             ``spectral_ones`` (its singular vectors, with equal singular values), ``orthogonal``, ``kaiming``, or
             ``loaded`` (best approximation of the weight in ``LowRankRun(initial=...)``).
         options: any other field of ``LowRankSettings``.
+
+    Raises:
+        UserError: an option is not a setting, or a value is invalid.
     """
-    return _settings(mode="fixed", targets=list(targets), initial_rank=rank, base="none", init=init, **options)
+    return _settings(targets, mode="fixed", initial_rank=initial_rank, **{"base": "none", "init": init, **options})
 
 
 def DeepLoRA(
-    rank: int, targets: Sequence[str] = ("mlp",), *, depth: int = 3, init_scale: float = 0.1, **options: object
+    targets: Targets = "mlp",
+    *,
+    initial_rank: int = 8,
+    depth: int = 3,
+    init_scale: float = 0.1,
+    train_only_factors: bool = True,
+    **options: object,
 ) -> LowRankSettings:
     """Return settings for fine-tuning with deep low-rank updates (Deep LoRA, arXiv 2406.04112).
 
-    The weights of ``LowRankRun(initial=...)`` are frozen. Each gets the update ``U C_k ... C_1 V^T`` with
+    The weights of ``LowRankRun(initial=...)`` are frozen. Each target gets the update ``U C_k ... C_1 V^T`` with
     ``depth - 2`` square cores.
 
     Args:
-        rank: rank of every update.
         targets: as in ``InRank``.
+        initial_rank: rank of every update.
         depth: number of factors of an update. 2 is LoRA.
         init_scale: scale of the orthogonal factors at initialisation. The update starts at ``init_scale ** depth``.
+        train_only_factors: whether everything else is frozen. If False, embeddings, norms, biases and layers that are
+            not targets are trained, too.
         options: any other field of ``LowRankSettings``. With ``outer_init="gradient"``, call ``run.start(backward)``
             before the first step.
+
+    Raises:
+        UserError: an option is not a setting, or a value is invalid.
     """
-    fixed: dict[str, object] = {"mode": "fixed", "base": "frozen", "init": "loaded", "initial_rank": rank}
-    return _settings(targets=list(targets), depth=depth, init_scale=init_scale, **fixed, **options)
+    chosen: dict[str, object] = {"depth": depth, "init_scale": init_scale, "train_only_factors": train_only_factors}
+    fixed: dict[str, object] = {"mode": "fixed", "base": "frozen", "init": "loaded", "initial_rank": initial_rank}
+    return _settings(targets, **{**fixed, **chosen, **options})
 
 
 def PretrainThenFactorise(
-    steps: int, total_steps: int, targets: Sequence[str] = ("mlp",), *, rank: int | None = None, **options: object
+    targets: Targets = "mlp", *, steps: int, total_steps: int, initial_rank: int | None = None, **options: object
 ) -> LowRankSettings:
     """Return settings for dense training followed by factorisation of the weights (arXiv 2209.13569).
 
@@ -99,20 +123,26 @@ def PretrainThenFactorise(
     these ranks (Cuttlefish, arXiv 2305.02538).
 
     Args:
-        steps: number of optimizer steps of dense training; the largest with ``dense_until="stable_rank"``.
-        total_steps: number of optimizer steps of the whole run.
         targets: as in ``InRank``.
-        rank: rank of every factored layer. With None, each layer gets the rank that reaches the explained ratio.
+        steps: number of optimizer steps of dense training. With ``dense_until="stable_rank"`` it can end earlier.
+        total_steps: number of optimizer steps of the whole run.
+        initial_rank: rank of every factored layer. With None, each layer gets the rank that reaches the explained
+            ratio.
         options: any other field of ``LowRankSettings``.
+
+    Raises:
+        UserError: an option is not a setting, or a value is invalid.
     """
-    chosen: dict[str, object] = {"mode": "efficient"} if rank is None else {"mode": "fixed", "initial_rank": rank}
+    chosen: dict[str, object] = {"mode": "efficient"}
+    if initial_rank is not None:
+        chosen = {"mode": "fixed", "initial_rank": initial_rank}
     fixed: dict[str, object] = {"base": "none", "dense_fraction": steps / total_steps}
-    method = _settings(targets=list(targets), **{**fixed, **chosen, **options})
+    method = _settings(targets, **{**fixed, **chosen, **options})
     method.total_steps = total_steps  # type: ignore[misc]
     return method
 
 
-def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **options: object) -> LowRankSettings:
+def Published(targets: Targets = "mlp", *, freeze_step: int = 200, **options: object) -> LowRankSettings:
     """Return settings that reproduce the published code of arXiv 2306.11250.
 
     Use ``InRank`` for anything else.
@@ -121,6 +151,9 @@ def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **op
         targets: as in ``InRank``.
         freeze_step: optimizer step after which the ranks are frozen.
         options: any other field of ``LowRankSettings``; overrides the values of the published code.
+
+    Raises:
+        UserError: an option is not a setting, or a value is invalid.
     """
     fixed: dict[str, object] = {
         "mode": "efficient",
@@ -134,14 +167,15 @@ def Published(targets: Sequence[str] = ("mlp",), *, freeze_step: int = 200, **op
         "interval": 25,
         "multiple_of": 1,
     }
-    return _settings(targets=list(targets), freeze_step=freeze_step, **{**fixed, **options})
+    return _settings(targets, **{**fixed, "freeze_step": freeze_step, **options})
 
 
-def _settings(**values: object) -> LowRankSettings:
-    """Create settings from keyword arguments.
-
-    Raises:
-        TypeError: if a keyword is not a setting.
-        ValueError: if a value is invalid.
-    """
-    return LowRankSettings(**values)  # type: ignore[arg-type]
+def _settings(targets: Targets, **values: object) -> LowRankSettings:
+    known = [field.name for field in fields(LowRankSettings)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"a low-rank method has no setting {name!r}{nearest(name, known)}")
+    listed = [targets] if isinstance(targets, str) else targets
+    if not isinstance(listed, Sequence) or not all(isinstance(target, str) for target in listed):
+        raise UserError(f"targets is {targets!r}; write names of layers, such as 'mlp' or ['mlp', 'attention']")
+    return LowRankSettings(targets=list(listed), **values)  # type: ignore[arg-type]

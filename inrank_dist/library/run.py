@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..lowrank.convert import LayerLayout
+from ..lowrank.convert import LayerLayout, freeze_rest
 from ..lowrank.division import Processes
 from ..lowrank.kinds import linearise
 from ..lowrank.layer import set_activation
@@ -92,6 +92,7 @@ class LowRankRun:
         device: torch.device | str | None = None,
         total_steps: int | None = None,
     ) -> None:
+        _check_functions(model, optimizer)
         total_steps = _check_method(method, total_steps)
         self._method, self._make_scheduler = method, scheduler
         self._groups: list[dict[str, Any]] = []  # options of the optimizer replaced by an event
@@ -108,6 +109,8 @@ class LowRankRun:
         self._shapes = layer_shapes(skeleton, method)
         for each in (skeleton, initial):
             linearise(each, self._shapes)
+        if method.train_only_factors:
+            freeze_rest(skeleton, self._shapes)
         dense = ModelValues(initial)
         values = StartValues(dense, self._shapes, method, seed)
         self._holder = UserModel(
@@ -302,6 +305,20 @@ class LowRankRun:
         if self.scheduler is not None and saved["scheduler"] is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
         self._controller.before_step(self.step)
+
+
+def _check_functions(model: object, optimizer: object) -> None:
+    """Reject objects where functions that make them are needed."""
+    if isinstance(model, nn.Module):
+        raise UserError(
+            f"model is a {type(model).__name__}; write a function that makes it, such as lambda: "
+            f"{type(model).__name__}(...), and initial=model to keep its values"
+        )
+    if isinstance(optimizer, Optimizer):
+        name = type(optimizer).__name__
+        raise UserError(
+            f"optimizer is an object of {name}; write a function, such as lambda groups: {name}(groups, lr=1e-3)"
+        )
 
 
 def _check_method(method: LowRankSettings, total_steps: int | None) -> int:

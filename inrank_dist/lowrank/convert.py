@@ -103,6 +103,14 @@ def _refusals(
             yield name, reason
 
 
+def freeze_rest(model: nn.Module, layers: Iterable[str]) -> None:
+    """Exclude all parameters from training except the weights of the named layers, in place."""
+    weights = {id(model.get_submodule(name).weight) for name in layers}
+    for parameter in model.parameters():
+        if id(parameter) not in weights:
+            parameter.requires_grad_(False)
+
+
 def convert(skeleton: Model, layout: Layout) -> Model:
     """Return a copy of a dense model on ``meta`` in which the named layers are low-rank.
 

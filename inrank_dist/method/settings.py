@@ -107,6 +107,9 @@ class LowRankSettings:
     form of arXiv 2406.04112). U and V are then orthonormal, and the cores init_scale times the identity."""
     outer_lr_scale: float = 1.0
     """With depth above 2: learning rate of U and V as a multiple of that of the cores. 0: U and V are not trained."""
+    train_only_factors: bool = False
+    """Train the factors only. Embeddings, norms, biases and layers that are not factored keep their values, as in LoRA.
+    Needs base frozen."""
     initial_energy: float | None = None
     """With mode fixed and base none, and either init loaded or dense_fraction: share of the squared singular values of
     each dense weight to keep, which determines the rank of each layer instead of initial_rank. null: initial_rank."""
@@ -194,6 +197,8 @@ class LowRankSettings:
             raise UserError(f"lowrank.factorized_lr_scale is {self.factorized_lr_scale}; write a number above 0")
         if not self.frobenius_decay >= 0:
             raise UserError(f"lowrank.frobenius_decay is {self.frobenius_decay}; write 0 or a positive number")
+        if isinstance(self.targets, str):
+            raise UserError(f"lowrank.targets is {self.targets!r}; write a list such as [{self.targets}]")
         if not self.targets:
             raise UserError("lowrank.targets is empty; write targets such as [mlp], or lowrank.mode: full")
         if self.mode == "full":
@@ -202,6 +207,10 @@ class LowRankSettings:
             raise UserError(
                 f"lowrank.init is {self.init} but with lowrank.base {self.base} the factors start at zero; "
                 "write lowrank.base: none or lowrank.init: orthogonal"
+            )
+        if self.train_only_factors and self.base != "frozen":
+            raise UserError(
+                f"lowrank.train_only_factors is true but lowrank.base is {self.base}; write lowrank.base: frozen"
             )
         starts.check(self)
         check_depth(self)

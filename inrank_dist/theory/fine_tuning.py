@@ -154,14 +154,14 @@ def deep(depth: int, **options: Any) -> Method:
 
     def tune(model: Reader, steps: Batches, rank: int, rate: float, seed: int) -> Tuned:
         def make() -> nn.Module:
-            return _trainable_targets(Reader(*model.sizes).double())
+            return Reader(*model.sizes).double()
 
-        method = DeepLoRA(rank, [rf"\.({'|'.join(TARGETS)})$"], depth=depth, **options)
+        method = DeepLoRA(rf"\.({'|'.join(TARGETS)})$", initial_rank=rank, depth=depth, **options)
         run = LowRankRun(
             make,
             method,
             lambda groups: torch.optim.AdamW(groups, lr=rate, weight_decay=0.0),
-            initial=_trainable_targets(copy.deepcopy(model)),
+            initial=copy.deepcopy(model).requires_grad_(True),
             seed=seed,
             device="cpu",
         )
@@ -183,11 +183,3 @@ def deep(depth: int, **options: Any) -> Method:
         return Tuned(run.model, trained, sum(losses[-10:]) / len(losses[-10:]))
 
     return tune
-
-
-def _trainable_targets(model: Reader) -> Reader:
-    """Freeze all parameters but the weights that are factored."""
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        parameter.requires_grad_(leaf == "weight" and owner.rpartition(".")[2] in TARGETS)
-    return model

@@ -13,23 +13,34 @@ from ..engine.engine import Engine
 from ..engine.options import BuildOptions
 from ..engine.reshapable import Values
 from ..engine.settings import zero_stage
-from ..lowrank.convert import Layout
+from ..lowrank.convert import Layout, freeze_rest
+from ..method.initial import layer_shapes
+from ..method.settings import LowRankSettings
 from ..models import LanguageModel, ModelSettings, build_model
 from ..runtime.context import Context
 from ..runtime.progress import phase
 
 
-def dense_skeleton(settings: ModelSettings, vocab_size: int, separator_id: int | None = None) -> LanguageModel:
-    """Build the dense model on ``meta``, for its names and shapes.
+def dense_skeleton(
+    settings: ModelSettings,
+    vocab_size: int,
+    separator_id: int | None = None,
+    lowrank: LowRankSettings | None = None,
+) -> LanguageModel:
+    """Build the dense model on ``meta``, for its names and shapes and for which of its parameters are trained.
 
     Args:
         settings: the settings of the model.
         vocab_size: vocabulary size of the tokenizer.
+        lowrank: settings of the factored layers. Without them all parameters are trained.
         separator_id: id of the token that separates documents. The model does not run without it if the settings
             separate documents.
     """
     with torch.device("meta"):
-        return build_model(settings, settings.padded(vocab_size), separator_id)
+        model = build_model(settings, settings.padded(vocab_size), separator_id)
+    if lowrank and lowrank.mode != "full" and lowrank.train_only_factors:
+        freeze_rest(model, layer_shapes(model, lowrank))
+    return model
 
 
 def build_engine(

@@ -68,7 +68,7 @@ def refuse_changes(config: Config, checkpoint: Checkpoint, allowed: Sequence[str
 def _refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
     """Raise UserError unless the shapes in the checkpoint are those of the configured model. Loads no tensors."""
     state = checkpoint.state
-    skeleton = dense_skeleton(config.model, state.vocab_size)
+    skeleton = dense_skeleton(config.model, state.vocab_size, lowrank=config.lowrank)
     shapes = layer_shapes(skeleton, config.lowrank)
     advice = "write the settings that it was trained with, or another run.dir to start anew"
     if not fits(state.layout, shapes, config.lowrank):

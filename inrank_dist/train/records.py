@@ -45,6 +45,7 @@ class Records(Callback):
                 "model": config.model.name,
                 "mode": config.lowrank.mode,
                 "parameters": engine.parameter_count(),
+                "parameters_trained": engine.trained_count(),
                 "parameters_dense": self.parameters_dense,
                 "steps": config.train.steps,
                 "seed": config.run.seed,

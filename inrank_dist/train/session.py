@@ -59,7 +59,7 @@ def build(
         seed=config.run.seed,
         state=LoaderState.from_dict(saved.loader) if saved else None,
     )
-    skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size, data.tokenizer.eos_id)
+    skeleton = dense_skeleton(config.model, data.tokenizer.vocab_size, data.tokenizer.eos_id, config.lowrank)
     shapes = layer_shapes(skeleton, config.lowrank)
     # A run that resumes does not read what it was loaded from.
     if saved:

@@ -59,7 +59,7 @@ def check_contents(checkpoint: Checkpoint) -> None:
         raise Damaged(str(error)) from None
     if (tokenizer.fingerprint, tokenizer.vocab_size) != (state.tokenizer, state.vocab_size):
         raise Damaged(f"{checkpoint.tokenizer_file} is not the tokenizer that {STATE} names")
-    skeleton = dense_skeleton(config.model, tokenizer.vocab_size)
+    skeleton = dense_skeleton(config.model, tokenizer.vocab_size, lowrank=config.lowrank)
     shapes = {name: matrix_shape(module) for name, module in skeleton.named_modules() if kind_of(module)}
     for name, layer in state.layout.items():
         if name not in shapes:

@@ -108,6 +108,8 @@ class ConsoleMonitor:
         if (peak := number(record.get("peak_flops"))) is not None:
             self._print(f"MFU: against {peak / 1e12:.3g} TFLOP/s a device ({record.get('peak_source', '-')})")
         line = f"{amount(record.get('parameters'))} parameters"
+        if record.get("parameters_trained") not in (None, record.get("parameters")):
+            line += f" ({amount(record.get('parameters_trained'))} trained)"
         if self._table.ranks:
             line += f", {plural(len(self._table.ranks), 'low-rank layer')}, {self._mean_rank()}"
         self._print(line)
