@@ -35,7 +35,16 @@ COMMANDS = {
     "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",
 }
 
-DESCRIPTION = "Pre-train language models whose weights grow in rank as they learn, sharded over any number of GPUs."
+DESCRIPTION = """\
+Pre-train language models whose weights grow in rank as they learn, sharded over any number of GPUs."""
+EXAMPLES = """\
+examples:
+  inrank train --config configs/quickstart.yaml --run.dir runs/first
+  inrank report --run runs/first
+  inrank COMMAND --help
+
+The README and the pages that it links describe the settings, clusters, the library and the method.
+"""
 
 
 OUTLIVE_CONSOLE = ("train", "prepare", "study", "theory")
@@ -201,7 +210,13 @@ def _in_process_group() -> bool:
 
 
 def _parse_command(argv: list[str]) -> tuple[str | None, list[str]]:
-    parser = Parser(prog="inrank", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(
+        prog="inrank",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"inrank_dist {__version__}")
     listing = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, meaning in COMMANDS.items():

@@ -33,11 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``[NAME] [--output DIR] [--seed N] [--seeds COUNT]``."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "experiments:\n" + "\n".join(f"  {name:12} {each.title}" for name, each in EXPERIMENTS.items())
+    parser.epilog = "experiments:\n" + "\n".join(f"  {line}" for line in _listed())
     parser.add_argument("name", metavar="NAME", nargs="?", help="an experiment")
     parser.add_argument("--output", metavar="DIR", type=path_argument, help="folder (default: runs/theory/NAME)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="first seed (default 0)")
     parser.add_argument("--seeds", metavar="COUNT", type=int, help="number of seeds (default: that of the experiment)")
+
+
+def _listed() -> list[str]:
+    width = max(map(len, EXPERIMENTS))
+    return [f"{name:{width}} {experiment.title}" for name, experiment in EXPERIMENTS.items()]
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -46,8 +51,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     at_least_one(arguments, "seeds")
     name = arguments.name
     if name is None:
-        for each, experiment in EXPERIMENTS.items():
-            print(f"{each:12} {experiment.title}")
+        print("\n".join(_listed()))
         return
     if name not in EXPERIMENTS:
         raise UserError(f"{name!r} is not an experiment{nearest(name, EXPERIMENTS)}")
