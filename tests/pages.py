@@ -90,6 +90,12 @@ def blocks(page: str) -> Iterator[Block]:
         yield Block(page, text[: found.start()].count("\n") + 2, found[1], found[2])
 
 
+def own_configs() -> dict[str, str]:
+    """File name -> text of the configurations of a user in configs/README.md, which commands of all pages take."""
+    yaml = [block.text for block in blocks(SETTINGS_PAGE) if block.language == "yaml"]
+    return {f"{name[1]}.yaml": text for text in yaml if (name := re.search(r"^run: {name: ([\w-]+)}", text, re.M))}
+
+
 def prose(page: str) -> str:
     """The page with its fenced blocks blanked, so that lines keep their numbers."""
     blank = re.compile(r"^```\w*\n.*?^```$", re.MULTILINE | re.DOTALL)

@@ -121,9 +121,12 @@ def test_global_random_state_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("global_batch_size", "micro", "world_size", "advice"),
     [
-        (30, 4, 4, "write train.global_batch_size 16 or 32$"),
-        (12, 8, 4, "less than train.micro_batch_size 8 x .*; write .* 32, or train.micro_batch_size 3$"),
-        (3, 1, 4, "write train.global_batch_size 4$"),
+        (30, 4, 4, "write 3 processes with train.micro_batch_size 2 .*, or train.global_batch_size 16 or 32$"),
+        (12, 8, 4, "less than train.micro_batch_size 8 x .*; write train.micro_batch_size 3 .*_batch_size 32$"),
+        (8, 3, 1, r"; write train.micro_batch_size 2 or 4 \(the same results\), or train.global_batch_size 6 or 9$"),
+        (16, 8, 3, r"; write 2 processes \(the same results\), or train.global_batch_size 24$"),
+        (64, 8, 128, "; write 64 processes with train.micro_batch_size 1 .*, or train.global_batch_size 1024$"),
+        (3, 1, 4, r"write 3 processes \(the same results\), or train.global_batch_size 4$"),
         (0, 2, 1, "write train.global_batch_size 2$"),
     ],
 )

@@ -109,8 +109,8 @@ def test_an_elastic_job_needs_a_batch_that_every_size_divides(
     words = ["-n", "1", "-N", "1:4", "-m", "localhost", "train", "--config", str(tmp_path / "config.yaml")]
     assert torchrun.main(words) == 2
     assert capsys.readouterr().err == (
-        "error: train.global_batch_size is 8, which not every number of nodes from 1 to 4 divides (1 processes each, "
-        "train.micro_batch_size 2); write a multiple of 24, or fewer nodes in -N\n"
+        "error: train.global_batch_size is 8, which not every number of nodes from 1 to 4 divides (1 process each, "
+        "train.micro_batch_size 2); write -N 1:2, or a train.global_batch_size that is a multiple of 24\n"
     )
 
 

@@ -19,13 +19,17 @@ from pages import PAGES, ROOT, Block
 from inrank_dist.commands.common import no_overrides
 from inrank_dist.commands.main import COMMANDS, Parser
 from inrank_dist.config import load_config
+from inrank_dist.data import check_batch_sizes
 from inrank_dist.launcher import deepspeed_job, torchrun_job
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.study import read_study
 from inrank_dist.theory import EXPERIMENTS
 
 PLAIN = "model: {num_layers: 2, num_heads: 2, hidden_size: 32, max_seq_len: 16}\n"
-"""What my.yaml holds."""
+"""The model of YAML blocks that have none."""
+
+GPUS = 8
+"""Of each node in the commands of the pages."""
 
 
 @pytest.fixture
@@ -33,7 +37,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands of the pages are given: the project's folders, and a my.yaml and hosts of the user."""
     for name in ("configs", "launch", "tests", "pyproject.toml", "Dockerfile"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my.yaml").write_text(PLAIN)
+    for name, text in pages.own_configs().items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -185,6 +190,37 @@ def test_every_command_is_one_that_its_program_takes(page: str, checkout: Path) 
     assert not wrong, "\n".join(wrong)
 
 
+def process_counts(words: list[str]) -> list[int]:
+    """The numbers of processes that a command plans for or starts, with ``GPUS`` on each node; empty: none."""
+
+    def number(option: str, default: int) -> int:
+        return int(words[words.index(option) + 1]) if option in words else default
+
+    if "--config" not in words:
+        return []
+    if "plan" in words:
+        return [number("--world-size", 1)]
+    if words[0] in ("launch/torchrun.sh", "launch/container.sh"):
+        job = torchrun_job.read_job([word for word in words[1:] if word != "-p"])
+        return [(job.processes or GPUS) * nodes for nodes in range(job.nodes[0], job.nodes[1] + 1)]
+    if "launch/slurm.sh" in words or "launch/slurm.sbatch" in words:
+        return [number("--nodes", 1) * GPUS]
+    return [number("-n", 2 * GPUS)] if words[0] == "launch/deepspeed.sh" else [1]
+
+
+@pytest.mark.parametrize("name", [*pages.own_configs()])
+def test_the_batches_of_the_pages_fit_their_processes(name: str, checkout: Path) -> None:
+    """Of every command that names a config, with the configs as they are printed; my.yaml may be any of the user's."""
+    checked = 0
+    for command in (command for page in PAGES for command in pages.commands(page)):
+        words = command.text.replace(" my.yaml", f" {name}").split()
+        for processes in process_counts(words):
+            train = load_config(words[words.index("--config") + 1])[0].train
+            check_batch_sizes(train.global_batch_size, train.micro_batch_size, processes)
+            checked += processes > 2
+    assert checked > 9
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_shellcheck_finds_nothing(page: str) -> None:
     """SC1091: it cannot read the environment that is activated."""
@@ -241,7 +277,7 @@ def test_files_that_are_named_exist(page: str) -> None:
         name = found[1]
         places = (ROOT / name, (ROOT / page).parent / name, ROOT / "configs" / name)
         file = next((place for place in places if place.exists()), None)
-        if name not in ("config.yaml", "my.yaml", "OTHER.yaml") and file is None:
+        if name not in ("config.yaml", "OTHER.yaml", *pages.own_configs()) and file is None:
             missing.append(name)
         elif found[2] and f"def {found[2]}(" not in file.read_text():
             missing.append(found[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UserError
+from ..runtime.words import plural
 from .order import SampleOrder
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -150,18 +151,44 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
+    """Check that the processes divide the global batch into whole micro-batches.
+
+    Raises:
+        UserError: they do not. The advice begins with what leaves the results as they are: another micro-batch, then
+            fewer processes.
+    """
     multiple = micro_batch_size * world_size
     if global_batch_size > 0 and global_batch_size % multiple == 0:
         return
     below = global_batch_size // multiple * multiple
-    works = f"{below} or {below + multiple}" if below > 0 else str(multiple)
-    if 0 < global_batch_size < multiple and global_batch_size % world_size == 0:
-        works += f", or train.micro_batch_size {global_batch_size // world_size}"
+    sizes = f"{below} or {below + multiple}" if below > 0 else str(multiple)
     relation = "less than" if global_batch_size < multiple else "not a multiple of"
     raise UserError(
         f"train.global_batch_size is {global_batch_size}, {relation} train.micro_batch_size {micro_batch_size}"
-        f" x number of processes {world_size}; write train.global_batch_size {works}"
+        f" x number of processes {world_size}; write {_same_results(global_batch_size, micro_batch_size, world_size)}"
+        f"train.global_batch_size {sizes}"
     )
+
+
+def _same_results(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
+    """What to write instead without a change of the global batch, as the beginning of a list; empty: nothing works."""
+    if global_batch_size < 1:
+        return ""
+    processes = max(_divisors(global_batch_size, world_size))
+    sizes = _divisors(global_batch_size // processes, global_batch_size)
+    below, above = [n for n in sizes if n <= micro_batch_size], [n for n in sizes if n > micro_batch_size]
+    if processes == world_size:
+        works = " or ".join(str(size) for size in (*below[-1:], *above[:1]))
+        return f"train.micro_batch_size {works} (the same results), or "
+    fewer = plural(processes, "process")
+    if below[-1] != micro_batch_size:
+        fewer += f" with train.micro_batch_size {below[-1]}"
+    return f"{fewer} (the same results), or "
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    """The divisors of a number up to ``most``, ascending."""
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
 
 
 def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:

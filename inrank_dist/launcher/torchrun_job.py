@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from ..commands.main import Parser
 from ..runtime.errors import UserError
+from ..runtime.words import plural
 from .common import parse_command_line
 from .network import PORT, split_endpoint
 
@@ -119,12 +121,17 @@ def check_batch_divides(job: Job) -> None:
     train.add_arguments(parser)
     arguments, overrides = parser.parse_known_args(job.command[1:])
     config, _ = load_config(arguments.config, overrides)
-    train_settings = config.train
-    batches = [train_settings.micro_batch_size * job.processes * n for n in range(job.nodes[0], job.nodes[1] + 1)]
-    if any(train_settings.global_batch_size % batch for batch in batches):
-        size = math.lcm(*batches)
+    whole, micro = config.train.global_batch_size, config.train.micro_batch_size
+    sizes = [job.processes * nodes for nodes in range(job.nodes[0], job.nodes[1] + 1)]
+    if any(whole % (micro * size) for size in sizes):
+        smaller = [each for each in range(1, micro) if all(whole % (each * size) == 0 for size in sizes)]
+        advice = [f"train.micro_batch_size {max(smaller)} (the same results)"] if smaller else []
+        fewer = list(itertools.takewhile(lambda size: whole % (micro * size) == 0, sizes))
+        if len(fewer) > 1:
+            advice.append(f"-N {job.nodes[0]}:{job.nodes[0] + len(fewer) - 1}")
+        advice.append(f"a train.global_batch_size that is a multiple of {micro * math.lcm(*sizes)}")
         raise UserError(
-            f"train.global_batch_size is {train_settings.global_batch_size}, which not every number of nodes from "
-            f"{job.nodes[0]} to {job.nodes[1]} divides ({job.processes} processes each, train.micro_batch_size "
-            f"{train_settings.micro_batch_size}); write a multiple of {size}, or fewer nodes in -N"
+            f"train.global_batch_size is {whole}, which not every number of nodes from {job.nodes[0]} to "
+            f"{job.nodes[1]} divides ({plural(job.processes, 'process')} each, train.micro_batch_size {micro}); write "
+            f"{', or '.join(advice)}"
         )

@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..train.monitors.text import amount, number, plural
+from ..runtime.words import plural
+from ..train.monitors.text import amount, number
 from . import sections
 from .chart import Charts
 from .control import control_sentence

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..train.monitors.text import amount, duration, fixed, operations, plural, size
+from ..runtime.words import plural
+from ..train.monitors.text import amount, duration, fixed, operations, size
 from .chart import COLOURS, Chart, Charts, Line
 from .comparison import Comparison, Group, Member, readable
 from .curves import memory_points, scaled

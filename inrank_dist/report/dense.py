@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..runtime.words import plural
 from ..train.monitors.ranks import mean
-from ..train.monitors.text import fixed, number, plural
+from ..train.monitors.text import fixed, number
 from .chart import Chart, Charts, Line
 from .history import History, Points
 from .spectra import spectra_of_dense

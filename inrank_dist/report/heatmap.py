@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ..train.monitors.text import plural
+from ..runtime.words import plural
 from .chart import Charts, digits, frame
 from .history import History, Layer, Points
 

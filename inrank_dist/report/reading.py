@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..runtime.words import plural
 from ..train.monitors.ranks import mean
-from ..train.monitors.text import amount, fixed, number, plural
+from ..train.monitors.text import amount, fixed, number
 from .history import History
 
 

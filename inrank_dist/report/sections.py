@@ -5,8 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from ..runtime.words import plural
 from ..train.monitors.ranks import RankChange, RankTable, mean
-from ..train.monitors.text import amount, duration, fixed, number, perplexity_of, plural
+from ..train.monitors.text import amount, duration, fixed, number, perplexity_of
 from .history import History, Layer, last
 
 HTML = str

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..train.monitors.text import number, plural
+from ..runtime.words import plural
+from ..train.monitors.text import number
 from .history import History
 from .plot import Mark
 

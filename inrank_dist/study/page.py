@@ -12,7 +12,8 @@ from rich.table import Table
 from ..report.style import page, text_table
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
-from ..train.monitors.text import amount, fixed, operations, plural, size
+from ..runtime.words import plural
+from ..train.monitors.text import amount, fixed, operations, size
 from .results import Comparison, Row
 from .settings import Study, Unit
 

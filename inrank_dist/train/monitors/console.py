@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ...runtime.progress import terminal_holders
+from ...runtime.words import plural
 from .ranks import RankTable, mean
-from .text import amount, duration, fixed, number, perplexity_of, plural, size
+from .text import amount, duration, fixed, number, perplexity_of, size
 
 SMOOTHING = 0.9
 """Weight of the previous value in the smoothed step time."""

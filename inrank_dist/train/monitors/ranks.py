@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .text import number, plural
+from ...runtime.words import plural
+from .text import number
 
 NULL_TOLERANCE = 0.02
 """Relative difference up to which a rank counts as equal to its null rank."""

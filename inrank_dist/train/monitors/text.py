@@ -62,13 +62,6 @@ def duration(seconds: Any) -> str:
     return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}:{secs:02d}"
 
 
-def plural(count: int, noun: str) -> str:
-    """``1 layer``, ``24 layers``, ``2 processes``."""
-    if count == 1:
-        return f"1 {noun}"
-    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
 def perplexity_of(entropy: Any) -> float | None:
     """``exp(entropy)`` for an entropy or loss in nats per token; None if it is missing or the result overflows."""
     nats = number(entropy)
