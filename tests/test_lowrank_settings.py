@@ -287,3 +287,21 @@ def test_auto_freezes_at_the_fraction_at_the_latest_and_never_in_the_fade() -> N
     settings = {"mode": "efficient", "freeze_step": "auto", "freeze_fraction": 0.3, "freeze_patience": 4}
     assert LowRankSettings(**settings, base="none").policy(1000) == RankPolicy(25, 300, None, 4)
     assert LowRankSettings(**settings, warmup_steps=400).policy(1000) == RankPolicy(25, 400, 400, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "found", "reached", "says"),
+    [
+        ({}, 8, 13, 0.95, None),
+        ({}, 8, 13, 0.85, "lowrank.multiple_of null (64 on GPUs, 8 on CPUs)"),
+        ({"multiple_of": 4}, 8, 13, 0.85, "lowrank.multiple_of 4"),
+        ({"final": "uniform"}, 8, 13, 0.85, "lowrank.final uniform"),
+        ({"final": "budget", "final_budget": 0.33}, 8, 13, 0.85, "lowrank.final_budget 0.33"),
+        ({}, 16, 16, 0.85, "lowrank.max_rank_fraction 0.5"),
+        ({}, 13, 13, 0.85, None),
+    ],
+)
+def test_what_keeps_a_rank_below_the_threshold(
+    settings: dict[str, object], rank: int, found: int, reached: float, says: str | None
+) -> None:
+    assert LowRankSettings(**settings).limit(32, rank, found, reached) == says

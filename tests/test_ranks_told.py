@@ -32,6 +32,7 @@ def check(step: int, **layers: tuple[int, int, float]) -> dict[str, Any]:
     for name in NAMES:
         rank, found, reached = layers.get(name.replace(".", "_"), (8, 8, 0.95))
         entries[name] = {"rank": rank, "found": found, "explained": 0.5, "reached": reached, "null_rank": 31}
+        entries[name]["limit"] = "lowrank.multiple_of 4" if reached < 0.9 else None
     return {"kind": "rank_check", "step": step, "seconds": 0.1, "threshold": 0.9, "layers": entries}
 
 
@@ -67,7 +68,7 @@ def test_the_lines_of_events_are_means_over_all_layers(capsys: pytest.CaptureFix
     assert "rank 9.0 (null 31.0, 3 pinned)" in lines[lines.index(grow) + 1]
     freeze = next(line for line in lines if "freeze:" in line)
     assert "mean rank 9.0 -> 7.0 (4 of 4 layers, found 8.5, null rank 31.0, explained 0.92)" in freeze
-    assert "in 1 of 4 layers the rank explains less than threshold 0.9: cut at the freeze" in freeze
+    assert "explains less than threshold 0.9: lowrank.multiple_of 4 cuts it; a smaller value keeps more" in freeze
     assert "in 2 of 4 layers the rank never left initial_rank 8" in freeze
 
 
@@ -140,6 +141,7 @@ def test_log_summary_and_inspect_pair_a_rank_with_one_ratio(run: Path, capsys: p
         assert ("< 0.995" in row) == (name in below)
     told = RankTable()
     told.update(records[-1])
+    assert any("lowrank.final_budget 0.12 cuts it; a larger value keeps more" in note for note in told.notes())
     assert told.notes() and all(note in out for note in told.notes())
 
 

@@ -47,12 +47,14 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         grams = gram_matrices({name: absorbed(factors)}, lambda total: None)
         sigma = singular_values(grams[name])
         null_rank = null_rank_of(shape)
+        found, reached = state.ranks["found"].get(name), state.ranks["explained"].get(name)
         ranks.set_layer(
             name,
             rank=layer.rank,
-            found=state.ranks["found"].get(name),
+            found=found,
             null_rank=null_rank,
-            reached=state.ranks["explained"].get(name),
+            reached=reached,
+            limit=settings.limit(min(shape), layer.rank, found or layer.rank, reached),
         )
         parts = [module.U, module.V, *module.cores, *([] if module.base is None else [module.base])]
         parameters = sum(part.numel() for part in parts)

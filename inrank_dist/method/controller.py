@@ -301,6 +301,7 @@ class RankController:
                     "reached": d.reached,
                     "null_rank": null[name],
                     "effective_rank": d.effective_rank,
+                    "limit": self._limit(name, d.after, d.reached),
                 }
                 for name, d in decisions.items()
             }
@@ -312,6 +313,7 @@ class RankController:
                 "explained": d.explained,
                 "reached": d.reached,
                 "null_rank": null[name],
+                "limit": self._limit(name, d.after, d.reached),
             }
             for name, d in decisions.items()
             if name in events or d.after != d.before
@@ -324,6 +326,9 @@ class RankController:
         if removes_base:
             records.append({"kind": "base_removed", "step": step})
         return records
+
+    def _limit(self, name: str, rank: int, reached: float | None) -> str | None:
+        return self.settings.limit(min(self.shapes[name]), rank, self.found.get(name, rank), reached)
 
     def _add_spectra(self, check: Record, sigma: Mapping[str, Tensor]) -> None:
         """Add to the record of a check the spectra that the rule chose from, and those of untrained factors.
@@ -347,17 +352,19 @@ class RankController:
         return self.frozen and self.settings.shrinks
 
     def table(self) -> dict[str, Record]:
-        """Return the rank, the rank chosen by the rule, the null rank, the explained ratio and the shape per layer."""
-        return {
-            name: {
+        """Return per layer: rank, rank chosen by the rule, null rank, explained ratio and what limits it, shape."""
+        table = {}
+        for name, layer in self.holder.layout.items():
+            reached = self.reached.get(name)
+            table[name] = {
                 "rank": layer.rank,
                 "found": self.found.get(name, layer.rank),
                 "null_rank": self.method.null.of(self.shapes[name]) if self.method.null.checks else None,
-                "reached": self.reached.get(name),
+                "reached": reached,
+                "limit": self._limit(name, layer.rank, reached),
                 "shape": list(self.shapes[name]),
             }
-            for name, layer in self.holder.layout.items()
-        }
+        return table
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, without the layout, as JSON-serialisable values."""

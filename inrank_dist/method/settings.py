@@ -57,7 +57,8 @@ class LowRankSettings:
 
     mode: Annotated[str, OneOf(_modes)] = "efficient"
     """full: dense model. fixed: factors of constant rank. inrank: the rank may grow until the end. efficient: the rank
-    grows during the warm-up and is then frozen at the smallest value that reaches the threshold."""
+    grows during the warm-up and is then frozen. The freeze takes the rank that the rule found, and rounds it up or down
+    to a multiple of multiple_of, so it may explain less than the threshold (see final for other choices)."""
     targets: list[str] = field(default_factory=lambda: ["mlp"])
     """Layers to factor: mlp, attention, all (both), inner (both, except in the first block), or regular expressions
     that are searched in the layer name."""
@@ -333,6 +334,25 @@ class LowRankSettings:
     def final_multiple(self, device_type: str) -> int:
         """Return the multiple to which final ranks are rounded on a device type such as ``cuda`` or ``cpu``."""
         return self.multiple_of or FINAL_MULTIPLES.get(device_type, 8)
+
+    def limit(self, dimension: int, rank: int, found: int, reached: float | None) -> str | None:
+        """Return the setting, with its value, that keeps a rank below the threshold; None if none does.
+
+        Args:
+            dimension: ``min(in, out)`` of the layer.
+            rank: rank of the layer.
+            found: rank that the rule found, which the freeze may have lowered.
+            reached: explained ratio of ``rank``; None if it is unknown.
+        """
+        if reached is None or reached >= self.threshold or not self.grows:
+            return None
+        if rank < found:
+            if self.has_budget:
+                return f"lowrank.final_budget {self.final_budget:g}"
+            multiple = self.multiple_of or "null (64 on GPUs, 8 on CPUs)"
+            return f"lowrank.multiple_of {multiple}" if self.final == "per_layer" else f"lowrank.final {self.final}"
+        capped = rank >= self.rule.cap(dimension)
+        return f"lowrank.max_rank_fraction {self.max_rank_fraction:g}" if capped else None
 
     def policy(self, steps: int) -> RankPolicy:
         """Return the schedule of a run of ``steps`` optimizer steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
@@ -62,6 +63,7 @@ class RankTable:
     rounding at the freeze, which are the ones to compare with null ranks. ``explained`` is the share that the rank in
     ``ranks`` explained at the last decision; for records without ``reached``, the share of the rank before the
     decision. A check and an event of the same step may come in either order; the rank is then that of the event.
+    ``limits`` holds the settings that keep ranks below the threshold, with their values.
 
     ``initial_rank`` and ``threshold`` are the settings, None if no record contains them. ``shrinks`` is whether the
     last decision could lower ranks, in which case no rank is pinned by its start.
@@ -73,6 +75,7 @@ class RankTable:
         self.null_ranks: dict[str, float] = {}
         self.explained: dict[str, float] = {}
         self.effective_ranks: dict[str, float] = {}
+        self.limits: dict[str, str] = {}
         self.initial_rank: float | None = None
         self.threshold: float | None = None
         self.shrinks = False
@@ -143,9 +146,12 @@ class RankTable:
         if count := len(self.pinned_layers):
             start = f"initial_rank {self.initial_rank:g}"
             notes.append(f"in {count:,} of {layers} the rank never left {start}: pinned by its start")
-        if count := len(self.cut_layers):
-            cut = f"threshold {self.threshold:g}"
-            notes.append(f"in {count:,} of {layers} the rank explains less than {cut}: cut at the freeze")
+        below = [name for name in self.ranks if self._below(name)]
+        for limit, count in Counter(self.limits[name] for name in below if name in self.limits).items():
+            larger = "a smaller value" if "multiple_of" in limit else "a larger value"
+            remedy = "per_layer does not" if "lowrank.final " in limit else f"{larger} keeps more"
+            explains = f"in {count:,} of {layers} the rank explains less than threshold {self.threshold:g}"
+            notes.append(f"{explains}: {limit} cuts it; {remedy}")
         return notes
 
     @property
@@ -182,7 +188,7 @@ class RankTable:
         return self.threshold is not None and name in self._paired and self.explained[name] < self.threshold
 
     def _update_layer(self, name: str, layer: dict[str, Any], key: str) -> None:
-        known = {part: layer.get(part) for part in ("found", "null_rank", "reached", "explained")}
+        known = {part: layer.get(part) for part in ("found", "null_rank", "reached", "explained", "limit")}
         self.set_layer(name, rank=layer.get(key), **known)
 
     def set_layer(
@@ -194,13 +200,18 @@ class RankTable:
         null_rank: Any = None,
         reached: Any = None,
         explained: Any = None,
+        limit: Any = None,
     ) -> None:
         """Update the values of one layer. None leaves a value unchanged, except ``found``, which defaults to ``rank``.
 
         Args:
             reached: share of the spectrum that ``rank`` explains.
             explained: share that the previous rank explains; used only if ``reached`` is unknown.
+            limit: setting that keeps the rank below the threshold, as text.
         """
+        self.limits.pop(name, None)
+        if limit:
+            self.limits[name] = str(limit)
         _set(self.ranks, name, rank)
         _set(self.found, name, rank if found is None else found)
         _set(self.null_ranks, name, null_rank)
