@@ -298,8 +298,9 @@ def _build(values: dict[str, Any]) -> Config:
         ]
         if missing:
             names = ", ".join(f"{section}.{name}" for name in missing)
+            words = in_words(SETTINGS[f"{section}.{missing[0]}"], required=True)
             are, each = ("is", "") if len(missing) == 1 else ("are", " for each")
-            raise UserError(f"{names} {are} missing; write {in_words(SETTINGS[f'{section}.{missing[0]}'])}{each}")
+            raise UserError(f"{names} {are} missing; write {words}{each}")
     try:
         return Config(**{section: _fill(cls, sections[section]) for section, cls in SECTIONS.items()})
     except ValueError as error:

@@ -18,7 +18,7 @@
 #   --mounts A,B       additional folders for the container, such as that of the data
 #   --no-check         do not check the nodes before the training
 #   --sbatch ARGUMENT  an additional argument for sbatch, such as --sbatch --qos=high (may be repeated)
-#   --dry-run          print the sbatch command and submit nothing
+#   --dry-run          print the sbatch command and submit nothing; with --gpus also where Slurm does not answer
 # What the job does at its time limit and when something fails: launch/slurm.sbatch --help
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -62,21 +62,31 @@ whole --signal "$signal" 1
 [[ ! $image =~ ^[./]|\.(sif|sqsh)$ || -e $image ]] ||
     fail "--image is $image, which does not exist; write a .sif or .sqsh file, or a name that the container engine knows"
 
-command -v sbatch sinfo >/dev/null || fail "there is no sbatch on PATH; run this on a login node of a Slurm cluster"
-partitions=$(sinfo --noheader --format %P 2>&1) || fail "Slurm does not answer: $(tail -n 1 <<<"$partitions")"
-partition=${partition:-$(sed -n 's/\*$//p' <<<"$partitions" | head -n 1)}
-partitions=$(tr -d '*' <<<"$partitions" | sort -u | paste -sd ' ')
-[ -n "$partition" ] || fail "this cluster has no default partition; write --partition with one of: $partitions"
-[[ " $partitions " == *" $partition "* ]] || fail "there is no partition $partition; write --partition with one of: $partitions"
-most=$(($(sinfo --noheader --partition "$partition" --format %D | paste -sd +)))
-[ "$nodes" -le "$most" ] || fail "--nodes is $nodes, but partition $partition has $most; write at most that"
-if [ -z "$gpus" ]; then # the minimum over the partition's nodes; gpu:h100:8(S:0-1) means 8
-    gpus=$(sinfo --noheader --partition "$partition" --format %G |
-        sed -n 's/.*gpu:\([^,(]*:\)\{0,1\}\([0-9]*\).*/\2/p; t; s/.*/0/p' | sort -n | head -n 1)
+no_slurm='' advice="run this on a login node of a Slurm cluster"
+[ -z "$dry_run" ] || advice="write --gpus N as well, and --dry-run needs no Slurm"
+if ! command -v sbatch sinfo >/dev/null; then
+    no_slurm="there is no sbatch on PATH"
+elif ! partitions=$(sinfo --noheader --format %P 2>&1); then
+    no_slurm="Slurm does not answer: $(tail -n 1 <<<"$partitions")"
+fi
+if [ -z "$no_slurm" ]; then
+    partition=${partition:-$(sed -n 's/\*$//p' <<<"$partitions" | head -n 1)}
+    partitions=$(tr -d '*' <<<"$partitions" | sort -u | paste -sd ' ')
+    [ -n "$partition" ] || fail "this cluster has no default partition; write --partition with one of: $partitions"
+    [[ " $partitions " == *" $partition "* ]] ||
+        fail "there is no partition $partition; write --partition with one of: $partitions"
+    most=$(($(sinfo --noheader --partition "$partition" --format %D | paste -sd +)))
+    [ "$nodes" -le "$most" ] || fail "--nodes is $nodes, but partition $partition has $most; write at most that"
+    if [ -z "$gpus" ]; then # the minimum over the partition's nodes; gpu:h100:8(S:0-1) means 8
+        gpus=$(sinfo --noheader --partition "$partition" --format %G |
+            sed -n 's/.*gpu:\([^,(]*:\)\{0,1\}\([0-9]*\).*/\2/p; t; s/.*/0/p' | sort -n | head -n 1)
+    fi
+elif [ -z "$dry_run" ] || [ -z "$gpus" ]; then
+    fail "$no_slurm; $advice"
 fi
 
-submit=(sbatch --parsable --job-name "$(basename "$run")" --partition "$partition" --nodes "$nodes")
-submit+=(--signal "B:USR1@$signal")
+submit=(sbatch --parsable --job-name "$(basename "$run")" --nodes "$nodes" --signal "B:USR1@$signal")
+[ -z "$partition" ] || submit+=(--partition "$partition")
 [ "$gpus" = 0 ] || submit+=(--gpus-per-node "$gpus")
 if [ -n "$cpus" ]; then submit+=(--cpus-per-task "$cpus"); else submit+=(--exclusive --mem 0); fi
 [ -z "$time" ] || submit+=(--time "$time")

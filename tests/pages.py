@@ -160,8 +160,9 @@ def settings_tables() -> str:
         lines = [f"### {section}", "", "| setting | default | value | meaning |", "|---|---|---|---|"]
         for key in dataclasses.fields(cls):
             dotted = f"{section}.{key_of(key)}"
-            default = "required" if is_required(key, {}) else f"`{shown(default_of(key))}`"
-            cells = (f"`{dotted}`", default, in_words(SETTINGS[dotted]), descriptions[key.name])
+            required = is_required(key, {})
+            default = "required" if required else f"`{shown(default_of(key))}`"
+            cells = (f"`{dotted}`", default, in_words(SETTINGS[dotted], required=required), descriptions[key.name])
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

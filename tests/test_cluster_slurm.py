@@ -222,7 +222,7 @@ def test_what_would_be_submitted(job: Job) -> None:
     for script in ("slurm.sh", "slurm.sbatch"):
         assert "Usage: " in job.slurm.run(LAUNCH / script, "--help").stdout
     done = job.slurm.run(LAUNCH / "slurm.sh", "--config", job.file, "--run", job.run, "--dry-run")
-    assert "--partition cpu --nodes 1 --signal B:USR1@180 --gpus-per-node 2 --exclusive --mem 0" in done.stdout
+    assert "--nodes 1 --signal B:USR1@180 --partition cpu --gpus-per-node 2 --exclusive --mem 0" in done.stdout
     assert not job.run.exists()
     done = job.slurm.run(LAUNCH / "slurm.sbatch", "--config", job.file, "--run", job.run)
     assert the_error(done.returncode, done.stderr).startswith("this is a job for Slurm; write sbatch")

@@ -367,6 +367,26 @@ def test_words(script: str, words: list[str], status: int, says: str) -> None:
     assert ("usage: launch/" in done.stdout) == (status == 0)
 
 
+def test_what_slurm_would_be_given_where_it_does_not_answer(tmp_path: Path) -> None:
+    """What only a cluster knows must then be written."""
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sinfo: fatal: no controller' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    environment = launch_environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = [LAUNCH / "slurm.sh", "--config", LAUNCH.parent / "configs/quickstart.yaml", "--run", tmp_path / "my"]
+
+    def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, "--dry-run", *more], env=environment, capture_output=True, text=True, timeout=60)
+
+    assert (
+        "--nodes 16 --signal B:USR1@180 --gpus-per-node 8 --exclusive" in dry_run("--nodes", "16", "--gpus", "8").stdout
+    )
+    done = dry_run("--nodes", "16")
+    assert done.returncode == 2 and not done.stdout
+    advice = "write --gpus N as well, and --dry-run needs no Slurm"
+    assert done.stderr == f"error: Slurm does not answer: sinfo: fatal: no controller; {advice}\n"
+
+
 @pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "bench-gpu.sh", "gpu.sh"])
 def test_help_starts_nothing(script: str, tmp_path: Path) -> None:
     command = [LAUNCH / script, "--help"]

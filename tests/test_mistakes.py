@@ -298,8 +298,8 @@ def test_without_deepspeed(place: Path, fails: Fails, monkeypatch: pytest.Monkey
     """Before anything else is done, and without a word of Python's own."""
     monkeypatch.setattr(zero_settings, "find_spec", lambda name: None)
     assert fails("train", "--config", place / "config.yaml", "--parallel.engine", "zero2") == (
-        "parallel.engine is zero2, which needs DeepSpeed; write pip install 'inrank_dist[deepspeed]' (in a checkout: "
-        "pip install -e '.[deepspeed]'), or parallel.engine: fsdp"
+        "parallel.engine is zero2, which needs DeepSpeed; write pip install -e '.[deepspeed]' in the checkout, or "
+        "parallel.engine: fsdp"
     )
     nothing_half_written(place)
 

@@ -165,7 +165,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python3": check_python,
     "sbatch": lambda words: check_script(words[words.index("launch/slurm.sbatch") :]),
     ".": lambda words: None,
-    "torchrun": check_nothing,
+    "torchrun": lambda words: check_inrank(words[words.index("inrank_dist") + 1 :]),
     "tensorboard": check_nothing,
     "lm_eval": check_nothing,
     "scancel": check_nothing,
@@ -205,7 +205,9 @@ def process_counts(words: list[str]) -> list[int]:
         return [(job.processes or GPUS) * nodes for nodes in range(job.nodes[0], job.nodes[1] + 1)]
     if "launch/slurm.sh" in words or "launch/slurm.sbatch" in words:
         return [number("--nodes", 1) * GPUS]
-    return [number("-n", 2 * GPUS)] if words[0] == "launch/deepspeed.sh" else [1]
+    if words[0] == "launch/deepspeed.sh":
+        return [number("-n", 2 * GPUS)]
+    return [number("--nproc-per-node", 1)]
 
 
 @pytest.mark.parametrize("name", [*pages.own_configs()])

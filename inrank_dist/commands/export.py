@@ -137,8 +137,8 @@ def _write_transformers(
         from ..hub.transformers_model import write_transformers
     except ImportError as error:
         raise UserError(
-            f"--format hf needs transformers, which cannot be imported ({error}); pip install 'inrank_dist[hf]', or "
-            "write --format factors"
+            f"--format hf needs transformers, which cannot be imported ({error}); write pip install -e '.[hf]' in the "
+            "checkout, or --format factors"
         ) from None
     tokenizer, skeleton, settings = opened.tokenizer, opened.skeleton, opened.config.model
     code = write_transformers(

@@ -21,8 +21,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     print(f"folder              {data.folder}")
     print(f"fingerprint         {data.fingerprint}")
     print(f"vocabulary          {data.tokenizer.vocab_size}")
-    print(f"training tokens     {data.train_tokens} in {len(data.train)} blocks of {data.block_length}")
-    print(f"validation tokens   {data.validation_tokens} in {len(data.validation)} blocks")
+    print(f"training tokens     {data.train_tokens} in {len(data.train)} sequences of {data.block_length}")
+    print(f"validation tokens   {data.validation_tokens} in {len(data.validation)} sequences")
     for source in data.sources:
         print(
             f"  {source.label:<17} share {source.share:.3g}, {source.data.train_tokens} tokens in {source.data.folder}"

@@ -21,8 +21,9 @@ def settings_help() -> str:
         for key in dataclasses.fields(cls):
             dotted = f"{section}.{key_of(key)}"
             default = default_of(key)
-            standard = "required" if is_required(key, {}) else f"default {shown(default)}"
-            text = f"{descriptions[key.name]} ({standard}; {in_words(SETTINGS[dotted])})"
+            required = is_required(key, {})
+            standard = "required" if required else f"default {shown(default)}"
+            text = f"{descriptions[key.name]} ({standard}; {in_words(SETTINGS[dotted], required=required)})"
             group.add_argument(f"--{dotted}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser.format_help()
 

@@ -40,7 +40,9 @@ def tokenizer_json(file: Path, pattern: str | None, eos_token: str) -> dict[str,
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise UserError(f"a .tiktoken file needs tokenizers ({error}); pip install 'inrank_dist[hf]'") from None
+        raise UserError(
+            f"a .tiktoken file needs tokenizers ({error}); write pip install -e '.[hf]' in the checkout"
+        ) from None
     if pattern is None:
         raise UserError(
             f"tokenizer {file} does not say how text is split; write tokenizer.pattern: gpt2, cl100k (also for Llama "

@@ -85,7 +85,9 @@ class HuggingFaceTokenizer(WholeDocumentTokenizer):
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(f"a tokenizer.json needs tokenizers ({error}); pip install 'inrank_dist[hf]'") from None
+            raise UserError(
+                f"a tokenizer.json needs tokenizers ({error}); write pip install -e '.[hf]' in the checkout"
+            ) from None
         self._keep(model)
         content = json.loads(model)
         with _plain_errors():

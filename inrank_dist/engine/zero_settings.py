@@ -79,8 +79,8 @@ def require_deepspeed(engine: str) -> None:
     """
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"parallel.engine is {engine}, which needs DeepSpeed; write pip install 'inrank_dist[deepspeed]' "
-            "(in a checkout: pip install -e '.[deepspeed]'), or parallel.engine: fsdp"
+            f"parallel.engine is {engine}, which needs DeepSpeed; write pip install -e '.[deepspeed]' in the "
+            "checkout, or parallel.engine: fsdp"
         )
 
 

@@ -48,7 +48,7 @@ def launch(job: Job, stop_requested: threading.Event) -> int:
         UserError: DeepSpeed is not installed, or ssh cannot reach a host.
     """
     if not shutil.which("deepspeed"):
-        raise UserError("deepspeed is not installed; write pip install -e '.[deepspeed]'")
+        raise UserError("deepspeed is not installed; write pip install -e '.[deepspeed]' in the checkout")
     environment = dict(os.environ)
     environment.pop("CUDA_VISIBLE_DEVICES", None)  # set per process instead; the launcher would warn and ignore it
     environment |= {name: value for name, value in job.variables.items() if name == "DS_ACCELERATOR"}

@@ -110,8 +110,8 @@ def _config_class(model_type: str) -> Any:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
         raise UserError(
-            f"model.name is hf, but transformers cannot be imported ({error}); pip install 'inrank_dist[hf]', or write "
-            "model.name: gpt2 or llama"
+            f"model.name is hf, but transformers cannot be imported ({error}); write pip install -e '.[hf]' in the "
+            "checkout, or model.name: gpt2 or llama"
         ) from None
     if model_type.endswith(LAYER_CROSSING):
         raise UserError(

@@ -47,8 +47,10 @@ def alternatives(expected: Any) -> tuple[Any, ...]:
     return typing.get_args(expected) if is_union else (expected,)
 
 
-def in_words(expected: Any) -> str:
-    """What to write for a setting of this type."""
+def in_words(expected: Any, *, required: bool = False) -> str:
+    """What to write for a setting of this type; null is no value of a required one."""
+    if required:
+        return " or ".join(in_words(each) for each in alternatives(expected) if each is not type(None))
     if typing.get_origin(expected) is Annotated:
         return "one of " + ", ".join(expected.__metadata__[0].names())
     if typing.get_origin(expected) is Literal:

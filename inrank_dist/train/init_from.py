@@ -98,5 +98,7 @@ def _of_transformers(folder: Path, config: Config, skeleton: LanguageModel) -> C
     try:
         from ..hub.loading import TransformersWeights
     except ImportError as error:
-        raise UserError(f"{folder} needs transformers ({error}); pip install 'inrank_dist[hf]'") from None
+        raise UserError(
+            f"{folder} needs transformers ({error}); write pip install -e '.[hf]' in the checkout"
+        ) from None
     return TransformersWeights(folder, config.model, skeleton)
