@@ -186,7 +186,7 @@ def test_the_published_choices_find_the_null_rank(
     assert "no more than it finds on untrained factors" in capsys.readouterr().out
     assert main(["inspect", "--run", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "in 4 of 4 layers the rank is the null rank within 2%" in out
+    assert "in 4 of 4 layers the rank found is the null rank within 2%" in out
     for layer in records(tmp_path / "run", "summary")[0]["ranks"].values():
         assert layer["rank"] > 40
 

@@ -16,10 +16,11 @@ from runs import Fails, small_config
 from test_report import records_of_a_run
 
 from inrank_dist.commands.main import main
+from inrank_dist.optim.settings import optimizers_of
 from inrank_dist.report.compare import terminal_table, write_comparison
 from inrank_dist.report.comparison import LONGEST, Comparison, labels, readable
 from inrank_dist.report.control import control_sentence, find_control
-from inrank_dist.report.run import read_run
+from inrank_dist.report.run import ON_FACTORS, read_run
 
 HOSTILE = ["<script>alert(1)</script>&amp;[red]", "\u202eevil\u202d", "x" * 200, "**a** `b`\n|c|"]
 
@@ -230,6 +231,10 @@ def test_a_low_rank_run_is_offered_its_control(runs: list[Path], tmp_path: Path)
     assert control_sentence(read_run(runs[0])) == "", "a full-rank run is one"
     unfinish(runs[1], 50)
     assert "dense-1" in control_sentence(read_run(runs[3])) and "not finished" in control_sentence(read_run(runs[3]))
+
+
+def test_the_optimizers_of_factors_are_all_known_to_reports() -> None:
+    assert {*ON_FACTORS} == {*optimizers_of("factors")}
 
 
 def test_a_run_of_another_model_or_length_is_no_control(runs: list[Path], tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from inrank_dist.hub.factors import DESCRIPTION, TENSORS
 from inrank_dist.hub.tokenizer import fast_tokenizer
 from inrank_dist.runtime.errors import UserError
 from inrank_dist.train.checkpoint import list_checkpoints, step_of
+from inrank_dist.train.monitors.text import amount
 
 QWEN3 = (
     "{model_type: qwen3, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
@@ -180,7 +181,10 @@ def test_the_card_has_the_numbers_of_the_run(gpt2_run: Path, tmp_path: Path) -> 
     records = [json.loads(line) for line in (gpt2_run / "metrics.jsonl").read_text().splitlines()]
     assert f"| validation loss | {records[-1]['validation_loss']:.4f} nats per token |" in card
     for name, layer in state.layout.items():
-        assert re.search(rf"\| {re.escape(name)} \| \d+ x \d+ \| {layer.rank} \| \d+ \|", card)
+        assert re.search(rf"\| {re.escape(name)} \| \d+ x \d+ \| {layer.rank} \| \d+ \| \d+ \|", card)
+    dense = sum(parameter.numel() for parameter in loaded(gpt2_run).skeleton.parameters())
+    assert f"| parameters of this model | {dense:,} (dense weights; the factors are merged) |" in card
+    assert f"The trained model had {amount(records[-1]['parameters'])} parameters" in card
     assert f"| tokens | {state.tokens:,} |" in card
 
 
@@ -236,6 +240,8 @@ def test_a_cut_is_the_best_approximation(
     ours = loaded(gpt2_run)
     model = inrank_dist.load(export(gpt2_run, tmp_path / "factors", "--format", "factors", *cut))
     said = capsys.readouterr().out
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert f"| parameters of this model | {size:,} |" in (tmp_path / "factors" / "README.md").read_text()
     dense = load_file(export(gpt2_run, tmp_path / "dense", *cut) / "model.safetensors")
     discarded = total = 0.0
     for name in ours.checkpoint.state.layout:

@@ -284,7 +284,7 @@ class TestConsole:
         """The published ranks were those of untrained factors; nobody should have to find that out again."""
         (line,) = console_lines(grow(100, null_rank=16.2))
         assert line.endswith(
-            "in 1 of 2 layers the rank is the null rank within 2%: "
+            "in 1 of 2 layers the rank found is the null rank within 2%: "
             "the rule found no more than it finds on untrained factors"
         )
         assert "null rank within" not in console_lines(grow(100, null_rank=16.4))[0]

@@ -76,11 +76,11 @@ def test_the_report_says_the_same(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     page = write_report(tmp_path).read_text()
     text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
-    assert "grow 1 of 4 8.0 → 9.0 31.0 0.940" in text
-    assert "freeze 4 of 4 9.0 → 7.0 31.0 0.920" in text
+    assert "grow 1 of 4 8.0 → 9.0 9.0 31.0 0.940" in text
+    assert "freeze 4 of 4 9.0 → 7.0 8.5 31.0 0.920" in text
     assert "2 of 4 = start 1 of 4 cut below the threshold" in text
-    assert "blocks.0.mlp.up - 8 31 &lt; 0.9 0.850" in text
-    assert "blocks.1.mlp.down - 8 31 = start 0.950" in text
+    assert "blocks.0.mlp.up - 8 13 31 &lt; 0.9 0.850" in text
+    assert "blocks.1.mlp.down - 8 8 31 = start 0.950" in text
     assert "In 2 of 4 layers the rank never left lowrank.initial_rank, 8" in text
     assert "In 1 of 4 layers the freeze kept less than the rule had found" in text
 

@@ -144,22 +144,41 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("null_rank", "sentence"),
+    ("null_rank", "counts", "sentence"),
     [
-        (
-            31,
-            "0 of 4 layers the rank found is the null rank within 2% (mean rank 16.0, mean null rank 31.0):",
-        ),
-        (
-            16,
-            "4 of 4 layers the rank found is the null rank within 2%: the rule has not seen learning there.",
-        ),
+        (31, "In 0 of 4 layers the rank found is the null rank within 2%, in 4 it is below", "Below the null rank,"),
+        (16, "In 4 of 4 layers the rank found is the null rank within 2%", "the rule has not seen learning."),
+        (12, "In 0 of 4 layers the rank found is the null rank within 2%, in 4 it is above", "Above the null rank,"),
     ],
 )
-def test_the_reading_holds_ranks_against_null_ranks(tmp_path: Path, null_rank: int, sentence: str) -> None:
-    text = report_text(tmp_path, records_of_a_run(null_rank=null_rank))
+def test_the_reading_holds_ranks_found_against_null_ranks(
+    tmp_path: Path, null_rank: int, counts: str, sentence: str
+) -> None:
+    """The rank that the freeze kept, 8, is not what the rule found."""
+    records = records_of_a_run(null_rank=null_rank)
+    for record in records:
+        if record.get("action") == "freeze":
+            record["layers"] = {name: entry | {"to": 8, "found": 16} for name, entry in record["layers"].items()}
+        if record["kind"] == "summary":
+            record["ranks"] = {name: entry | {"rank": 8, "found": 16} for name, entry in record["ranks"].items()}
+    text = report_text(tmp_path, records)
+    assert f"{counts} (mean rank found 16.0, mean null rank {null_rank}.0)." in text
     assert sentence in text
+    assert f"found by the rule 16.0, null rank {null_rank}.0" in text and "Found" in text
     assert ("= null" in text) == (null_rank == 16)
+
+
+@pytest.mark.parametrize("optimizer", ["spectron", "lora_muon"])
+def test_ranks_of_orthogonalised_updates_are_no_finding(tmp_path: Path, optimizer: str) -> None:
+    text = report_text(tmp_path, records_of_a_run(), f"{CONFIG}optimizer:\n  name: {optimizer}\n")
+    assert "the explained ratio measures the optimizer" in text and "Below the null rank" not in text
+
+
+def test_ranks_of_a_model_that_learned_nothing_are_no_finding(tmp_path: Path) -> None:
+    records = records_of_a_run()
+    records[-1] |= {"validation_loss": ENTROPY}
+    text = report_text(tmp_path, records)
+    assert "its ranks show no learning" in text and "Below the null rank" not in text
 
 
 def test_the_reading_says_what_one_run_cannot_show(tmp_path: Path) -> None:
@@ -180,7 +199,7 @@ def test_the_reading_names_bad_news(tmp_path: Path) -> None:
     assert "is not below the unigram entropy, 6.912: the model predicts no better than" in text
     assert "above it (over-fitting, or a run that became unstable)" in text
     assert "In 1 of 120 logged steps the loss is not a finite number" in text
-    assert "nothing is saved" in text
+    assert "nothing was saved" in text
 
 
 @pytest.mark.parametrize("mode", ["full", "fixed", "inrank"])

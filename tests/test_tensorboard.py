@@ -140,7 +140,7 @@ def test_a_sample_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_the_table_of_ranks_is_written_at_every_event(tmp_path: Path) -> None:
     write(tmp_path, START, grow(2), check(3), grow(4), SUMMARY)
     tables = text(tmp_path, "rank_table")
-    assert len(tables) == 3 and all("| `blocks.0.mlp.down` | 16 | 31 | 0.820 |" in table for table in tables[:2])
+    assert len(tables) == 3 and all("| `blocks.0.mlp.down` | 16 | 16 | 31 | 0.820 |" in table for table in tables[:2])
 
 
 def test_settings_and_final_metrics_are_hparams(tmp_path: Path) -> None:

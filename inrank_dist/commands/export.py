@@ -65,9 +65,11 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         code = None
         if arguments.format == "hf":
             code = _write_transformers(work, opened, weights, dtype, max_shard_bytes)
+            size = f"{sum(parameter.numel() for parameter in opened.skeleton.parameters()):,}"
+            size += " (dense weights; the factors are merged)" if weights.layout else ""
         else:
-            _write_factors(work, opened, weights, dtype)
-        card = _card(out.name, arguments.format, opened, weights, code)
+            size = f"{_write_factors(work, opened, weights, dtype):,}"
+        card = _card(out.name, arguments.format, opened, weights, size, code)
         (work / "README.md").write_text(card.text(), encoding="utf-8")
         for path in (*work.rglob("*"), work):
             flush_path(path)
@@ -167,13 +169,15 @@ def _write_transformers(
     return code
 
 
-def _write_factors(work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype) -> None:
+def _write_factors(work: Path, opened: OpenedRun, weights: Weights, dtype: torch.dtype) -> int:
     config, vocab_size = opened.config, opened.skeleton.vocab_size
-    write_factors(work, config.model, vocab_size, weights.layout, weights, config.lowrank.activation, dtype=dtype)
+    layout, activation = weights.layout, config.lowrank.activation
+    parameters = write_factors(work, config.model, vocab_size, layout, weights, activation, dtype=dtype)
     opened.tokenizer.save(work / TOKENIZER)
+    return parameters
 
 
-def _card(name: str, form: str, opened: OpenedRun, weights: Weights, code: str | None) -> Card:
+def _card(name: str, form: str, opened: OpenedRun, weights: Weights, size: str, code: str | None) -> Card:
     checkpoint, config, tokenizer = opened.checkpoint, opened.config, opened.tokenizer
     state = checkpoint.state
     try:
@@ -185,8 +189,9 @@ def _card(name: str, form: str, opened: OpenedRun, weights: Weights, code: str |
     null_rank_of, layers = opened.null_ranks(), {}
     for layer, layout in state.layout.items():
         shape = matrix_shape(weights.skeleton.get_submodule(layer))
-        layers[layer] = CardLayer(shape, layout.rank, null_rank_of(shape))
-    facts = {"step": f"{state.step:,} of {config.train.steps:,}", "tokens": f"{state.tokens:,}"}
+        layers[layer] = CardLayer(shape, layout.rank, state.ranks["found"].get(layer), null_rank_of(shape))
+    facts = {"parameters of this model": size}
+    facts |= {"step": f"{state.step:,} of {config.train.steps:,}", "tokens": f"{state.tokens:,}"}
     if history.validation_loss is not None:
         facts["validation loss"] = f"{history.validation_loss:.4f} nats per token"
         facts["unigram entropy"] = f"{state.unigram_entropy:.4f} nats per token"

@@ -8,10 +8,11 @@ from .weights import Kept
 
 @dataclass(frozen=True)
 class CardLayer:
-    """A low-rank layer: ``(out, in)``, the rank in the run, and its null rank if it is known."""
+    """A low-rank layer: ``(out, in)``, its rank in the run, and the rank found and the null rank if they are known."""
 
     shape: tuple[int, int]
     rank: int
+    found: int | None
     null_rank: int | None
 
 
@@ -57,16 +58,21 @@ class Card:
         lines += [f"- {sentence}" for sentence in self.sentences] + [""]
         if self.layers:
             lines += ["## Ranks", ""]
-            lines += ["The null rank is what the same rule finds in factors that have learned nothing.", ""]
+            lines += [
+                "Found is the rank that the rule chose, before rounding or a budget. The null rank is what the same"
+            ]
+            lines += ["rule finds in factors that were never trained.", ""]
             lines += self._table()
         return "\n".join(lines).rstrip() + "\n"
 
     def _table(self) -> list[str]:
-        headings = ["layer", "shape", "rank", "null rank"] + (["exported rank", "discarded"] if self.kept else [])
+        headings = ["layer", "shape", "rank", "found", "null rank"] + (
+            ["exported rank", "discarded"] if self.kept else []
+        )
         lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
         for name, layer in self.layers.items():
-            null = "-" if layer.null_rank is None else str(layer.null_rank)
-            cells = [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), null]
+            known = ["-" if rank is None else str(rank) for rank in (layer.found, layer.null_rank)]
+            cells = [name, f"{layer.shape[0]} x {layer.shape[1]}", str(layer.rank), *known]
             if self.kept:
                 kept = self.kept[name]
                 cells += [str(kept.rank), f"{kept.share:.2%}"]

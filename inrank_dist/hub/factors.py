@@ -50,13 +50,16 @@ def write_factors(
     activation: Activation,
     *,
     dtype: torch.dtype,
-) -> None:
+) -> int:
     """Write the model with its factors. At most one layer is in memory at a time.
 
     Args:
         folder: an existing folder.
         layout: the low-rank layers before a cut of ``weights``.
         dtype: floating dtype of all tensors.
+
+    Returns:
+        Number of parameters written.
     """
     if weights.cut is not None:
         layout = {name: _cut(layer, weights.factors(name)) for name, layer in layout.items()}
@@ -79,6 +82,7 @@ def write_factors(
     for name, parameter in convert(skeleton, layout).named_parameters():
         planned.append(Planned(name, tuple(parameter.shape), dtype, partial(_value, name, layout, weights)))
     write_tensors(folder, planned, max_shard_bytes=1 << 62)
+    return sum(math.prod(tensor.shape) for tensor in planned)
 
 
 def _cut(layer: LayerLayout, factors: Factors) -> LayerLayout:

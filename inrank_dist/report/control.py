@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
-from .run import Run, read_run, read_settings
+from .run import ON_FACTORS, Run, read_run, read_settings, value_of
 
 SAME = ("model", "data", "tokenizer")
 """Sections that are equal in a run and its control."""
@@ -19,13 +19,10 @@ SAME_SETTINGS = (("train", "steps"), ("train", "global_batch_size"))
 MOST_FOLDERS = 200
 """Folders of the parent that are looked at, the latest first."""
 
-ON_FACTORS = ("spectron", "lora_muon")
-"""Optimizers that a full-rank model cannot have."""
-
 
 def control_sentence(run: Run) -> str:
     """Say how to compare a low-rank run with its control, or which command trains one; empty for other runs."""
-    if _value(run.settings, "lowrank", "mode") in (None, "full"):
+    if value_of(run.settings, "lowrank", "mode") in (None, "full"):
         return ""
     folder = os.fspath(run.folder)
     control = find_control(run)
@@ -38,7 +35,7 @@ def control_sentence(run: Run) -> str:
         return f"A control beside it is {control.folder.name} (full rank{known}{seed}{state}): {command}."
     dense = f"{folder}-dense"
     words = ["inrank", "train", "--config", os.fspath(run.folder / "config.yaml"), "--lowrank.mode", "full"]
-    if _value(run.settings, "optimizer", "name") in ON_FACTORS:
+    if value_of(run.settings, "optimizer", "name") in ON_FACTORS:
         words += ["--optimizer.name", "muon"]
     words += ["--run.name", f"{run.name}-dense", "--run.dir", dense]
     compare = shlex.join(["inrank", "compare", folder, dense])
@@ -76,9 +73,9 @@ def _siblings(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _is_control(settings: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    if _value(settings, "lowrank", "mode") != "full":
+    if value_of(settings, "lowrank", "mode") != "full":
         return False
-    if any(_value(settings, *key) != _value(wanted, *key) for key in SAME_SETTINGS):
+    if any(value_of(settings, *key) != value_of(wanted, *key) for key in SAME_SETTINGS):
         return False
     return all(_without_cache(settings.get(section)) == _without_cache(wanted.get(section)) for section in SAME)
 
@@ -87,10 +84,5 @@ def _without_cache(section: Any) -> Any:
     return {key: value for key, value in section.items() if key != "cache_dir"} if isinstance(section, dict) else None
 
 
-def _value(settings: dict[str, Any], section: str, key: str) -> Any:
-    values = settings.get(section)
-    return values.get(key) if isinstance(values, dict) else None
-
-
 def _seed(run: Run) -> Any:
-    return _value(run.settings, "run", "seed")
+    return value_of(run.settings, "run", "seed")

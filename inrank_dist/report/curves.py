@@ -9,6 +9,7 @@ from .chart import Chart, Charts, Line
 from .heatmap import heat_maps
 from .history import History, Points
 from .plot import Reference, smoothed
+from .run import value_of
 from .spectra import spectra_of_decisions
 
 MEMORY = (("peak_memory", "peak on the GPU of process 0"), ("resident_memory", "resident set of process 0"))
@@ -127,8 +128,7 @@ def rank_figures(charts: Charts, history: History, threshold: float | None) -> s
 
 def threshold_of(settings: dict[str, Any]) -> float | None:
     """``lowrank.threshold`` of the resolved config, or None."""
-    section = settings.get("lowrank")
-    return number(section.get("threshold")) if isinstance(section, dict) else None
+    return number(value_of(settings, "lowrank", "threshold"))
 
 
 def _checked(key: str, history: History) -> Line:

@@ -53,7 +53,8 @@ class History:
     the order in which the run first named them. ``means`` holds the mean over all layers of the rank, null rank,
     explained ratio and effective rank at every check, with each layer keeping its value until its next check.
     ``updates``, ``weights`` and ``stable_ranks`` map steps to measurements of dense layers, by layer. ``spectra`` maps
-    steps to the records of decisions with singular values.
+    steps to the records of decisions with singular values. ``last_decision`` is the step of the last rank decision, or
+    None.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -68,6 +69,7 @@ class History:
         self.weights: dict[int, dict[str, dict[str, Any]]] = {}
         self.stable_ranks: dict[int, dict[str, dict[str, Any]]] = {}
         self._decision_seconds: dict[int, float] = {}
+        self.last_decision: int | None = None
         self.layers: dict[str, Layer] = {}
         self.table = RankTable()
         self.means: dict[str, Points] = {"rank": [], "null_rank": [], "explained": [], "effective_rank": []}
@@ -126,6 +128,7 @@ class History:
         elif any("sigma" in layer for layer in layers.values()):
             self.spectra[step] = record
         self._take_shapes(layers)
+        self.last_decision = max(step, self.last_decision or 0)
         seconds = number(record.get("seconds")) or 0.0
         self._decision_seconds[step] = max(seconds, self._decision_seconds.get(step, 0.0))
         self._take_ranks(layers, step, measured=True)

@@ -8,6 +8,7 @@ from ..runtime.words import plural
 from ..train.monitors.ranks import mean
 from ..train.monitors.text import amount, fixed, number
 from .history import History
+from .run import ON_FACTORS, value_of
 
 
 def reading(history: History, settings: dict[str, Any], control: str = "") -> list[str]:
@@ -28,9 +29,7 @@ def reading(history: History, settings: dict[str, Any], control: str = "") -> li
 
 def mode_of(history: History, settings: dict[str, Any]) -> str:
     """``lowrank.mode`` of the run; ``-`` if neither its records nor its config contain it."""
-    section = settings.get("lowrank")
-    configured = section.get("mode") if isinstance(section, dict) else None
-    return str(history.start.get("mode") or configured or "-")
+    return str(history.start.get("mode") or value_of(settings, "lowrank", "mode") or "-")
 
 
 def _end(history: History) -> str:
@@ -45,7 +44,7 @@ def _loss(history: History) -> str:
         return "There is no validation in these records: the training loss alone says nothing about unseen text."
     if entropy is None:
         return f"The validation loss is {loss:.3f} nats per token; no unigram entropy was recorded beside it."
-    if loss >= entropy:
+    if _no_better_than_frequencies(history):
         return (
             f"The validation loss, {loss:.3f} nats per token, is not below the unigram entropy, {entropy:.3f}"
             ": the model predicts no better than the token frequencies do."
@@ -54,6 +53,11 @@ def _loss(history: History) -> str:
         f"The validation loss is {loss:.3f} nats per token, {entropy - loss:.3f} below the unigram entropy, "
         f"{entropy:.3f}: that much comes from context."
     )
+
+
+def _no_better_than_frequencies(history: History) -> bool:
+    loss, entropy = history.validation_loss, history.unigram_entropy
+    return loss is not None and entropy is not None and loss >= entropy
 
 
 def _generalisation(history: History) -> str:
@@ -86,19 +90,38 @@ def _ranks(history: History, settings: dict[str, Any]) -> str:
         fixed_rank = mode_of(history, settings) == "fixed"
         why = "the rank was set, not found" if fixed_rank else "no rule has been applied yet"
         return f"No null rank was recorded ({why}): these ranks say nothing about what was learned."
-    same, judged = len(history.table.null_layers), sum(name in nulls for name in ranks)
-    text = f"In {same:,} of {plural(judged, 'layer')} the rank found is the null rank within 2%"
-    if same:
-        text += ": the rule has not seen learning there."
-    else:
-        text += (
-            f" (mean rank {fixed(mean(ranks[name] for name in ranks if name in nulls), 1)}, "
-            f"mean null rank {fixed(mean(nulls.values()), 1)}): "
-            "the spectra differ from those of untrained factors."
+    judged, found = [name for name in ranks if name in nulls], history.table.found
+    same = {*history.table.null_layers}
+    below = sum(name not in same and found[name] < nulls[name] for name in judged)
+    above = len(judged) - len(same) - below
+    counts = [f"In {len(same):,} of {plural(len(judged), 'layer')} the rank found is the null rank within 2%"]
+    counts += [f"in {below:,} it is below"] if below else []
+    counts += [f"in {above:,} it is above"] if above else []
+    means = [fixed(mean(values[name] for name in judged), 1) for values in (found, nulls)]
+    sentences = [f"{', '.join(counts)} (mean rank found {means[0]}, mean null rank {means[1]})."]
+    optimizer = value_of(settings, "optimizer", "name")
+    if _no_better_than_frequencies(history):
+        sentences.append("The model predicts no better than the token frequencies, so its ranks show no learning.")
+    elif optimizer in ON_FACTORS:
+        sentences.append(
+            f"With optimizer.name {optimizer} all modes move at one pace, so the explained ratio measures the "
+            "optimizer and not the data: the ranks found do not show that a rank was learned."
         )
-    if judged < len(ranks):
-        text += f" {plural(len(ranks) - judged, 'layer')} without a null rank: those ranks have no meaning."
-    return text
+    else:
+        sentences += ["Where they are equal, the rule has not seen learning."] if same else []
+        if below:
+            sentences.append(
+                "Below the null rank, the spectrum is steeper than that of untrained factors. That also happens where "
+                "there is nothing to learn, so it does not show that the rank was learned."
+            )
+        if above:
+            sentences.append(
+                "Above the null rank, the rule found more modes than in untrained factors, which does not show that "
+                "all of them were learned."
+            )
+    if without := len(ranks) - len(judged):
+        sentences.append(f"{plural(without, 'layer')} without a null rank: those ranks have no meaning.")
+    return " ".join(sentences)
 
 
 def _not_found(history: History) -> list[str]:
@@ -123,9 +146,9 @@ def _parameters(history: History) -> str:
     if now is None or dense is None or not history.table.ranks:
         return ""
     if now >= dense:
-        return f"The model has {amount(now)} parameters and the dense one {amount(dense)}: nothing is saved."
+        return f"The trained model had {amount(now)} parameters and the dense one {amount(dense)}: nothing was saved."
     saved = 100 * (1 - now / dense)
-    return f"The model has {amount(now)} parameters, {saved:.0f}% fewer than the dense one ({amount(dense)})."
+    return f"The trained model had {amount(now)} parameters, {saved:.0f}% fewer than the dense one ({amount(dense)})."
 
 
 def _passes(history: History) -> str:

@@ -13,6 +13,9 @@ from ..train.checkpoint import check_run_folder
 from ..train.monitors.jsonl import read_metrics
 from .history import History
 
+ON_FACTORS = ("spectron", "lora_muon")
+"""Optimizers that orthogonalise the updates of factors. A full-rank model cannot have them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -45,10 +48,14 @@ def read_run(folder: Path) -> Run:
     if not history.count:
         raise UserError(f"{folder / 'metrics.jsonl'} holds no records; train for at least one logged step")
     text, settings = read_settings(folder)
-    section = settings.get("run")
-    configured = section.get("name") if isinstance(section, dict) else None
-    name = str(configured or folder.resolve().name)
+    name = str(value_of(settings, "run", "name") or folder.resolve().name)
     return Run(folder=folder, name=name, config=text, settings=settings, history=history)
+
+
+def value_of(settings: dict[str, Any], section: str, key: str) -> Any:
+    """Return a setting of a config that may be incomplete or damaged; None if it is not there."""
+    values = settings.get(section)
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def read_settings(folder: Path) -> tuple[str, dict[str, Any]]:

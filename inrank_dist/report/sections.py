@@ -32,6 +32,8 @@ def tiles(history: History) -> HTML:
     if table.ranks:
         null = mean(table.null_ranks.values())
         note = f"null rank {fixed(null, 1)}" if null is not None else "no null rank measured"
+        if null is not None:
+            note = f"found by the rule {fixed(mean(table.found.values()), 1)}, {note}"
         layers = plural(len(table.ranks), "layer")
         cells.append(("Mean rank", fixed(mean(table.ranks.values()), 1), f"{note}; {layers}"))
     speed = history.tokens_per_second
@@ -50,7 +52,7 @@ def tiles(history: History) -> HTML:
 
 
 def layer_table(history: History) -> HTML:
-    """A table of all low-rank layers: shape, rank and null rank, explained ratio, parameters relative to dense."""
+    """A table of all low-rank layers: shape, ranks, explained ratio, and parameters relative to dense."""
     layers, table = list(history.layers.values()), history.table
     if not layers:
         return ""
@@ -59,6 +61,7 @@ def layer_table(history: History) -> HTML:
         ("Layer", ""),
         ("out \u00d7 in", "n"),
         ("Rank", "n"),
+        ("Found", "n"),
         ("Null rank", "n"),
         ("", ""),
         ("Rank beside null", ""),
@@ -67,12 +70,15 @@ def layer_table(history: History) -> HTML:
         ("r (out + in)", "n"),
         ("Of dense", "n"),
     )
+    at = "" if history.last_decision is None else f", step {history.last_decision:,}"
     longest = max([1.0, *(last(layer.rank) or 0.0 for layer in layers), *table.null_ranks.values()])
     rows = "".join(_layer_row(layer, table, longest) for layer in layers)
     return (
-        '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. <i>Explained</i> is the '
-        "share of the spectrum that this rank explained at the last decision. Marked: a rank that is its null rank "
-        "within 2%, one that never left its start, one that explains less than the threshold. "
+        '<h2>Layers</h2><p class="soft">Bars: the rank; the upright line is the null rank. <i>Found</i>, '
+        f"<i>explained</i> and <i>effective rank</i> are of the last decision{at}: the rank that the rule chose, "
+        "before rounding or a budget; the share of the spectrum that the rank kept explains; and the nuclear over the "
+        "spectral norm. Compare the rank found with the null rank. Marked: a rank found that is the null rank within "
+        "2%, one that never left its start, one that explains less than the threshold. "
         "<i>r (out + in)</i> counts the factors only, without a base that has not been removed.</p>"
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody>{_total(layers, table)}</table></div>'
     )
@@ -89,6 +95,7 @@ def _layer_row(layer: Layer, table: RankTable, longest: float) -> HTML:
         (escape(layer.name), ""),
         (shape, "n"),
         (fixed(rank, 0), "n"),
+        (fixed(table.found.get(layer.name) if null is not None else None, 0), "n"),
         (fixed(null, 0), "n"),
         (flags, ""),
         (_bar(rank, null, longest), ""),
@@ -111,6 +118,7 @@ def _total(layers: list[Layer], table: RankTable) -> HTML:
         (f"Mean, sum ({plural(len(layers), 'layer')})", ""),
         ("", "n"),
         (fixed(mean(last(layer.rank) for layer in layers), 1), "n"),
+        (fixed(mean(table.found.get(layer.name) for layer in layers if layer.name in table.null_ranks), 1), "n"),
         (fixed(mean(table.null_ranks.values()), 1), "n"),
         ("", ""),
         ("", ""),
@@ -151,6 +159,7 @@ def event_table(history: History) -> HTML:
         ("Event", ""),
         ("Layers", "n"),
         ("Mean rank", "n"),
+        ("Found", "n"),
         ("Null rank", "n"),
         ("Explained", "n"),
         ("Seconds", "n"),
@@ -179,6 +188,7 @@ def _rank_event_row(change: RankChange) -> HTML:
         (escape(change.action), ""),
         (f"{change.changed:,} of {change.total:,}", "n"),
         (f"{fixed(change.before, 1)} → {fixed(change.after, 1)}", "n"),
+        (fixed(change.found, 1), "n"),
         (fixed(change.null_rank, 1), "n"),
         (fixed(change.explained, 3), "n"),
         (fixed(change.seconds, 2), "n"),
@@ -187,7 +197,7 @@ def _rank_event_row(change: RankChange) -> HTML:
 
 
 def _plain_row(record: dict[str, Any], event: str, note: str) -> HTML:
-    empty = [("", "")] * 5
+    empty = [("", "")] * 6
     return _row("td", (f"{record['step']:,}", "n"), (event, ""), *empty, (escape(note), ""))
 
 

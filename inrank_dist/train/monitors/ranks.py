@@ -140,7 +140,7 @@ class RankTable:
         notes = []
         if count := len(self.null_layers):
             notes.append(
-                f"in {count:,} of {layers} the rank is the null rank within 2%: "
+                f"in {count:,} of {layers} the rank found is the null rank within 2%: "
                 "the rule found no more than it finds on untrained factors"
             )
         if count := len(self.pinned_layers):

@@ -113,10 +113,11 @@ class Curves:
 
     def _markdown(self) -> str:
         table = self._table
-        lines = ["| layer | rank | null rank | explained | |", "|---|---|---|---|---|"]
+        lines = ["| layer | rank | found | null rank | explained | |", "|---|---|---|---|---|---|"]
         for name, rank in table.ranks.items():
             null, explained = fixed(table.null_ranks.get(name), 0), fixed(table.explained.get(name), 3)
-            lines.append(f"| `{name}` | {rank:g} | {null} | {explained} | {', '.join(table.flags(name))} |")
+            found = fixed(table.found.get(name) if name in table.null_ranks else None, 0)
+            lines.append(f"| `{name}` | {rank:g} | {found} | {null} | {explained} | {', '.join(table.flags(name))} |")
         return "\n".join([*lines, "", *table.notes()])
 
 
