@@ -20,7 +20,7 @@ from .runtime import yaml_text
 from .runtime.errors import UserError, nearest
 from .runtime.home import expand_home
 from .runtime.resume import OnResume
-from .runtime.setting_types import fits, in_words, parse
+from .runtime.setting_types import as_list, fits, in_words, parse
 from .runtime.yaml_text import shown
 from .train.settings import CheckpointSettings, EvalSettings, LogSettings, ScheduleSettings, TrainSettings
 
@@ -282,7 +282,9 @@ def _build(values: dict[str, Any]) -> Config:
         expected = SETTINGS[dotted]
         if not fits(value, expected):
             quotes = ", in quotes" if expected is str else ""  # YAML reads 007 as a number and no as false
-            raise UserError(f"{dotted} is {shown(value)}; write {in_words(expected)}{quotes}")
+            raise UserError(
+                f"{dotted} is {shown(value)}; write {as_list(value, expected) or in_words(expected)}{quotes}"
+            )
         # An integer is a valid value of a float setting.
         is_float = type(value) is int and float in (expected, *typing.get_args(expected))
         if type(value) is int and abs(value) > MOST:
@@ -384,4 +386,7 @@ def _known(dotted: str, place: str = "") -> str:
     section, key = dotted.partition(".")[0], dotted.rpartition(".")[2]
     same_key = [name for name in SETTINGS if name.endswith(f".{key}")]
     same_section = [name for name in SETTINGS if name.startswith(f"{section}.")]
+    longer = [name for name in same_section if name.endswith(f"_{key}")]
+    if longer and not same_key:
+        raise UserError(f"{place}unknown setting {dotted!r}; did you mean {' or '.join(map(repr, longer))}?")
     raise UserError(f"{place}unknown setting {dotted!r}{nearest(dotted, same_key or same_section or SETTINGS)}")

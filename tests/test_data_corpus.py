@@ -128,6 +128,17 @@ def test_copies_stay_on_one_side(tmp_path: Path) -> None:
     assert len(corpus.train) + len(corpus.validation) == 60
 
 
+def test_a_share_far_from_the_one_asked_for_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in range(8):
+        write(tmp_path / f"{name}.txt", f"book {name} " * 100)
+    read(tmp_path, source="files", paths=[str(tmp_path / "*.txt")], validation_fraction=0.12)
+    assert not caplog.messages
+    read(tmp_path, source="files", paths=[str(tmp_path / "*.txt")])
+    (message,) = caplog.messages
+    assert "0.12 of the text is held out, and data.validation_fraction is 0.02" in message
+    assert "1 of 8 here; data.validation_bytes: 112 holds out exactly" in message
+
+
 def test_one_big_document_is_not_held_out(tmp_path: Path) -> None:
     """Otherwise validation could become most of the corpus."""
     write(tmp_path / "big.txt", "big " * 5000)

@@ -411,11 +411,15 @@ def test_flops_follow_the_modules_that_are_there() -> None:
         ({"name": "llama", "num_kv_heads": 0}, "model.num_kv_heads is 0", "above 0"),
         ({"dropout": 1.0}, "model.dropout is 1.0", "from 0 to below 1"),
         ({"dropout": -0.1}, "model.dropout is -0.1", "from 0 to below 1"),
-        ({"hidden_size": 30}, "model.hidden_size is 30", "write 32 "),
+        ({"hidden_size": 30}, "model.hidden_size is 30", "write model.num_heads 3 or 5, or model.hidden_size 32"),
         ({"num_kv_heads": 4}, "model.num_kv_heads is 4", "model.name: llama"),
         ({"rope_theta": 1e4}, "model.rope_theta is 10000.0", "model.name: llama"),
-        ({"name": "llama", "num_kv_heads": 3}, "model.num_kv_heads is 3", "write a divisor of 4"),
-        ({"name": "llama", "hidden_size": 36}, "model.hidden_size is 36", "write 40 "),
+        ({"name": "llama", "num_kv_heads": 3}, "model.num_kv_heads is 3", "write 2 or 4"),
+        (
+            {"name": "llama", "hidden_size": 36},
+            "model.hidden_size is 36",
+            "write model.num_heads 3 or 6, or model.hidden_size 40",
+        ),
         ({"name": "llama", "dropout": 0.1}, "model.dropout is 0.1", "model.name: gpt2"),
     ],
 )

@@ -165,7 +165,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python3": check_python,
     "sbatch": lambda words: check_script(words[words.index("launch/slurm.sbatch") :]),
     ".": lambda words: None,
-    "torchrun": lambda words: check_inrank(words[words.index("inrank_dist") + 1 :]),
+    "torchrun": lambda words: check_inrank(words[words.index("inrank_dist") + 1 :] if "inrank_dist" in words else []),
     "tensorboard": check_nothing,
     "lm_eval": check_nothing,
     "scancel": check_nothing,

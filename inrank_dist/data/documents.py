@@ -1,6 +1,7 @@
 """Splits documents into training and validation, and orders them."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from .corpus import Texts
 from .permutation import stable_permutation
 from .settings import DataSettings
 from .stored import Documents
+
+logger = logging.getLogger("inrank_dist")
 
 #: The order of documents is the same for all runs. The order of samples is the loader's.
 ORDER_SEED = 0
@@ -49,7 +52,15 @@ def choose_documents(texts: Texts, data: DataSettings) -> Corpus:
                 f"data.validation_bytes is {data.validation_bytes}, more than half of the {train.total_bytes} bytes of "
                 "text; write less, or give more text"
             )
+        count, total = len(train), train.sizes.sum()
         train, validation = _hold_out(train, keys, share, reach=data.validation_bytes is not None)
+        held = validation.sizes.sum() / total
+        if data.validation_bytes is None and not 0.5 < held / data.validation_fraction < 2:
+            logger.warning(
+                "warning: %.2g of the text is held out, and data.validation_fraction is %g: documents are held out "
+                "whole, %d of %s here; data.validation_bytes: %d holds out exactly that many bytes",
+                *(held, data.validation_fraction, len(validation), f"{count:,}", share),
+            )
     parts = []
     for name, part in (("training", train), ("validation", validation)):
         part = part.take(np.flatnonzero(part.sizes))

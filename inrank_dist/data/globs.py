@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..runtime.errors import UserError
-from ..runtime.home import expand_home
+from ..runtime.home import expand_home, searched
 from .readers import suffix_of
 
 
@@ -37,7 +37,10 @@ def find_files(setting: str, patterns: Iterable[str], suffixes: Iterable[str]) -
             raise UserError(f"data.{setting} has {pattern!r}, a folder; {advice}")
         if not files:
             missing = "matches no file" if glob.has_magic(pattern) else "does not exist"
-            raise UserError(f"data.{setting} has {pattern!r}, which {missing}; write the path of a file or a glob")
+            raise UserError(
+                f"data.{setting} has {pattern!r}, which {missing}{searched(pattern)}; write the path of a file or a "
+                "glob"
+            )
         for path in files:
             real = os.path.realpath(path)
             found[real] = min(found.get(real, path), path)

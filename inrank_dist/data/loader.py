@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from ..runtime.words import plural
+from ..runtime.words import divisors, nearest_divisors, plural
 from .order import SampleOrder
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -174,21 +174,13 @@ def _same_results(global_batch_size: int, micro_batch_size: int, world_size: int
     """What to write instead without a change of the global batch, as the beginning of a list; empty: nothing works."""
     if global_batch_size < 1:
         return ""
-    processes = max(_divisors(global_batch_size, world_size))
-    sizes = _divisors(global_batch_size // processes, global_batch_size)
-    below, above = [n for n in sizes if n <= micro_batch_size], [n for n in sizes if n > micro_batch_size]
+    processes = max(divisors(global_batch_size, world_size))
+    share = global_batch_size // processes
     if processes == world_size:
-        works = " or ".join(str(size) for size in (*below[-1:], *above[:1]))
-        return f"train.micro_batch_size {works} (the same results), or "
-    fewer = plural(processes, "process")
-    if below[-1] != micro_batch_size:
-        fewer += f" with train.micro_batch_size {below[-1]}"
-    return f"{fewer} (the same results), or "
-
-
-def _divisors(number: int, most: int) -> list[int]:
-    """The divisors of a number up to ``most``, ascending."""
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+        return f"train.micro_batch_size {nearest_divisors(share, micro_batch_size)} (the same results), or "
+    micro = max(divisors(share, micro_batch_size))
+    smaller = f" with train.micro_batch_size {micro}" if micro != micro_batch_size else ""
+    return f"{plural(processes, 'process')}{smaller} (the same results), or "
 
 
 def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:

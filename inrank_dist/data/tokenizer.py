@@ -15,7 +15,7 @@ import sentencepiece
 
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
-from ..runtime.home import expand_home
+from ..runtime.home import expand_home, searched
 from .parts import META_SPACE, Cutter, neighbours
 from .settings import MIN_VOCABULARY, TokenizerSettings
 
@@ -137,7 +137,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {path} is damaged ({error}); write the path of a model file") from error
         except OSError as error:
             raise UserError(
-                f"tokenizer {path} cannot be read ({error.strerror}); write the path of a model file"
+                f"tokenizer {path}{searched(path)} cannot be read ({error.strerror}); write the path of a model file"
             ) from error
         except RuntimeError as error:
             raise UserError(f"tokenizer {path} is not a SentencePiece model; write the path of one") from error

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from ..runtime.errors import UserError
 from ..runtime.resume import OnResume
+from ..runtime.words import nearest_divisors
 
 LARGEST = {
     "num_layers": 2_048,
@@ -128,8 +129,8 @@ class ModelSettings:
         if self.width % self.heads:
             fitting = math.ceil(self.width / self.heads) * self.heads
             raise UserError(
-                f"model.hidden_size is {self.hidden_size}, which model.num_heads {self.num_heads} does not"
-                f" divide; write {fitting} or another multiple of {self.num_heads}"
+                f"model.hidden_size is {self.hidden_size}, which model.num_heads {self.num_heads} does not divide; "
+                f"write model.num_heads {nearest_divisors(self.width, self.heads)}, or model.hidden_size {fitting}"
             )
         if self.name == "gpt2":
             self._reject_llama_only()
@@ -166,14 +167,16 @@ class ModelSettings:
     def _check_llama(self) -> None:
         if self.heads % self.kv_heads:
             raise UserError(
-                f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads"
-                f" {self.num_heads}; write a divisor of {self.num_heads}"
+                f"model.num_kv_heads is {self.num_kv_heads}, which does not divide model.num_heads {self.num_heads}; "
+                f"write {nearest_divisors(self.heads, self.kv_heads)}"
             )
         if self.head_dim % 2:
+            even = nearest_divisors(self.width // 2, self.heads) if self.width % 2 == 0 else ""
+            heads = f"model.num_heads {even}, or " if even else ""
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}, which gives {self.num_heads} heads of odd size"
-                f" {self.head_dim}; rotary positions turn pairs; write {self.width + self.heads}"
-                f" or another multiple of {2 * self.heads}"
+                f" {self.head_dim}; rotary positions turn pairs; write {heads}model.hidden_size "
+                f"{self.width + self.heads}"
             )
         if self.dropout:
             raise UserError(

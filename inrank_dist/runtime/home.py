@@ -25,6 +25,12 @@ def expand_home(path: str | Path, setting: str) -> Path:
         ) from None
 
 
+def searched(path: str | Path) -> str:
+    """Where a path that was not found was looked for, in parentheses after it: nothing if it is absolute."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    return "" if absolute == str(path) else f" ({absolute})"
+
+
 def path_argument(text: str) -> Path:
     """A path on the command line. Shells do not expand ``--run=~/folder``."""
     try:

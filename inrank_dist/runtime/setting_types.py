@@ -42,6 +42,15 @@ def fits(value: Any, expected: Any) -> bool:
     return isinstance(value, expected) and value != ""
 
 
+def as_list(value: Any, expected: Any) -> str | None:
+    """The list that stands for a value without its brackets, as it is written; None if none does."""
+    if isinstance(value, list | dict) or not any(typing.get_origin(each) is list for each in alternatives(expected)):
+        return None
+    text = f"[{value if isinstance(value, str) else yaml_text.shown(value)}]"
+    items = parse(text, expected)
+    return text if isinstance(items, list) and items and fits(items, expected) else None
+
+
 def alternatives(expected: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(expected) in (typing.Union, types.UnionType)
     return typing.get_args(expected) if is_union else (expected,)

@@ -13,7 +13,7 @@ from ..models import LanguageModel
 from ..models.values import InitialValues, LoadedValues
 from ..runtime.context import Context
 from ..runtime.errors import UserError
-from ..runtime.home import expand_home
+from ..runtime.home import expand_home, searched
 from .checkpoint import Checkpoint, TensorReader, branch_point, peek_checkpoint
 
 
@@ -50,7 +50,7 @@ def initial_values(
 
         return LoadedValues(load() if context is None else context.on_all_ranks(load), random)
     except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+        raise UserError(f"model.init_from{searched(folder)}: {error}") from None
 
 
 def _checkpoint(folder: Path, context: Context | None) -> Checkpoint | None:
