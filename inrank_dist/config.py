@@ -181,11 +181,14 @@ class Config:
 
     def cautions(self) -> list[str]:
         """Return warnings about combinations of settings that give misleading results."""
-        if not (self.lowrank.grows and self.optimizer.orthogonalises) or self.lowrank.has_budget:
+        if not (self.lowrank.grows and self.optimizer.orthogonalises):
             return []
+        advice = "choose the rank: lowrank.mode fixed, or lowrank.final budget"
+        if self.lowrank.has_budget:
+            advice = f"lowrank.final {self.lowrank.final} chooses those at the freeze, and earlier ones are no finding"
         sentence = (
             f"with optimizer.name {self.optimizer.name} the rule finds nearly the same ranks where there is nothing to "
-            "learn, because all modes move at one pace; choose the rank: lowrank.mode fixed, or lowrank.final budget"
+            f"learn, because all modes move at one pace; {advice}"
         )
         return [sentence]
 
@@ -262,18 +265,25 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
         overrides: command-line arguments, ``--section.key VALUE`` or ``--section.key=VALUE``.
 
     Returns:
-        The configuration, and the dotted keys set by the file itself or by an override.
+        The configuration, and the dotted keys set by an override, or by the file itself unless it is an override that
+        makes them have no effect.
 
     Raises:
         UserError: if the file cannot be read, or a setting is unknown, missing or invalid.
     """
-    inherited, values = _read_yaml(Path(file)) if file is not None else ({}, {})
-    for key, text in _split(overrides):
-        values[key] = parse(text, SETTINGS[key])
+    inherited, own = _read_yaml(Path(file)) if file is not None else ({}, {})
+    overriding = {key: parse(text, SETTINGS[key]) for key, text in _split(overrides)}
+    values = own | overriding
     config = _build(inherited | values)
     if idle := config.idle().keys() & inherited.keys() - values.keys():
         config = _build({key: value for key, value in (inherited | values).items() if key not in idle})
-    return config, set(values)
+    silenced = config.idle().keys() & own.keys() - overriding.keys() if overriding else set()
+    if silenced:
+        try:
+            silenced -= _build(inherited | own).idle().keys()
+        except UserError:  # the file needs the overrides, so it alone has no say
+            silenced = set()
+    return config, values.keys() - silenced
 
 
 def _build(values: dict[str, Any]) -> Config:

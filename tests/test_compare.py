@@ -21,6 +21,7 @@ from inrank_dist.report.compare import terminal_table, write_comparison
 from inrank_dist.report.comparison import LONGEST, Comparison, labels, readable
 from inrank_dist.report.control import control_sentence, find_control
 from inrank_dist.report.run import ON_FACTORS, read_run
+from inrank_dist.report.style import with_commands
 
 HOSTILE = ["<script>alert(1)</script>&amp;[red]", "\u202eevil\u202d", "x" * 200, "**a** `b`\n|c|"]
 
@@ -226,11 +227,24 @@ def test_a_low_rank_run_is_offered_its_control(runs: list[Path], tmp_path: Path)
     assert control is not None and control.folder.name == "dense-1", "the same seed"
     assert control_sentence(read_run(runs[3])) == (
         f"A control beside it is dense-1 (full rank, validation loss 4.200, the same seed): "
-        f"inrank compare {runs[3]} {runs[1]}."
+        f"`inrank compare {runs[3]} {runs[1]}`."
     )
     assert control_sentence(read_run(runs[0])) == "", "a full-rank run is one"
     unfinish(runs[1], 50)
     assert "dense-1" in control_sentence(read_run(runs[3])) and "not finished" in control_sentence(read_run(runs[3]))
+
+
+def test_times_of_other_numbers_of_processes_are_called_not_comparable(runs: list[Path]) -> None:
+    assert not any("times" in note for note in Comparison(runs).notes())
+    file = runs[0] / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"world_size": 4', '"world_size": 8'))
+    comparison = Comparison(runs)
+    assert any("differ in number of processes, so their times" in note for note in comparison.notes())
+
+
+def test_commands_of_a_sentence_are_code_that_wraps_between_words() -> None:
+    assert with_commands("Run `a <b>`.") == "Run <code><span>a</span> <span>&lt;b&gt;</span></code>."
+    assert with_commands("a` & b") == "a` &amp; b"
 
 
 def test_the_optimizers_of_factors_are_all_known_to_reports() -> None:
@@ -252,10 +266,10 @@ def test_without_a_control_the_report_says_what_to_run(tmp_path: Path, capsys: p
     (tmp_path / "corpus" / "a.txt").write_text("text")
     folder = make_run(tmp_path / "a run's", optimizer__name="lora_muon")
     sentence = control_sentence(read_run(folder))
-    found = re.search(r"This trains one: (inrank train .*); then (inrank compare .*)\.$", sentence)
+    found = re.search(r"This trains one: `launch/torchrun.sh -n 2 (train .*)`; then `(inrank compare .*)`\.$", sentence)
     assert found
     words = shlex.split(found[1])
-    assert main([*words[1:], "--dry-run"]) == 0
+    assert main([*words, "--dry-run"]) == 0
     assert "'" in found[2] and shlex.split(found[2])[2:] == [str(folder), f"{folder}-dense"]
     assert os.fspath(tmp_path / "a run's-dense") in words
 

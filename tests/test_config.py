@@ -79,7 +79,8 @@ def test_every_config_dry_runs(
     monkeypatch.chdir(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert main(["train", "--config", str(path), "--dry-run"]) == 0
-    assert not caplog.records
+    cautions = load_config(path)[0].cautions()
+    assert [record.getMessage() for record in caplog.records] == [f"warning: {each}" for each in cautions]
     assert not list(tmp_path.iterdir())
     if not path.stem.startswith("quickstart"):
         size = "-".join(path.stem.split("-")[:2])
@@ -338,6 +339,20 @@ def test_the_command_warns_of_settings_without_effect(caplog: pytest.LogCaptureF
     ]
 
 
+def test_an_override_silences_the_settings_of_the_file_that_it_makes_idle(tmp_path: Path) -> None:
+    """But not what the file itself sets in vain, nor what is an override as well."""
+    file = tmp_path / "config.yaml"
+    base = file_named("gpt2-small-published")
+    file.write_text(f"base: {base}\nlowrank: {{threshold: 0.5}}\nschedule: {{decay_fraction: 0.3}}\n")
+    full = ["--lowrank.mode", "full"]
+    told = {}
+    for words in ([], full, [*full, "--lowrank.threshold", "0.6"]):
+        config, given = load_config(file, words)
+        told[len(words)] = [sentence.split()[0] for sentence in config.without_effect(given)]
+    assert "schedule.decay_fraction" in told[0] and told[2] == told[0]
+    assert {*told[4]} == {*told[0], "lowrank.threshold"}
+
+
 def test_help_lists_every_setting_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "--help"])
@@ -360,7 +375,8 @@ def test_what_a_resumed_run_cannot_change_exists() -> None:
         ("--lowrank.final=per_layer", True),
         ("--optimizer.name=spectron --lowrank.final=per_layer --lowrank.mode=inrank", True),
         ("--lowrank.final=per_layer --lowrank.mode=fixed", False),
-        ("", False),
+        ("", True),
+        ("--lowrank.mode=full --optimizer.name=muon", False),
         ("--lowrank.final=per_layer --optimizer.name=adamw", False),
     ],
 )

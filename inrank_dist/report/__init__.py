@@ -17,7 +17,7 @@ from .dense import update_figures, weight_figures
 from .history import History
 from .reading import mode_of, reading
 from .run import Run, read_run, write_page
-from .style import page
+from .style import page, with_commands
 from .timeline import timeline
 
 
@@ -40,7 +40,8 @@ def write_report(run_folder: Path, report: Path | None = None) -> Path:
 
 def _page(run: Run) -> str:
     history, settings, control = run.history, run.settings, control_sentence(run)
-    statements = "".join(f"<li><bdi>{escape(sentence)}</bdi></li>" for sentence in reading(history, settings, control))
+    sentences = reading(history, settings, control)
+    statements = "".join(f"<li><bdi>{with_commands(sentence)}</bdi></li>" for sentence in sentences)
     charts = Charts([timeline(run.name, history)])
     body = [
         _header(run.name, history, settings),

@@ -163,9 +163,9 @@ class Comparison:
         firsts = [group.members[0] for group in self.groups]
         keys = dict.fromkeys(key for member in firsts for key in member.settings if not key.startswith(IGNORED))
         rows = {key: [member.settings.get(key, "-") for member in firsts] for key in keys}
-        facts = {"processes": "world_size", "engine": "engine", "device": "device", "torch": "torch"}
-        for name, key in facts.items():
-            rows[name] = [str(member.history.start.get(key, "-")) for member in firsts]
+        rows["processes"] = [_processes(member) for member in firsts]
+        for key in ("engine", "device", "torch"):
+            rows[key] = [str(member.history.start.get(key, "-")) for member in firsts]
         return [(key, values) for key, values in rows.items() if len(set(values) - {"-"}) > 1]
 
     @cached_property
@@ -180,7 +180,7 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What a reader must know before comparing, as sentences; the most important first."""
-        return [*_other_data(self.members), *_unfinished(self.members), *_lengths(self), *_seeds(self)]
+        return [*_other_data(self.members), *_unfinished(self.members), *_lengths(self), *_times(self), *_seeds(self)]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -270,6 +270,24 @@ def _lengths(comparison: Comparison) -> list[str]:
     if not known or max(known) <= 1.01 * min(known):
         return []
     return ["The runs were trained on different numbers of tokens: compare them at equal cost, not at their ends."]
+
+
+def _processes(member: Member) -> str:
+    """Numbers of processes that a run had, one after the other."""
+    history = member.history
+    sizes = [str(record.get("world_size", "-")) for record in (history.start, *history.resumes)]
+    return ", then ".join(size for size, before in zip(sizes, ["", *sizes], strict=False) if size != before)
+
+
+def _times(comparison: Comparison) -> list[str]:
+    members = [member for group in comparison.groups for member in group.members]
+    figures: dict[str, list[str]] = {"number of processes": [_processes(member) for member in members]}
+    for key in ("engine", "device"):
+        figures[key] = [str(member.history.start.get(key, "-")) for member in members]
+    differ = [name for name, values in figures.items() if len({*values} - {"-"}) > 1]
+    if not differ:
+        return []
+    return [f"The runs differ in {' and '.join(differ)}, so their times and throughputs are not comparable."]
 
 
 def _seeds(comparison: Comparison) -> list[str]:

@@ -32,14 +32,25 @@ def control_sentence(run: Run) -> str:
         seed = ", the same seed" if _seed(control) == _seed(run) else ", another seed"
         state = "" if control.history.ended else ", not finished"
         command = shlex.join(["inrank", "compare", folder, os.fspath(control.folder)])
-        return f"A control beside it is {control.folder.name} (full rank{known}{seed}{state}): {command}."
+        return f"A control beside it is {control.folder.name} (full rank{known}{seed}{state}): `{command}`."
     dense = f"{folder}-dense"
-    words = ["inrank", "train", "--config", os.fspath(run.folder / "config.yaml"), "--lowrank.mode", "full"]
+    world = run.history.first("world_size")
+    many = isinstance(world, int) and world > 1
+    start = ["launch/torchrun.sh", "-n", str(world)] if many else ["inrank"]
+    words = [*start, "train", "--config", os.fspath(run.folder / "config.yaml"), "--lowrank.mode", "full"]
     if value_of(run.settings, "optimizer", "name") in ON_FACTORS:
         words += ["--optimizer.name", "muon"]
     words += ["--run.name", f"{run.name}-dense", "--run.dir", dense]
     compare = shlex.join(["inrank", "compare", folder, dense])
-    return f"There is no control in the folder of this run. This trains one: {shlex.join(words)}; then {compare}."
+    sentence = (
+        f"There is no control in the folder of this run. This trains one: `{shlex.join(words)}`; then `{compare}`."
+    )
+    if value_of(run.settings, "model", "init_from") is not None:
+        sentence += (
+            " It trains all weights of the loaded model, for which the learning rate of factors may be wrong: tune "
+            "optimizer.lr of the control before comparing."
+        )
+    return sentence
 
 
 def find_control(run: Run) -> Run | None:

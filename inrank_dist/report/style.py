@@ -37,6 +37,8 @@ header .status { display:inline-block; font-size:.8rem; padding:1px 9px; border:
 .reading { border-left:3px solid var(--c0); background:var(--card); padding:12px 16px 12px 0; margin:0;
   border-radius:0 8px 8px 0 }
 .reading { overflow-wrap:anywhere }
+.reading code { font:13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+.reading code span { display:inline-block; max-width:100% }
 .reading ul { margin:0; padding-left:32px }
 .reading li { margin:3px 0 }
 .reading bdi { display:block; max-height:12em; overflow:auto }
@@ -98,7 +100,7 @@ svg { display:block; width:100%; height:auto }
 table { border-collapse:collapse; width:100%; font-size:.88rem }
 th,td { padding:5px 10px; text-align:left; border-bottom:1px solid var(--grid); white-space:nowrap;
   max-width:64ch; overflow:hidden; text-overflow:ellipsis; overflow-wrap:normal }
-th { font-weight:600; color:var(--soft); border-bottom-color:var(--rule); vertical-align:bottom }
+th { white-space:normal; font-weight:600; color:var(--soft); border-bottom-color:var(--rule); vertical-align:bottom }
 th.n,td.n { text-align:right }
 tfoot td { font-weight:600; border-top:1px solid var(--rule); border-bottom:0 }
 td:first-child,th:first-child { padding-left:0 }
@@ -152,6 +154,18 @@ def page(title: str, parts: Iterable[str]) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</main></body></html>\n"
     )
+
+
+def with_commands(sentence: str) -> str:
+    """A sentence as HTML, with what is between backticks as commands, which wrap between their words only."""
+    parts = sentence.split("`")
+    if len(parts) % 2 == 0:  # a name holds one
+        return escape(sentence)
+    return "".join(_command(part) if index % 2 else escape(part) for index, part in enumerate(parts))
+
+
+def _command(text: str) -> str:
+    return f"<code>{' '.join(f'<span>{escape(word)}</span>' for word in text.split(' '))}</code>"
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Collection[int]) -> str:

@@ -117,7 +117,8 @@ def _lock_path(target: Path) -> Path:
 
 
 def _log_waiting(target: Path, held: LockHeld) -> None:
-    logger.info("%s is being prepared by %s: waiting", target.name, held.owner or "another process")
+    owner = held.owner or "another process"
+    logger.info("the same data is being prepared by %s: waiting for it, to use it too (%s)", owner, target.name)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -183,6 +183,9 @@ class ConsoleMonitor:
         self._print(f"  train loss       {fixed(record.get('train_loss'), 4)}")
         known = f"  ({self._unigram()})" if self._entropy is not None else ""
         self._print(f"  validation loss  {_loss_and_perplexity(validation)}{known}")
+        loss = number(record.get("validation_loss"))
+        if loss is not None and self._entropy is not None and loss >= self._entropy:
+            self._print("                   the model predicts no better than the token frequencies do")
         parameters, dense = number(record.get("parameters")), number(record.get("parameters_dense"))
         share = f" ({parameters / dense:.2f} of dense, {amount(dense)})" if parameters and dense else ""
         self._print(f"  parameters       {amount(record.get('parameters_start'))} -> {amount(parameters)}{share}")
@@ -210,7 +213,8 @@ class ConsoleMonitor:
 
     def _printable(self, record: dict[str, Any]) -> str:
         """Prompt and text without control characters and characters that the stream cannot encode."""
-        text = f"[{record.get('prompt', '')}] {record.get('text', '')}".replace("\n", "\n    ")
+        prompt = f"[{record['prompt']}] " if record.get("prompt") else ""
+        text = f"{prompt}{record.get('text', '')}".replace("\n", "\n    ")
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         return text.encode(encoding, "replace").decode(encoding)
