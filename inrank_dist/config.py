@@ -186,11 +186,10 @@ class Config:
         advice = "choose the rank: lowrank.mode fixed, or lowrank.final budget"
         if self.lowrank.has_budget:
             advice = f"lowrank.final {self.lowrank.final} chooses those at the freeze, and earlier ones are no finding"
-        sentence = (
-            f"with optimizer.name {self.optimizer.name} the rule finds nearly the same ranks where there is nothing to "
-            f"learn, because all modes move at one pace; {advice}"
+        same = (
+            f"with optimizer.name {self.optimizer.name} the rule finds nearly the same ranks where there is nothing to"
         )
-        return [sentence]
+        return [f"{same} learn, because all modes move at one pace; {advice}"]
 
     def without_effect(self, given: Iterable[str]) -> list[str]:
         """Return warnings about the dotted keys in ``given`` that have no effect in this configuration.
