@@ -4,6 +4,7 @@ The dataclass of each section is defined in the package that uses it. Errors are
 write instead.
 """
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -276,12 +277,9 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple
     config = _build(inherited | values)
     if idle := config.idle().keys() & inherited.keys() - values.keys():
         config = _build({key: value for key, value in (inherited | values).items() if key not in idle})
-    silenced = config.idle().keys() & own.keys() - overriding.keys() if overriding else set()
-    if silenced:
-        try:
-            silenced -= _build(inherited | own).idle().keys()
-        except UserError:  # the file needs the overrides, so it alone has no say
-            silenced = set()
+    silenced = config.idle().keys() & own.keys() - overriding.keys()
+    with contextlib.suppress(UserError):  # of a file that is incomplete without the overrides
+        silenced -= _build(inherited | own).idle().keys()
     return config, values.keys() - silenced
 
 
