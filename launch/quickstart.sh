@@ -18,7 +18,7 @@ if [ -d $run ]; then
     echo "== $run exists from an earlier start: resuming it (remove it to start over)"
 fi
 echo "== Checking the settings"
-inrank train --config configs/quickstart.yaml --dry-run "$@"
+launch/torchrun.sh -n 2 train --config configs/quickstart.yaml --run.dir $run --dry-run "$@"
 echo "== Training on two processes; the standard library of this Python is the text"
 launch/torchrun.sh -n 2 train --config configs/quickstart.yaml --run.dir $run "$@" &
 training=$!

@@ -123,11 +123,11 @@ def test_the_sizing_examples_are_what_plan_prints(row: int, capsys: pytest.Captu
     printed = dict(re.findall(r"^(\w[^\d\n]*?)(?:  +|  yes +)(.*)$", capsys.readouterr().out, re.MULTILINE))
     names = (
         "parameters",
-        "held, MiB",
-        "at most in a step, MiB",
+        "held",
+        "at most in a step",
         "fits, share of the memory",
-        "sent, MiB a step",
-        "a step, ms at least",
+        "sent in a step",
+        "time of a step, lower bound, ms",
     )
     for name, cell in zip(names, cells[1:], strict=True):
         assert re.findall(r"[\d.]+", printed[name]) == re.findall(r"[\d.]+", ", ".join(cell)), name

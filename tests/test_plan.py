@@ -16,6 +16,7 @@ from inrank_dist.lowrank.convert import LayerLayout, convert
 from inrank_dist.models import ModelSettings
 from inrank_dist.train.building import dense_skeleton
 from inrank_dist.train.checkpoint import list_checkpoints, stored_tensors
+from inrank_dist.train.monitors.text import amount
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -184,6 +185,11 @@ def test_each_mode_has_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *until]) == 0
     out = capsys.readouterr().out
     assert "at the latest" in out and "at most 32 modes" in out
+    assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), "--world-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "after the freeze, final_budget 0.33" in out and "about 21 to 33 modes" in out
+    assert "engine fsdp, 2 processes, in each step 1 micro-batch of 8 sequences" in out
+    assert re.search(r"^parameters +1\.1M +1\.2M +0\.7M$", out, re.MULTILINE)
     budget = ["--lowrank.mode", "fixed", "--lowrank.base", "none", "--lowrank.initial_budget", "0.3"]
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *budget]) == 0
     out = capsys.readouterr().out
@@ -236,6 +242,11 @@ def test_one_block_of_each_kind_tells_of_all(checkpointing: bool) -> None:
     assert found.peak == max(_peaks(model, 4, 64, True, checkpointing, True, list(model.blocks)))
 
 
+def mib(cell: str) -> float:
+    number, unit = cell.split()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
+
+
 def table_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
     """First words of a row -> its cells."""
     assert main(["plan", "--config", str(CONFIGS / "quickstart.yaml"), *words]) == 0
@@ -248,17 +259,19 @@ def test_does_it_fit_and_how_long_does_a_step_take(capsys: pytest.CaptureFixture
     words = ["--device", "h100", "--train.precision", "bf16", "--rank", "8"]
     table = table_of(words, capsys)
     assert all(cell.startswith("yes 0.0") for cell in table["fits, share of the memory"])
-    times = [[float(cell) for cell in table[row]] for row in ("a step, ms at least", "arithmetic", "memory")]
+    times = [
+        [float(cell) for cell in table[row]] for row in ("time of a step, lower bound, ms", "arithmetic", "memory")
+    ]
     assert [max(pair) for pair in zip(*times[1:], strict=True)] == times[0]
-    most = [float(cell) for cell in table["at most in a step, MiB"]]
+    most = [mib(cell) for cell in table["at most in a step"]]
     limit = f"{(min(most) + max(most)) / 2:.3f}MiB"
     narrow = table_of([*words[2:], "--device", limit], capsys)
     assert {cell.split()[0] for cell in narrow["fits, share of the memory"]} == {"yes", "no"}
     smaller = table_of(["--train.activation_checkpointing", "true"], capsys)
     plain = table_of([], capsys)
-    assert "a step, ms at least" not in plain
-    assert float(smaller["activations, MiB"][0]) < 0.7 * float(plain["activations, MiB"][0])
-    assert float(table_of(["--device", "cpu"], capsys)["activations, MiB"][0]) > 0
+    assert "time of a step, lower bound, ms" not in plain
+    assert mib(smaller["activations"][0]) < 0.7 * mib(plain["activations"][0])
+    assert mib(table_of(["--device", "cpu"], capsys)["activations"][0]) > 0
 
 
 def test_the_ranks_of_a_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Fails) -> None:
@@ -275,7 +288,7 @@ def test_the_ranks_of_a_run(corpus: Path, tmp_path: Path, capsys: pytest.Capture
     stored = stored_tensors(list_checkpoints(tmp_path / "mine")[-1])
     count = sum(torch.Size(each.shape).numel() for name, each in stored.items() if not name.startswith("optimizer."))
     (row,) = [line.split() for line in out.splitlines() if line.startswith("parameters")]
-    assert row[-1] == f"{count / 1e6:.1f}M"
+    assert row[-1] == amount(count)
     assert "whose low-rank layers are others" in fails(*words, "--model.num_layers", "3")
     assert "which holds no checkpoint; write the folder of a training run" in fails(
         *words[:3], "--ranks-from", tmp_path

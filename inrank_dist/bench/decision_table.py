@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ..runtime.context import Context
+from ..runtime.words import plural
 from .common import MIB, machine_info, spread
 from .decision import Result, Workload
 
@@ -47,8 +48,8 @@ def notes(results: Sequence[Result], workload: Workload, context: Context) -> It
     machine = machine_info(context)
     yield (
         f"one decision from rank {workload.rank} with buffer {workload.buffer}, published rule; {machine['device']}, "
-        f"torch {machine['torch']}, {machine['processes']} process(es) of {machine['threads']} thread(s); median "
-        f"(lowest-highest) of {workload.repeats} alternating rounds"
+        f"torch {machine['torch']}, {plural(machine['processes'], 'process')} of "
+        f"{plural(machine['threads'], 'thread')}; median (lowest-highest) of {workload.repeats} alternating rounds"
     )
     yield (
         "layers: the two MLP matrices of each block, half of them out x in as shown, half transposed; dense: float32 "

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ..runtime.context import Context
+from ..runtime.words import plural
 from .common import MIB, machine_info, spread
 from .speed import COUNTED_ENGINES, Form, Outcome, Row, break_even_width
 
@@ -87,8 +88,9 @@ def notes(outcomes: Sequence[Outcome], context: Context, rounds: int, precision:
     """Lines below the tables: where and how it was measured."""
     machine, first = machine_info(context), outcomes[0]
     yield (
-        f"{machine['device']}, torch {machine['torch']}, {machine['processes']} process(es) of {machine['threads']} "
-        f"thread(s), engine {first.engine}, {precision}; median (lowest-highest) of {rounds} alternating rounds"
+        f"{machine['device']}, torch {machine['torch']}, {plural(machine['processes'], 'process')} of "
+        f"{plural(machine['threads'], 'thread')}, engine {first.engine}, {precision}; "
+        f"median (lowest-highest) of {rounds} alternating rounds"
     )
     yield (
         "speed-up: full rank in the same form (compiled or not) over this; by arithmetic: the same ratio of "

@@ -14,6 +14,7 @@ from ..data import check_batch_sizes
 from ..runtime.context import Context
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
+from ..runtime.words import plural
 from ..train.memory import keep_freed_memory
 from . import bench_data, bench_nodes, bench_parity, bench_speed
 from .common import at_least_one, console, no_overrides, refuse_unwritable, write_record
@@ -131,7 +132,7 @@ def _show_cost(cost: "Cost", config: Config, context: Context) -> None:
     size = "" if model.num_layers is None else f" {model.num_layers} x {model.hidden_size}"
     screen.print(as_cost_table(cost))
     screen.print(
-        f"{model.architecture}{size}, {context.world_size} process(es) "
+        f"{model.architecture}{size}, {plural(context.world_size, 'process')} "
         f"on {context.device.type}, torch {torch.__version__}: a checkpoint of {cost.bytes / 1e6:.1f} MB every "
         f"{cost.interval} steps, {len(cost.seconds['off'])} rounds",
         highlight=False,

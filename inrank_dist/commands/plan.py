@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.table import Table
 from torch import nn
 
-from ..bench.common import MIB
 from ..config import Config
 from ..engine.activations import micro_batch_activations
 from ..engine.cost import FLOAT, Setup, held_bytes, most_bytes, remembered_parameters, sent_bytes
+from ..lowrank.allocation import affordable_rank
 from ..lowrank.convert import Layout, convert
 from ..lowrank.layer import set_activation
 from ..method.initial import factored_layout, layer_shapes
@@ -19,15 +19,17 @@ from ..method.starts import finds_ranks
 from ..models import LanguageModel, flops_per_token
 from ..runtime.errors import UserError
 from ..runtime.home import path_argument
+from ..runtime.words import plural
 from ..train.building import cost_setup, dense_skeleton
 from ..train.checkpoint import peek_checkpoint
+from ..train.monitors.text import amount, size
 from .common import add_config_arguments, at_least_one, console, read_config
 from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
 
 NOTES = """held: between backward pass and optimizer step, float32, the process with the most rows
 activations: of one micro-batch at its worst moment, without train.compile, which takes less
-at most in a step: held, activations, and what is gathered or on its way; the allocator's holes and libraries add to it
-sent: in one step, as rings send it; MFLOP: forward and backward of one token"""
+at most in a step: held, activations, and what is gathered or sent; fragmentation of the memory and libraries take more
+sent: in one step, with ring algorithms; MFLOP: forward and backward pass of one token"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         metavar="D",
-        help="h100, h200, a100, cpu (this machine), or bytes such as 24GiB: does it fit; time of a step at least",
+        help="h100, h200, a100, cpu (this machine), or bytes such as 24GiB: whether the run fits, and a lower bound of "
+        "the time of a step",
     )
 
 
@@ -88,28 +91,35 @@ def show_plan(
         stages |= _stage_of_run(config, shapes, ranks_from)
     train = config.train
     tokens = train.global_batch_size * config.model.max_seq_len
+    micro_batches = f"{setup.accumulation} micro-batch{'es' if setup.accumulation > 1 else ''}"
     screen = console(width=160)
 
     def say(line: str) -> None:
         screen.print(line, highlight=False, soft_wrap=True)
 
     say(
-        f"{config.model.architecture}: {_millions(skeleton)}M parameters dense, vocabulary "
+        f"{config.model.architecture}: {_count(skeleton)} parameters dense, vocabulary "
         f"{skeleton.vocab_size}, {len(shapes)} layers factored (lowrank.mode {config.lowrank.mode})"
     )
     say(
         f"{train.steps} steps of {train.global_batch_size} sequences of {config.model.max_seq_len} tokens: "
-        f"{train.steps * tokens / 1e6:.1f}M tokens"
+        f"{amount(train.steps * tokens)} tokens"
     )
     say(
-        f"engine {setup.engine}, {world_size} process(es), {setup.accumulation} micro-batch(es) of "
-        f"{train.micro_batch_size} a step; per process:"
+        f"engine {setup.engine}, {plural(world_size, 'process')}, in each step {micro_batches} of "
+        f"{plural(train.micro_batch_size, 'sequence')}; per process:"
     )
     screen.print(_table(config, skeleton, stages, setup, device))
     if config.lowrank.initial_energy is not None and not config.lowrank.dense_fraction:
         say(
             "lowrank.initial_energy finds the rank of each layer when the run starts; this plan counts "
             f"lowrank.initial_rank {config.lowrank.initial_rank}"
+        )
+    if config.lowrank.grows and not config.lowrank.dense_fraction:
+        say(
+            "at the start: ranks grow from here, so steps become slower until the freeze"
+            if config.lowrank.freezes
+            else "at the start: ranks grow from here, so steps become slower"
         )
     for line in NOTES.splitlines():
         say(line)
@@ -160,7 +170,10 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
             stages[f"without base\n{modes} modes"] = _with_modes(start, dict.fromkeys(start, modes), base=False)
         return stages
     caps = {name: settings.rule.cap(min(shape)) for name, shape in shapes.items()}
+    budget = settings.final_budget if settings.freezes and settings.has_budget and rank is None else None
     final = {name: caps[name] if rank is None else rank for name in shapes}
+    if budget is not None:  # the same share in every layer; the run divides it by the spectra
+        final = {name: max(min(cap, affordable_rank(shapes[name], budget)), 1) for name, cap in caps.items()}
     for name, cap in caps.items():
         if final[name] > cap:
             raise UserError(
@@ -172,6 +185,8 @@ def _stages(config: Config, shapes: dict[str, tuple[int, int]], rank: int | None
     when = "after the freeze" if settings.freezes else "grown"
     # What the rule finds is mostly far below: a bound, said in both lines of the heading.
     when, highest = (f"{when}, upper bound", "at most ") if rank is None else (when, "")
+    if budget is not None:
+        when, highest = f"after the freeze, final_budget {budget:g}", f"about {min(final.values())} to "
     heading = f"{when}\n{highest}{max(final.values())} modes{base if stays else ''}"
     return stages | {heading: _with_modes(start, final, base=stays)}
 
@@ -248,18 +263,18 @@ def _table(
     most = [most_bytes(model, setup, each) for model, each in zip(models, activations, strict=True)]
     sent = [sent_bytes(model, setup) for model in models]
     rows = {
-        "parameters": [f"{_millions(model)}M" for model in models],
+        "parameters": [_count(model) for model in models],
         "MFLOP per token": [f"{each / 1e6:.1f}" for each in flops],
-        "of dense": [f"{each / flops[0]:.3f}" for each in flops],
-        "held, MiB": [_mib(each.total) for each in held],
-        "  parameters": [_mib(each.parameters) for each in held],
-        "  gradients": [_mib(each.gradients) for each in held],
-        "  moments": [_mib(each.moments) for each in held],
-        "  on the CPU": [_mib(each.host) for each in held] if any(each.host for each in held) else [],
-        "kept gathered, at most": [_mib(each.gathered) for each in held] if held[0].gathered else [],
-        "activations, MiB": [_mib(each.peak) for each in activations],
-        "at most in a step, MiB": [_mib(each) for each in most],
-        "sent, MiB a step": [_mib(each) for each in sent],
+        "FLOPs of dense": [f"{each / flops[0]:.3f}" for each in flops],
+        "held": [size(each.total) for each in held],
+        "  parameters": [size(each.parameters) for each in held],
+        "  gradients": [size(each.gradients) for each in held],
+        "  moments": [size(each.moments) for each in held],
+        "  on the CPU": [size(each.host) for each in held] if any(each.host for each in held) else [],
+        "kept gathered, at most": [size(each.gathered) for each in held] if held[0].gathered else [],
+        "activations": [size(each.peak) for each in activations],
+        "at most in a step": [size(each) for each in most],
+        "sent in a step": [size(each) for each in sent],
     }
     if device is not None:
         rows["fits, share of the memory"] = [
@@ -274,7 +289,7 @@ def _table(
             moved = moved_bytes(activations[index].peak, P, T, M, setup)
             bounds.append(bound_seconds(Work(again * flops[index] * tokens, moved, sent[index]), device, setup))
         if bounds[0]:
-            rows["a step, ms at least"] = [f"{1e3 * max(each.values()):.1f}" for each in bounds]
+            rows["time of a step, lower bound, ms"] = [f"{1e3 * max(each.values()):.1f}" for each in bounds]
             rows |= {f"  {name}": [f"{1e3 * each[name]:.1f}" for each in bounds] for name in bounds[0]}
     for name, cells in rows.items():
         if cells:
@@ -286,9 +301,5 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _millions(model: nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}"
-
-
-def _mib(size: float) -> str:
-    return f"{size / MIB:.1f}"
+def _count(model: nn.Module) -> str:
+    return amount(sum(parameter.numel() for parameter in model.parameters()))

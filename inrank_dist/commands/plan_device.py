@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..engine.cost import Setup
 from ..runtime.errors import UserError
+from ..runtime.words import plural
 from ..train.speed import VENDOR_TFLOPS
 
 USABLE = 0.92
@@ -67,7 +68,7 @@ def device_named(text: str, world_size: int) -> Device:
         return GPUS[name]
     if name == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Device(f"this machine's memory, of {world_size} process(es)", total // world_size, is_cpu=True)
+        return Device(f"this machine's memory, of {plural(world_size, 'process')}", total // world_size, is_cpu=True)
     parts = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?) ?([kmg]i?b)?", name, re.ASCII)
     size = float(parts[1]) * UNITS[parts[2] or ""] if parts else 0.0
     if not 1 <= size < 1e16:
