@@ -336,6 +336,20 @@ class TestConsole:
         (line,) = console_lines({"kind": "sample", "step": 5, "prompt": "It", "text": " was\x1b[2J\r"})
         assert line == "step 5  sample: [It]  was?[2J?"
 
+    def test_a_loss_is_told_with_the_text_that_it_is_of(self) -> None:
+        evaluation = {"kind": "eval", "step": 50, "loss": 4.5, "perplexity": 90.017, "held_out_tokens": 32_768}
+        lines = console_lines(START, evaluation, SUMMARY)
+        assert sum("  on 32,768 held-out tokens" in line for line in lines) == 2
+        assert any(line.startswith("  train loss") and line.endswith("on one batch") for line in lines)
+
+    def test_an_empty_prompt_leaves_no_brackets(self) -> None:
+        assert console_lines({"kind": "sample", "step": 5, "prompt": "", "text": "was"}) == ["step 5  sample: was"]
+
+    def test_a_model_no_better_than_token_frequencies_is_called_that(self) -> None:
+        told = "the model predicts no better than the token frequencies do"
+        assert told in "\n".join(console_lines(START, {**SUMMARY, "validation_loss": 6.912}))
+        assert told not in "\n".join(console_lines(START, SUMMARY))
+
     def test_sampled_text_survives_a_stream_that_cannot_encode_it(self) -> None:
         """Batch systems often run with an ASCII locale."""
         raw = io.BytesIO()

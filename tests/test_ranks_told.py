@@ -137,11 +137,14 @@ def test_log_summary_and_inspect_pair_a_rank_with_one_ratio(run: Path, capsys: p
     for name, layer in freeze.items():
         assert summary[name]["rank"] == layer["to"] and summary[name]["reached"] == layer["reached"]
         row = next(line for line in out.splitlines() if line.startswith(name))
-        assert row.split()[7] == f"{layer['reached']:.3f}"
+        assert row.split()[5] == str(layer.get("found", layer["to"]))
+        assert row.split()[8] == f"{layer['reached']:.3f}"
         assert ("< 0.995" in row) == (name in below)
     told = RankTable()
     told.update(records[-1])
     assert any("lowrank.final_budget 0.12 cuts it; a larger value keeps more" in note for note in told.notes())
+    last = max(record["step"] for record in records if record["kind"] == "rank_check")
+    assert f"found and explained: at the last decision on rank, step {last}; eff. rank: of U V^T at step" in out
     assert told.notes() and all(note in out for note in told.notes())
 
 

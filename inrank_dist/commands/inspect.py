@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.table import Table
 
@@ -9,7 +10,9 @@ from ..lowrank.cores import absorbed
 from ..lowrank.criterion import effective_rank
 from ..lowrank.layer import LowRankLayer
 from ..lowrank.spectrum import Factors, gram_matrices, singular_values
+from ..runtime.errors import UserError
 from ..runtime.progress import counted
+from ..train.monitors.jsonl import read_metrics
 from ..train.monitors.ranks import RankTable
 from ..train.monitors.text import fixed
 from .common import add_run_arguments, console, load_trained, no_overrides
@@ -23,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     """Print a table of the low-rank layers and the size of the model.
 
-    ``explained`` is the share of the measured spectrum that the rank explained at the last decision. ``eff. rank`` is
-    the effective rank of the current ``U V^T``. The last column flags ranks that are not findings: equal to the null
-    rank, never raised above ``lowrank.initial_rank``, or below the threshold.
+    ``found`` is the rank that the rule chose at the last decision, and ``explained`` the share of the spectrum that the
+    rank kept explained there. ``eff. rank`` is the effective rank of ``U V^T`` in the checkpoint. The last column flags
+    ranks that are not findings: equal to the null rank, never raised above ``lowrank.initial_rank``, or below the
+    threshold.
     """
     no_overrides(rest)
     trained = load_trained(arguments)
@@ -36,7 +40,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     ranks.shrinks = state.ranks["frozen"] and settings.shrinks
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("layer")
-    for heading in ("shape", "rank", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
+    for heading in ("shape", "rank", "found", "modes", "null rank", "explained", "eff. rank", "parameters", "of dense"):
         table.add_column(heading, justify="right")
     table.add_column("")
     for name, layer in counted(state.layout.items(), "measuring the spectra", unit="layers"):
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             name,
             f"{shape[0]} x {shape[1]}",
             str(layer.rank),
+            fixed(state.ranks["found"].get(name), 0),
             str(layer.modes),
             fixed(null_rank, 0),
             fixed(ranks.explained.get(name), 3),
@@ -78,6 +83,22 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     if state.layout:
         screen.print(table)
+        decision = _last_decision(trained.checkpoint.run_folder, state.step)
+        at = "" if decision is None else f", step {decision}"
+        screen.print(
+            f"found and explained: at the last decision on rank{at}; eff. rank: of U V^T at step {state.step}",
+            highlight=False,
+        )
     screen.print(f"{now} parameters, {now / dense:.1%} of {dense} dense", highlight=False)
     for note in ranks.notes():
         screen.print(note, highlight=False)
+
+
+def _last_decision(run_folder: Path, step: int) -> int | None:
+    """Return the step of the last rank decision up to ``step``; None without one, or if no records can be read."""
+    try:
+        records = read_metrics(run_folder / "metrics.jsonl")
+    except UserError:  # the model does not depend on them
+        return None
+    steps = [record["step"] for record in records if record.get("kind") in ("rank_check", "rank_event")]
+    return max((each for each in steps if each <= step), default=None)

@@ -267,6 +267,7 @@ class Trainer:
         self.validation, self.evaluation_due = found.loss, False
         sources = {"sources": found.sources} if found.sources else {}
         figures = loss_figures(found.loss, self.data.bytes_per_token)
+        figures["held_out_tokens"] = found.tokens
         self.monitors.write({"kind": "eval", "step": self.step, "loss": found.loss, **figures, **sources})
         return True
 

@@ -30,6 +30,7 @@ class ConsoleMonitor:
         self._stream = sys.stdout if stream is None else stream
         self._table = RankTable()
         self._entropy: float | None = None
+        self._held_out: float | None = None
         self._last: tuple[int, float] | None = None
         self._step_seconds: float | None = None
         self._bar: Progress | None = None
@@ -59,7 +60,8 @@ class ConsoleMonitor:
         elif kind == "step":
             self._step(record)
         elif kind == "eval":
-            self._print(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}")
+            self._held_out = number(record.get("held_out_tokens"))
+            self._print(f"{_at(record)}  validation loss {_loss_and_perplexity(record)}{self._on_text()}")
         elif kind == "rank_event":
             self._rank_event(record)
         elif kind in ("updates", "weights"):
@@ -180,9 +182,9 @@ class ConsoleMonitor:
             f"{duration(record.get('seconds'))}"
         )
         validation = {"loss": record.get("validation_loss"), "perplexity": record.get("perplexity")}
-        self._print(f"  train loss       {fixed(record.get('train_loss'), 4)}")
+        self._print(f"  train loss       {fixed(record.get('train_loss'), 4)}  on one batch")
         known = f"  ({self._unigram()})" if self._entropy is not None else ""
-        self._print(f"  validation loss  {_loss_and_perplexity(validation)}{known}")
+        self._print(f"  validation loss  {_loss_and_perplexity(validation)}{self._on_text()}{known}")
         loss = number(record.get("validation_loss"))
         if loss is not None and self._entropy is not None and loss >= self._entropy:
             self._print("                   the model predicts no better than the token frequencies do")
@@ -207,6 +209,9 @@ class ConsoleMonitor:
         if (explained := mean(self._table.explained.values())) is not None:
             known += f", explained {fixed(explained, 2)}"
         return f"mean rank {fixed(rank, 1)} ({known})"
+
+    def _on_text(self) -> str:
+        return "" if self._held_out is None else f"  on {self._held_out:,.0f} held-out tokens"
 
     def _unigram(self) -> str:
         return f"unigram entropy {fixed(self._entropy, 4)}, perplexity {fixed(perplexity_of(self._entropy), 0)}"
