@@ -43,7 +43,7 @@ def test_the_run_folder_holds_what_the_contract_says(run: Path) -> None:
     assert [event["action"] for event in events][-1] == "freeze"
     for event in events:
         for layer in event["layers"].values():
-            assert {"from", "to", "explained", "null_rank"} == layer.keys() - {"found", "reached"}
+            assert {"from", "to", "explained", "null_rank"} == layer.keys() - {"found", "reached", "limit"}
             assert layer["null_rank"] >= 1
     assert len(records(run, "base_removed")) == 1
     assert records(run, "summary")[0]["parameters"] < records(run, "start")[0]["parameters_dense"]

@@ -380,7 +380,9 @@ def test_sizes_belong_into_the_config(key: str) -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.models.auto.configuration_auto", None)
-    with pytest.raises(UserError, match=r"transformers cannot be imported .*; pip install 'inrank_dist\[hf\]'"):
+    with pytest.raises(
+        UserError, match=r"transformers cannot be imported .*; write pip install -e '\.\[hf\]' in the checkout"
+    ):
         settings("llama")
 
 

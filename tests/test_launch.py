@@ -288,7 +288,11 @@ def test_deepspeed_is_given_the_gpus_that_may_be_used(
             "a slots=1\nb slots=1",
             "is not installed; install it (Debian: apt-get install pdsh)",
         ),
-        ("-f hosts", "localhost slots=1", "deepspeed is not installed; write pip install -e '.[deepspeed]'"),
+        (
+            "-f hosts",
+            "localhost slots=1",
+            "deepspeed is not installed; write pip install -e '.[deepspeed]' in the checkout",
+        ),
     ],
 )
 @pytest.mark.usefixtures("handlers")
