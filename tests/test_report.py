@@ -68,7 +68,7 @@ def run_folder(folder: Path, records: list[dict[str, Any]], config: str | None =
 
 
 class Balance(HTMLParser):
-    """Notes every tag that is not closed in order, and the text outside style and code."""
+    """Notes every tag that is not closed in order, and the text outside style and scripts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,17 +78,17 @@ class Balance(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "br"):
-            self.open.append("code" if tag == "script" and not attrs else tag)
+            self.open.append("program" if tag == "script" and not attrs else tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         pass
 
     def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop().replace("code", "script") != tag:
+        if not self.open or self.open.pop().replace("program", "script") != tag:
             self.faults.append(f"{tag} at {self.getpos()}")
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "code"} & {*self.open}:
+        if not {"style", "program"} & {*self.open}:
             self.text += data + " "
 
 

@@ -27,6 +27,7 @@ UNFINISHED_DASH = "1 4"
 STYLE = """<style>
 main { max-width:1400px }
 figure, .legend { min-width:0 }
+th, td { padding:5px 6px }
 @media print {
   .controls { break-after:avoid }
   td, th { white-space:normal; padding:2px 3px }

@@ -70,11 +70,17 @@ class _Panel:
         indices = tuple(entry.get("indices") or range(1, len(sigma) + 1))
         return [self._indices.setdefault(indices, len(self._indices)), [digits(number(each), 4) for each in sigma]]
 
+    def _has_curve(self, index: int) -> bool:
+        """Whether a singular value was recorded at two steps of a layer, or at the only step of all."""
+        lists, least = list(self._indices), min(2, len(self.steps))
+        layers = self._layers.values()
+        return any(sum(index in lists[known] for _, known, *_ in layer["at"]) >= least for layer in layers)
+
     def html(self, charts: Charts, run: int, unit: str, more: list[str]) -> str:
         """The panel as HTML; empty if there are no spectra."""
         if not self._layers:
             return ""
-        drawn = [index for index in OVER_TIME if any(index in indices for indices in self._indices)]
+        drawn = [index for index in OVER_TIME if self._has_curve(index)]
         colours = {_ordinal(index): COLOURS[at % len(COLOURS)] for at, index in enumerate(drawn)}
         index = charts.add(
             "spectra",
