@@ -104,13 +104,14 @@ def test_inspect_shows_every_layer_beside_its_null_rank(run: Path, capsys: pytes
     for name, layer in summary["ranks"].items():
         row = next(line for line in out.splitlines() if line.startswith(name)).split()
         assert row[1:4] == [str(layer["shape"][0]), "x", str(layer["shape"][1])]
-        assert [int(cell) for cell in row[4:7]] == [layer["rank"], layer["rank"], layer["null_rank"]]
+        wanted = [layer["rank"], layer["found"], layer["rank"], layer["null_rank"]]  # frozen: as many modes as ranks
+        assert [int(cell) for cell in row[4:8]] == wanted
         (explained,) = (r["layers"][name]["explained"] for r in records(run, "rank_check") if r["step"] == 24)
         # That of the rank so far, which the decision may have raised; or the freeze rounded down.
         events = [r["layers"] for r in records(run, "rank_event") if r["step"] == 24]
         rounded_down = any(name in each and each[name]["to"] < each[name]["from"] for each in events)
-        assert float(row[7]) >= round(explained, 3) or rounded_down
-        assert int(row[9]) == layer["rank"] * sum(layer["shape"])
+        assert float(row[8]) >= round(explained, 3) or rounded_down
+        assert int(row[10]) == layer["rank"] * sum(layer["shape"])
     assert f"{summary['parameters']} parameters" in out
 
 

@@ -270,7 +270,7 @@ def test_quiet_when_asked(corpus: Corpus, caplog: pytest.LogCaptureFixture, capf
         ({"block": 100_000}, r"the train text has \d+ tokens and a row takes 100001 "),
         ({"block": 2000}, r"the validation text has \d+ tokens and a row takes 2001 "),
         ({"tokenizer": {"vocab_size": 90_000}}, r"tokenizer.vocab_size is 90000, more .* at most \d+"),
-        ({"tokenizer": {"path": "absent.model"}}, "tokenizer absent.model cannot be read"),
+        ({"tokenizer": {"path": "absent.model"}}, r"tokenizer absent.model \(/.*/absent.model\) cannot be read"),
         ({"paths": ["absent.txt"]}, "absent.txt"),
         ({"source": "hub", "name": "absent/folder/name"}, "absent/folder/name"),
     ],

@@ -188,8 +188,8 @@ def test_inspect_counts_the_cores(run: Path, capsys: pytest.CaptureFixture[str])
     capsys.readouterr()
     assert main(["inspect", "--run", str(run)]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("blocks.0.mlp.up")).split()
-    out, in_, rank = int(row[1]), int(row[3]), int(row[5])
-    assert int(row[9]) == rank * (out + in_) + rank**2 + out * in_
+    out, in_, rank = int(row[1]), int(row[3]), int(row[6])
+    assert int(row[10]) == rank * (out + in_) + rank**2 + out * in_
 
 
 def test_plan_counts_the_cores(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

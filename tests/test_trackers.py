@@ -94,7 +94,7 @@ def test_a_tracker_receives_what_tensorboard_does(tmp_path: Path, begin: Begin) 
         (3, {"train/parameters": 10}),
     ]
     assert logged[3]["texts"] == {"sample": "    It was <b>"}
-    assert "| `up` | 3 | 2 | 0.900 |" in logged[4]["texts"]["rank_table"]
+    assert "| `up` | 3 | 3 | 2 | 0.900 |" in logged[4]["texts"]["rank_table"]
     assert closed == {"event": "close", "finished": True}
 
 
@@ -248,7 +248,7 @@ def test_a_folder_of_the_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
     ("value", "said"),
     [
         ("[tensorboard]", "log.trackers is [tensorboard]; write a list of wandb, mlflow, aim, such as [wandb]"),
-        ("wandb", "log.trackers is wandb; write a list of wandb, mlflow, aim, such as [wandb]"),
+        ("wandb", "log.trackers is wandb; write [wandb]"),
         ("[wandb,wandb]", "log.trackers names wandb twice; write it once"),
     ],
 )
