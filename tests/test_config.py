@@ -24,7 +24,7 @@ PUBLISHED = {
     "large": ("774.0M", 1.5e-4, "fp32"),
 }
 RECOMMENDED = {f"gpt2-{size}": count for size, (count, _, _) in PUBLISHED.items()}
-RECOMMENDED |= {"llama-130m": "134.1M", "llama-350m": "368.0M", "llama-1b": "1339.1M"}
+RECOMMENDED |= {"llama-130m": "134.1M", "llama-350m": "368.0M", "llama-1b": "1.34B"}
 DRY_RUN = [
     path if path.stem in ("quickstart", "gpt2-small-inrank") else slow(path)
     for path in CONFIGS

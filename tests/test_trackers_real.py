@@ -69,7 +69,7 @@ def test_a_run_and_its_resumption_are_one_run_there(
     assert found.scalars["train/parameters"] == [(4, 10)]
     ((at, sample),) = found.texts["sample"]
     assert at == 4 and sample.replace("&lt;", "<").replace("&gt;", ">").count("    It was <b>") == 1
-    assert all("| `up` | 3 | 2 | 0.900 |" in text for _, text in found.texts["rank_table"])
+    assert all("| `up` | 3 | 3 | 2 | 0.900 |" in text for _, text in found.texts["rank_table"])
     assert found.settings["optimizer.lr"] == "0.001" and found.settings["run.name"] == "mine"
     assert found.status in (None, "0", "FINISHED")
     found = write(run, name, step(5), at=4)
