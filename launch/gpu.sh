@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Benchmarks one GPU without downloading anything; in about 12 minutes. Each part writes its result when done.
+# Benchmarks one GPU in about 12 minutes, without downloading anything. Each part writes its result when done.
 # Usage: launch/gpu.sh [--out FOLDER] [--parts parity,speed,study] [--data FOLDER] [--toy]
 #   parity  every engine, precision and mode against the CPU (inrank bench parity): parity.txt, parity.json
 #   speed   full rank against low rank (launch/bench-gpu.sh): speed.txt, speed.json

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             name,
             f"{shape[0]} x {shape[1]}",
             str(layer.rank),
-            fixed(state.ranks["found"].get(name), 0),
+            fixed(found, 0),
             str(layer.modes),
             fixed(null_rank, 0),
             fixed(ranks.explained.get(name), 3),

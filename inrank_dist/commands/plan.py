@@ -28,7 +28,7 @@ from .plan_device import Device, Work, bound_seconds, device_named, moved_bytes
 
 NOTES = """held: between backward pass and optimizer step, float32, the process with the most rows
 activations: of one micro-batch at its worst moment, without train.compile, which takes less
-at most in a step: held, activations, and what is gathered or sent; fragmentation of the memory and libraries take more
+at most in a step: held, activations, and what is gathered or sent; memory fragmentation and libraries take more
 sent: in one step, with ring algorithms; MFLOP: forward and backward pass of one token"""
 
 
@@ -91,7 +91,6 @@ def show_plan(
         stages |= _stage_of_run(config, shapes, ranks_from)
     train = config.train
     tokens = train.global_batch_size * config.model.max_seq_len
-    micro_batches = f"{setup.accumulation} micro-batch{'es' if setup.accumulation > 1 else ''}"
     screen = console(width=160)
 
     def say(line: str) -> None:
@@ -106,8 +105,8 @@ def show_plan(
         f"{amount(train.steps * tokens)} tokens"
     )
     say(
-        f"engine {setup.engine}, {plural(world_size, 'process')}, in each step {micro_batches} of "
-        f"{plural(train.micro_batch_size, 'sequence')}; per process:"
+        f"engine {setup.engine}, {plural(world_size, 'process')}, in each step "
+        f"{plural(setup.accumulation, 'micro-batch')} of {plural(train.micro_batch_size, 'sequence')}; per process:"
     )
     screen.print(_table(config, skeleton, stages, setup, device))
     if config.lowrank.initial_energy is not None and not config.lowrank.dense_fraction:

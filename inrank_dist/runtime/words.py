@@ -2,10 +2,10 @@
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 layer``, ``24 layers``, ``2 processes``."""
+    """``1 layer``, ``24 layers``, ``2 processes``, ``2 micro-batches``."""
     if count == 1:
         return f"1 {noun}"
-    return f"{count:,} {noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def divisors(number: int, most: int) -> list[int]:
