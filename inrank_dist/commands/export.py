@@ -20,7 +20,7 @@ from ..hub.writer import DTYPES
 from ..lowrank.kinds import matrix_shape
 from ..report.history import History
 from ..report.reading import reading
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, install
 from ..runtime.files import flush_path
 from ..runtime.home import path_argument
 from ..train.init_from import dense_weights
@@ -139,8 +139,7 @@ def _write_transformers(
         from ..hub.transformers_model import write_transformers
     except ImportError as error:
         raise UserError(
-            f"--format hf needs transformers, which cannot be imported ({error}); write pip install -e '.[hf]' in the "
-            "checkout, or --format factors"
+            f"--format hf needs transformers, which cannot be imported ({error}); {install('hf')}, or --format factors"
         ) from None
     tokenizer, skeleton, settings = opened.tokenizer, opened.skeleton, opened.config.model
     code = write_transformers(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, install
 from .tokenizer import refuse_large
 
 PATTERNS = {
@@ -40,9 +40,7 @@ def tokenizer_json(file: Path, pattern: str | None, eos_token: str) -> dict[str,
     try:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise UserError(
-            f"a .tiktoken file needs tokenizers ({error}); write pip install -e '.[hf]' in the checkout"
-        ) from None
+        raise UserError(f"a .tiktoken file needs tokenizers ({error}); {install('hf')}") from None
     if pattern is None:
         raise UserError(
             f"tokenizer {file} does not say how text is split; write tokenizer.pattern: gpt2, cl100k (also for Llama "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, install
 from ..runtime.json_file import read_json
 from . import tiktoken_ranks
 from .tokenizer import BATCH_CHARACTERS, LARGEST, Tokenizer, refuse_large, refuse_surrogates
@@ -85,9 +85,7 @@ class HuggingFaceTokenizer(WholeDocumentTokenizer):
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(
-                f"a tokenizer.json needs tokenizers ({error}); write pip install -e '.[hf]' in the checkout"
-            ) from None
+            raise UserError(f"a tokenizer.json needs tokenizers ({error}); {install('hf')}") from None
         self._keep(model)
         content = json.loads(model)
         with _plain_errors():

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, install
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -79,8 +79,7 @@ def require_deepspeed(engine: str) -> None:
     """
     if find_spec("deepspeed") is None:
         raise UserError(
-            f"parallel.engine is {engine}, which needs DeepSpeed; write pip install -e '.[deepspeed]' in the "
-            "checkout, or parallel.engine: fsdp"
+            f"parallel.engine is {engine}, which needs DeepSpeed; {install('deepspeed')}, or parallel.engine: fsdp"
         )
 
 

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote
 import psutil
 
 from ..runtime import console
-from ..runtime.errors import EXIT_MISTAKE, UserError
+from ..runtime.errors import EXIT_MISTAKE, UserError, install
 from ..runtime.parent import LAUNCH, LAUNCHER
 from ..runtime.signals import EXIT_STOPPED, stop_signals
 from .common import SHUTDOWN_SECONDS, describe_kill
@@ -48,7 +48,7 @@ def launch(job: Job, stop_requested: threading.Event) -> int:
         UserError: DeepSpeed is not installed, or ssh cannot reach a host.
     """
     if not shutil.which("deepspeed"):
-        raise UserError("deepspeed is not installed; write pip install -e '.[deepspeed]' in the checkout")
+        raise UserError(f"deepspeed is not installed; {install('deepspeed')}")
     environment = dict(os.environ)
     environment.pop("CUDA_VISIBLE_DEVICES", None)  # set per process instead; the launcher would warn and ignore it
     environment |= {name: value for name, value in job.variables.items() if name == "DS_ACCELERATOR"}

@@ -349,7 +349,7 @@ class LowRankSettings:
         if rank < found:
             if self.has_budget:
                 return f"lowrank.final_budget {self.final_budget:g}"
-            multiple = self.multiple_of or "null (64 on GPUs, 8 on CPUs)"
+            multiple = self.multiple_of or "null ({cuda} on GPUs, {cpu} on CPUs)".format(**FINAL_MULTIPLES)
             return f"lowrank.multiple_of {multiple}" if self.final == "per_layer" else f"lowrank.final {self.final}"
         capped = rank >= self.rule.cap(dimension)
         return f"lowrank.max_rank_fraction {self.max_rank_fraction:g}" if capped else None

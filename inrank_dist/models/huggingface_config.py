@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..runtime.errors import UserError, nearest
+from ..runtime.errors import UserError, install, nearest
 from ..runtime.home import expand_home
 from ..runtime.yaml_text import shown
 
@@ -110,8 +110,8 @@ def _config_class(model_type: str) -> Any:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as error:
         raise UserError(
-            f"model.name is hf, but transformers cannot be imported ({error}); write pip install -e '.[hf]' in the "
-            "checkout, or model.name: gpt2 or llama"
+            f"model.name is hf, but transformers cannot be imported ({error}); {install('hf')}, or "
+            "model.name: gpt2 or llama"
         ) from None
     if model_type.endswith(LAYER_CROSSING):
         raise UserError(

@@ -28,6 +28,11 @@ def error_line(output: str) -> str:
     return ([line for line in lines if line.startswith("error: ")] or lines or [""])[-1]
 
 
+def install(extra: str) -> str:
+    """Return what to write to install the libraries of an optional extra, such as ``hf``."""
+    return f"write pip install -e '.[{extra}]' in the checkout"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """What a message on an unknown name ends with: the known name that is closest, or all of them if they are few."""
     known = list(known)

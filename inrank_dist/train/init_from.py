@@ -12,7 +12,7 @@ from ..hub.weights import Cut, Weights
 from ..models import LanguageModel
 from ..models.values import InitialValues, LoadedValues
 from ..runtime.context import Context
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, install
 from ..runtime.home import expand_home, searched
 from .checkpoint import Checkpoint, TensorReader, branch_point, peek_checkpoint
 
@@ -98,7 +98,5 @@ def _of_transformers(folder: Path, config: Config, skeleton: LanguageModel) -> C
     try:
         from ..hub.loading import TransformersWeights
     except ImportError as error:
-        raise UserError(
-            f"{folder} needs transformers ({error}); write pip install -e '.[hf]' in the checkout"
-        ) from None
+        raise UserError(f"{folder} needs transformers ({error}); {install('hf')}") from None
     return TransformersWeights(folder, config.model, skeleton)

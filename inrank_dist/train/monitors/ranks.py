@@ -27,6 +27,10 @@ def mean(values: Iterable[Any]) -> float | None:
     return fmean(finite) if finite else None
 
 
+REMEDIES = {"lowrank.multiple_of": "a smaller value keeps more", "lowrank.final": "per_layer does not"}
+"""What to do about a setting that keeps ranks below the threshold, if it is not to write a larger value."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankChange:
     """Summary of one rank event. Means are over all low-rank layers, including those that kept their rank, so that they
@@ -148,8 +152,7 @@ class RankTable:
             notes.append(f"in {count:,} of {layers} the rank never left {start}: pinned by its start")
         below = [name for name in self.ranks if self._below(name)]
         for limit, count in Counter(self.limits[name] for name in below if name in self.limits).items():
-            larger = "a smaller value" if "multiple_of" in limit else "a larger value"
-            remedy = "per_layer does not" if "lowrank.final " in limit else f"{larger} keeps more"
+            remedy = REMEDIES.get(limit.partition(" ")[0], "a larger value keeps more")
             explains = f"in {count:,} of {layers} the rank explains less than threshold {self.threshold:g}"
             notes.append(f"{explains}: {limit} cuts it; {remedy}")
         return notes
