@@ -279,7 +279,7 @@ def test_all_commands_know_it(
     words = ["train", "--config", str(file), "--model.config", str(tmp_path / "theirs"), "--checkpoint.keep", "9"]
     assert main([*words, "--dry-run"]) == 0
     count = sum(parameter.numel() for parameter in really_built(skeleton(model_type)).parameters())
-    assert f"hf {model_type}: {count / 1e6:.1f}M parameters dense" in capsys.readouterr().out
+    assert f"hf {model_type}: {count:,} parameters dense" in capsys.readouterr().out
     assert main(words) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (start,) = [record for record in metrics if record["kind"] == "start"]
