@@ -23,7 +23,10 @@ print("built")
 
 COMPILER = """#!/bin/sh
 if [ ! -e {folder}/go ]; then
-    case "$*" in *small.cpp*) echo half >small.o; touch {folder}/started; sleep 600 ;; esac
+    case "$*" in *small.cpp*)
+        # Killing the build does not kill the compiler, which has a process group of its own.
+        echo half >small.o; touch {folder}/started; until [ -e {folder}/end ]; do sleep 0.2; done; exit 1 ;;
+    esac
 fi
 exec c++ "$@"
 """
@@ -64,6 +67,7 @@ def test_a_build_that_was_killed_is_built_again_and_one_that_lives_is_waited_for
         os.killpg(first.pid, signal.SIGKILL)
         assert second.wait(100) == 0, said("second")
     finally:
+        (tmp_path / "end").touch()
         for each in builds:
             if each.poll() is None:
                 os.killpg(each.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -200,7 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Be the launcher: run ``main`` and end the process with its status."""
     console.guard(outlive=True)
     listen()
-    console.flush_and_exit(main())  # the watchdog and torch's rendezvous have threads that use the store
+    console.flush_and_exit(main(argv))  # the watchdog and torch's rendezvous have threads that use the store
+
+
+if __name__ == "__main__":
+    run()

@@ -5,5 +5,4 @@ import sys
 from inrank_dist.launcher import torchrun
 
 torchrun.PROGRAM = ("-m", "faults", sys.argv[1])  # type: ignore[assignment]
-torchrun.listen()
-sys.exit(torchrun.main(sys.argv[2:]))
+torchrun.run(sys.argv[2:])
