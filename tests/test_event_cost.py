@@ -336,10 +336,24 @@ COMPILED: dict[str, Any] = SHORT | {
 """Three rank tables: at the start, after step 2, after step 4."""
 
 
+@pytest.fixture
+def graphs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo counts as ever; only what it does with a graph is left out, which would take seconds each."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block, dynamic, **_: compile_(block, backend="eager", dynamic=dynamic)
+    )
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("base", [nightly("none"), slow("decay")])
-def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path, base: str) -> None:
+@pytest.mark.parametrize("base", [nightly("none"), nightly("decay"), slow("decay, graphs only")])
+def test_compilations_are_bounded_by_the_rank_tables(
+    request: pytest.FixtureRequest, dynamo: None, corpus: Path, base: str
+) -> None:
     """A rank that dynamo took for a changing number, or a base that fades, would compile again and again."""
+    base, _, only = base.partition(", ")
+    if only:
+        request.getfixturevalue("graphs_only")
     watched: list[Compilations] = []
     config = small_config(corpus, **COMPILED, lowrank__base=base, lowrank__targets=r"['blocks\.0\.mlp','blocks\.1\.']")
     train(config, hook=lambda trainer: watched.append(Compilations(trainer)))
@@ -348,14 +362,9 @@ def test_compilations_are_bounded_by_the_rank_tables(dynamo: None, corpus: Path,
 
 
 @pytest.mark.slow
-def test_many_distinct_blocks_stay_compiled(dynamo: None, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_distinct_blocks_stay_compiled(dynamo: None, graphs_only: None, corpus: Path) -> None:
     """In training and evaluation more graphs than dynamo makes of one piece of code by default (8): beyond its limit it
-    would run the rest of the training uncompiled. Dynamo counts as ever; only what it does with a graph is left out,
-    which would take seconds each."""
-    compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda block, dynamic, **_: compile_(block, backend="eager", dynamic=dynamic)
-    )
+    would run the rest of the training uncompiled."""
     watched: list[Compilations] = []
     parts = ["mlp", "attention", r"mlp\.up", r"attention\.q", r"(mlp|attention)\."]
     targets = ",".join(rf"'blocks\.{index}\.{part}'" for index, part in enumerate(parts))
