@@ -22,6 +22,9 @@ TIMEOUT = 60.0
 PAPER = 718
 """Width of an A4 page without its margins, in CSS pixels."""
 
+LANDSCAPE = 1047
+"""The same of one that lies on its side."""
+
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 """JavaScript that returns what overlaps, is cut or is empty in a page."""
 

@@ -150,7 +150,7 @@ class Plot:
             path.append(f"{'L' if pen_down else 'M'}{at_x:.1f} {at_y:.1f}")
             pen_down, previous = True, at_y
             if line.dots:
-                tip = escape(f"{self._at(x)}: {value:,.4g}")
+                tip = escape(f"{line.label}, {self._at(x)}: {value:,.4g}")
                 dots.append(
                     f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="2.6" style="fill:var({line.colour})">'
                     f"<title>{tip}</title></circle>"

@@ -3,12 +3,13 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from rich.table import Table
 
+from ..report.plot import Line, Plot, figure
 from ..report.style import page, text_table
 from ..runtime.errors import UserError
 from ..runtime.files import write_atomically
@@ -23,6 +24,19 @@ HEADINGS = (
     "variant", "validation loss", "range", "less its control", "", "parameters", "of dense", "rank (null)", "FLOPs",
     "seconds", "tokens", "steps", "peak memory", "chosen",
 )  # fmt: skip
+STYLE = """<style>
+main { max-width:1600px }
+@page { size:A4 landscape }
+@media print { td { max-width:none }
+  td:first-child, td:nth-child(5), td:nth-child(14) { white-space:normal; overflow-wrap:anywhere } }
+</style>"""
+"""For fourteen columns. On paper those of text wrap."""
+
+COLOURS = 8
+"""Number of line colours of the style sheet."""
+
+PREFIXES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
+
 TEXT_COLUMNS = (0, 4, 13)
 """Columns that contain text."""
 
@@ -146,12 +160,42 @@ def _finite(values: Iterable[float]) -> list[float | None]:
 def _html(study: Study, comparison: Comparison) -> str:
     name = escape(study.file.stem)
     where = f"{escape(os.fspath(study.file))}, base {escape(study.base.name)}"
-    wide = "<style>main { max-width:1600px }</style>"  # for fourteen columns
-    body = [wide, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
+    body = [STYLE, f'<header><h1>{name}</h1><p class="soft">{where}</p></header>']
     for unit, rows in _filled(comparison):
         body.append(f"<h2>{TITLES[unit]}</h2>")
         body.append(text_table(HEADINGS, map(cells, rows), TEXT_COLUMNS))
+    body.append(_plots(comparison))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
     body.append(f"<h2>Study file</h2><pre>{escape(study.file.read_text(encoding='utf-8'))}</pre>")
     return page(name, body)
+
+
+def _plots(comparison: Comparison) -> str:
+    """What each variant's loss costs: parameters, for the runs with equal tokens, and floating-point operations."""
+    compared = [row for rows in comparison.tables.values() for row in rows if not row.same]
+    largest = max((row.used["flops"] for row in compared), default=0.0)
+    unit, prefix = next((unit, prefix) for unit, prefix in PREFIXES if largest >= unit or not prefix)
+    at_equal_tokens = comparison.tables.get("tokens", [])
+    plots = [
+        _plot("Loss over parameters", "parameters", [(row, row.parameters) for row in at_equal_tokens]),
+        _plot("Loss over FLOPs", f"{prefix}FLOPs of a run", [(row, row.used["flops"] / unit) for row in compared]),
+    ]
+    figures = "".join(figure(plot, height=300, wide=760) for plot in plots)
+    return f'<h2>Plots</h2><div class="pair">{figures}</div>' if figures else ""
+
+
+def _plot(title: str, x_label: str, places: Sequence[tuple[Row, float]]) -> Plot:
+    """A dot for the loss of each seed, those of one variant and budget joined by a vertical line."""
+    lines: dict[str, Line] = {}
+    for row, x in places:
+        name, index = row.variant.name, len(lines)
+        if name not in lines:
+            dash = "3 2" if index // COLOURS % 2 else ""
+            lines[name] = Line(label=name, points=[], colour=f"--c{index % COLOURS}", dash=dash, dots=True)
+        losses = sorted(loss for loss in row.losses if math.isfinite(loss) and math.isfinite(x))
+        lines[name].points += [(x, loss) for loss in losses] + [(x, None)]
+    x_end = 1.05 * max((x for _, x in places if math.isfinite(x)), default=1.0)
+    return Plot(
+        title=title, unit="nats per token, a dot for each seed", lines=[*lines.values()], x_end=x_end, x_label=x_label
+    )
