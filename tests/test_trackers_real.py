@@ -12,6 +12,7 @@ import pytest
 from faults import Fault
 from faults.launch import Job, launch
 from runs import small_config
+from sharing import nightly
 from test_trackers import SAMPLE, SUMMARY, event, step
 from tracker_checks import Found, found_in
 
@@ -77,7 +78,7 @@ def test_a_run_and_its_resumption_are_one_run_there(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", ["mlflow", "aim"])
+@pytest.mark.parametrize("name", [nightly("mlflow"), "aim"])
 def test_a_run_that_is_not_known_there_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
