@@ -15,11 +15,15 @@ import pytest
 import yaml
 from cluster_tools import ROOT, wait_until
 from runs import SHORT, Fails, small_config
+from study_runs import pretend
 
 from inrank_dist.commands.main import main
+from inrank_dist.runtime.errors import UserError
 from inrank_dist.runtime.stop import Stopped
 from inrank_dist.study import Worker, read_study
+from inrank_dist.study.page import notes, write_results
 from inrank_dist.study.results import T_95, compare, difference
+from inrank_dist.study.settings import Variant
 from inrank_dist.study.work import Outcome, Run
 from inrank_dist.train.monitors.text import operations
 
@@ -118,10 +122,10 @@ def test_what_is_there_is_not_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "work", stopped)
         assert main(["study", str(file)]) == 75
-    assert re.search(r"not done yet and therefore left out: (dense|inrank)", capsys.readouterr().out)
-    assert "not done yet" in (folder / "study.html").read_text()
+    assert re.search(r"left out, as not all runs are done or one diverged: (dense|inrank)", capsys.readouterr().out)
+    assert "not all runs are done" in (folder / "study.html").read_text()
     assert main(["study", str(file)]) == 0
-    assert "not done yet" not in (folder / "study.html").read_text()
+    assert "not all runs are done" not in (folder / "study.html").read_text()
     assert [path for path in stamps if path.stat().st_mtime_ns != stamps[path]] == [gone]
 
 
@@ -195,6 +199,12 @@ def test_a_rate_at_which_training_diverges_is_not_chosen(corpus: Path, tmp_path:
             {"variants": {"a": {}, "b": {"control": "a", "budget": ["seconds"]}}},
             "budget holds seconds; write some of tokens, flops, as in the study's budget",
         ),
+        ({"variants": {"a": {"control": "b"}, "b": {"control": "a"}}}, "the controls of a, b form a circle; leave"),
+        ({"settings": {"eval.interval": 0}}, "eval.interval is 0, and validation losses are what is compared; write"),
+        (
+            {"variants": {"a": {"seconds_per_step": 0}, "b": {"control": "a"}}},
+            "seconds_per_step is 0; write a positive",
+        ),
         (
             {"variants": {"a": {"budget": []}, "b": {"control": "a"}}},
             "'b' is compared at equal flops but its control 'a' is not; write flops in the budget of 'a' too",
@@ -267,6 +277,114 @@ def test_a_variant_that_is_compared_at_equal_tokens_only(corpus: Path, tmp_path:
     assert {run.steps for run in worker.runs() if run.variant.name == "inrank"} == {12, 24}
     rows = {unit: [row.variant.name for row in table] for unit, table in compare(worker).tables.items()}
     assert rows == {"tokens": ["dense", "inrank", "cheap"], "flops": ["dense", "inrank"]}
+
+
+CHAIN: dict[str, Any] = {
+    "dense": {"settings": {"lowrank.mode": "full"}},
+    "large": {"control": "dense", "settings": {"lowrank.initial_rank": 3}},
+    "small": {"control": "large", "settings": {"lowrank.initial_rank": 1}},
+}
+COSTS = {"dense": 1.0, "large": 0.66, "small": 0.5}
+
+
+def cost(run: Run) -> float:
+    return COSTS[run.variant.name]
+
+
+def test_all_of_a_chain_of_controls_have_the_budget_of_its_end(corpus: Path, tmp_path: Path) -> None:
+    study = read_study(study_file(tmp_path, corpus, variants=CHAIN, budget=BUDGET | {"seconds": "control"}))
+    worker = Worker(study)
+    pretend(worker, cost, lambda run: 3.0)
+    rows = {unit: {row.variant.name: row for row in table} for unit, table in compare(worker).tables.items()}
+    for unit in ("flops", "seconds"):
+        assert {name: row.steps for name, row in rows[unit].items()} == {"dense": 12, "large": 18, "small": 24}
+    assert {name: row.parameters / row.parameters_root for name, row in rows["tokens"].items()} == COSTS
+
+
+def test_the_time_of_a_step_that_was_measured_elsewhere(corpus: Path, tmp_path: Path) -> None:
+    timed = {name: content | {"seconds_per_step": COSTS[name] ** 2} for name, content in CHAIN.items()}
+    file = study_file(tmp_path, corpus, variants=timed, budget={"tokens": 1536, "seconds": "control"})
+    worker = Worker(read_study(file))
+    pretend(worker, cost, lambda run: 3.0)
+    rows = {row.variant.name: row.steps for row in compare(worker).tables["seconds"]}
+    assert rows == {"dense": 12, "large": round(12 / 0.66**2), "small": 48}
+    assert compare(worker).step_times == {}
+
+
+def test_times_of_runs_that_differ_are_told(corpus: Path, tmp_path: Path) -> None:
+    study = read_study(study_file(tmp_path, corpus, variants=CHAIN, budget={"tokens": 1536, "seconds": "control"}))
+    worker = Worker(study)
+    pretend(worker, lambda run: cost(run) * (1.3 if run.seed and run.variant.name == "large" else 1), lambda run: 3.0)
+    comparison = compare(worker)
+    assert comparison.step_times == {"dense": 0.0, "large": pytest.approx(0.3), "small": 0.0}
+    (sentence,) = [each for each in notes(study, comparison) if each.startswith("Steps of")]
+    assert sentence.startswith("Steps of large took up to 30% longer in one run than in another")
+
+
+def test_who_diverges_has_a_row_and_the_others_theirs(corpus: Path, tmp_path: Path) -> None:
+    """A variant without a grid, one seed of another, and a whole grid."""
+    grid = {"control": "dense", "settings": {"lowrank.mode": "fixed"}, "tune": {"optimizer.lr": ["1e-3", "2e-3"]}}
+    study = read_study(study_file(tmp_path, corpus, variants=CHAIN | {"tuned": grid}))
+    worker, diverging = Worker(study), {"small", "tuned"}
+
+    def loss(run: Run) -> float | None:
+        return None if run.variant.name in diverging or (run.variant.name == "large" and run.seed) else 3.0
+
+    pretend(worker, cost, loss)
+    comparison = compare(worker)
+    words = {row.variant.name: row.difference and row.difference.verdict for row in comparison.tables["tokens"]}
+    assert words == {"dense": None} | dict.fromkeys(("large", "small", "tuned"), "a run diverged")
+    assert [row.variant.name for row in comparison.tables["flops"]] == ["dense"]
+    assert "Equal FLOPs: left out, as not all runs are done or one diverged: large; small; tuned." in notes(
+        study, comparison
+    )
+    write_results(study, comparison)
+
+
+def test_runs_on_other_data_or_machines_are_told(corpus: Path, tmp_path: Path) -> None:
+    study = read_study(study_file(tmp_path, corpus, variants=CHAIN))
+    pretend(Worker(study), cost, lambda run: 3.0)
+    changed = next(run for run in Worker(study).runs() if run.variant.name == "large")
+    file = changed.folder / "metrics.jsonl"
+    file.write_text(file.read_text().replace('"data_fingerprint": "a"', '"data_fingerprint": "b"'))
+    comparison = compare(Worker(study))
+    assert comparison.unlike == {"data": ["a", "b"]}
+    assert "The runs differ in data and cannot be compared: a, b." in notes(study, comparison)
+
+
+def test_what_was_trained_is_what_is_asked_for(corpus: Path, tmp_path: Path) -> None:
+    """A base that changes while the study runs, a default that another version changes, a run without a loss."""
+    file = study_file(tmp_path, corpus, variants=CHAIN)
+    worker = Worker(read_study(file))
+    first, second = worker.pending()[:2]
+    assert first.name
+    base = tmp_path / "base.yaml"
+    content = base.read_text()
+    base.write_text(content.replace("threshold: ", "threshold: 0.5 # "))
+    with pytest.raises(UserError, match=r"base\.yaml has changed since the study began; start the same command again"):
+        worker._execute(first)
+    assert not first.folder.exists()
+
+    base.write_text(content)
+    pretend(worker, cost, lambda run: None if run == second else 3.0)
+    first.file("yaml").parent.mkdir()
+    first.file("yaml").write_text(first.config().to_yaml().replace("beta2: 0.95", "beta2: 0.9"))
+    with pytest.raises(UserError, match=r"was trained with optimizer\.beta2 0\.9, which is 0\.95 now; remove this"):
+        compare(Worker(read_study(file)))
+    first.file("yaml").write_text(first.config().to_yaml())
+    compare(Worker(read_study(file)))
+    metrics = first.folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"validation_loss": 3.0', '"validation_loss": null'))
+    with pytest.raises(UserError, match="has no validation loss; remove it, so that the study runs it again"):
+        compare(Worker(read_study(file)))
+
+
+def test_edges_are_those_of_numbers() -> None:
+    grid = {"a": ("2e-2", "1e-2", "4e-2"), "b": ("1", "2"), "c": ("silu", "none"), "d": ("1",)}
+    variant = Variant("v", None, {}, grid, ("tokens",))
+    point = (("a", "2e-2"), ("b", "1"), ("c", "silu"), ("d", "1"))
+    assert variant.at_an_edge(point) == ["b"]
+    assert variant.at_an_edge((("a", "1e-2"),)) == variant.at_an_edge((("a", "4e-2"),)) == ["a"]
 
 
 def test_equal_settings_are_one_run(corpus: Path, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ FILE, for example:
   tuning_seeds: [100]
   budget:                          per run; tokens: default that of the base config
     tokens: 1.2e6
-    flops: control                 a second table: as many as its control used, or a number
-    seconds: control               a third table
+    flops: control                 a second table: as many as its control used (of a chain of controls the last one),
+    seconds: control               or a number; and a third table
   settings: {eval.batches: 32}     for all variants
   variants:
     dense:
@@ -42,6 +42,7 @@ FILE, for example:
     inrank:
       control: dense
       tune: {optimizer.lr: [1e-3, 2e-3, 4e-3]}
+      seconds_per_step: 0.21       for equal time, if measured elsewhere; default: that of the runs
 """
 
 

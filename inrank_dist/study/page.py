@@ -21,7 +21,7 @@ from .settings import Study, Unit
 TITLES: dict[Unit, str] = {"tokens": "Equal tokens", "flops": "Equal FLOPs", "seconds": "Equal time"}
 
 HEADINGS = (
-    "variant", "validation loss", "range", "less its control", "", "parameters", "of dense", "rank (null)", "FLOPs",
+    "variant", "validation loss", "range", "less its control", "", "parameters", "of control", "rank (null)", "FLOPs",
     "seconds", "tokens", "steps", "peak memory", "chosen",
 )  # fmt: skip
 STYLE = """<style>
@@ -31,6 +31,9 @@ main { max-width:1600px }
   td:first-child, td:nth-child(5), td:nth-child(14) { white-space:normal; overflow-wrap:anywhere } }
 </style>"""
 """For fourteen columns. On paper those of text wrap."""
+
+MOST_SPREAD = 0.1
+"""Of step times, as a fraction of the shortest."""
 
 COLOURS = 8
 """Number of line colours of the style sheet."""
@@ -73,7 +76,7 @@ def cells(row: Row) -> list[str]:
         interval,
         "" if change is None else f"{change.verdict} ({row.variant.control})",
         amount(row.parameters),
-        fixed(row.parameters / row.parameters_dense, 2),
+        fixed(row.parameters / row.parameters_root, 2),
         "-" if row.rank is None else f"{row.rank:.1f} ({fixed(row.null_rank, 1)})",
         operations(row.used["flops"]),
         fixed(row.used["seconds"], 1),
@@ -94,11 +97,21 @@ def notes(study: Study, comparison: Comparison) -> list[str]:
     if len(comparison.tables) > 1:
         sentences.append(
             "Equal FLOPs and equal time: as many steps as use up the budget, given the use per step of the runs "
-            "with equal tokens. Time is the training time of a run; it depends on the machine and on its other load."
+            "with equal tokens. A budget of control is what the variant at the end of the chain of controls used. "
+            "FLOPs are those of the forward and backward pass, without the optimizer. Time is the training time of a "
+            "run; it depends on the machine and on its other load."
         )
+    for name, spread in comparison.step_times.items():
+        if spread > MOST_SPREAD:
+            sentences.append(
+                f"Steps of {name} took up to {spread:.0%} longer in one run than in another, so its length at equal "
+                "time is not reliable. Measure without other load, and write seconds_per_step in the variant."
+            )
+    for what, values in comparison.unlike.items():
+        sentences.append(f"The runs differ in {what} and cannot be compared: {', '.join(values)}.")
     for unit, names in comparison.missing.items():
         if names:
-            sentences.append(f"{TITLES[unit]}: not done yet and therefore left out: {'; '.join(names)}.")
+            sentences.append(f"{TITLES[unit]}: left out, as not all runs are done or one diverged: {'; '.join(names)}.")
     edges = sorted(
         {f"{row.variant.name}: {key}" for rows in comparison.tables.values() for row in rows for key in row.edges}
     )
@@ -123,13 +136,14 @@ def write_results(study: Study, comparison: Comparison) -> tuple[Path, Path]:
     html, record = study.folder / "study.html", study.folder / "study.json"
     try:
         write_atomically(html, _html(study, comparison).encode())
-        write_atomically(record, (json.dumps(_record(comparison), indent=1) + "\n").encode())
+        content = _record(comparison) | {"notes": notes(study, comparison)}
+        write_atomically(record, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"{html} cannot be written ({error.strerror or error}); make its folder writable") from None
     return html, record
 
 
-def _record(comparison: Comparison) -> dict[str, list[dict[str, object]]]:
+def _record(comparison: Comparison) -> dict[str, object]:
     return {
         unit: [
             {
@@ -167,7 +181,7 @@ def _html(study: Study, comparison: Comparison) -> str:
     body.append(_plots(comparison))
     statements = "".join(f"<li>{escape(sentence)}</li>" for sentence in notes(study, comparison))
     body.append(f'<h2>How to read it</h2><div class="reading"><ul>{statements}</ul></div>')
-    body.append(f"<h2>Study file</h2><pre>{escape(study.file.read_text(encoding='utf-8'))}</pre>")
+    body.append(f"<h2>Study file</h2><pre>{escape(study.text)}</pre>")
     return page(name, body)
 
 

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .settings import Point, Unit, Variant
 from .work import Outcome, Run, Worker
@@ -53,7 +54,8 @@ class Row:
         losses: validation loss of each seed, nats.
         difference: from the control; None for a variant without one.
         used: unit -> median over the seeds.
-        parameters, parameters_dense, peak_memory: medians; memory in bytes of process 0.
+        parameters, peak_memory: medians; memory in bytes of process 0.
+        parameters_root: of the variant at the end of the chain of controls.
         rank, null_rank: means over layers and seeds; None for a dense model.
         same: whether these are the same runs as in the table of equal tokens.
     """
@@ -67,7 +69,7 @@ class Row:
     steps: int
     used: dict[Unit, float]
     parameters: float
-    parameters_dense: float
+    parameters_root: float
     peak_memory: float
     rank: float | None
     null_rank: float | None
@@ -85,10 +87,19 @@ class Comparison:
     Attributes:
         tables: by budget unit; the rows are in the order of the study file.
         missing: names of the variants that are not done, by budget unit.
+        unlike: what should be the same in all runs and is not, with its values.
+        step_times: for variants whose equal time is that of their runs, by how much the time of a step differs between
+            those runs; a fraction of the shortest.
     """
 
     tables: dict[Unit, list[Row]]
     missing: dict[Unit, list[str]]
+    unlike: dict[str, list[str]]
+    step_times: dict[str, float]
+
+
+SAME = {"data_fingerprint": "data", "torch": "torch", "device": "device", "validation_tokens": "validation tokens"}
+"""Keys of ``start`` records that should be the same in all runs, and how they are called."""
 
 
 def compare(worker: Worker) -> Comparison:
@@ -106,7 +117,20 @@ def compare(worker: Worker) -> Comparison:
             if variant.name in losses
         ]
         missing[unit] = [name for name in done if name not in losses]
-    return Comparison(tables, missing)
+    outcomes = [outcome for run in worker.runs() if (outcome := worker.outcome(run)) is not None]
+    starts = [outcome.start for outcome in outcomes if outcome.start is not None]
+    values = {key: sorted({str(start[key]) for start in starts if start.get(key) is not None}) for key in SAME}
+    unlike = {SAME[key]: found for key, found in values.items() if len(found) > 1}
+    timed = study.variants.values() if "seconds" in study.budget else ()
+    spreads = {variant.name: _spread(worker, variant) for variant in timed if variant.seconds_per_step is None}
+    return Comparison(tables, missing, unlike, spreads)
+
+
+def _spread(worker: Worker, variant: Variant) -> float:
+    """Longest time per step over shortest, less 1, of the runs with equal tokens."""
+    runs = [(run, worker.outcome(run)) for run in worker.compared(variant, "tokens") or []]
+    times = [outcome.used("seconds") / run.steps for run, outcome in runs if outcome and outcome.used("seconds") > 0]
+    return max(times) / min(times) - 1 if times else 0.0
 
 
 def difference(losses: Sequence[float], control: Sequence[float]) -> Difference:
@@ -135,10 +159,6 @@ def _row(
     layers = [layer for summary in summaries for layer in summary["ranks"].values()]
     nulls = [layer["null_rank"] for layer in layers if layer["null_rank"] is not None]
 
-    def median(key: str) -> float:
-        values = [float(summary[key]) for summary in summaries if summary.get(key) is not None]
-        return statistics.median(values) if values else math.nan
-
     return Row(
         variant=variant,
         unit=unit,
@@ -147,11 +167,23 @@ def _row(
         losses=losses,
         difference=None if control is None else difference(losses, control),
         steps=run.steps,
-        used={each: median(each) for each in ("tokens", "flops", "seconds")},
-        parameters=median("parameters"),
-        parameters_dense=median("parameters_dense"),
-        peak_memory=median("peak_memory"),
+        used={each: _median(summaries, each) for each in ("tokens", "flops", "seconds")},
+        parameters=_median(summaries, "parameters"),
+        parameters_root=_parameters(worker, variant),
+        peak_memory=_median(summaries, "peak_memory"),
         rank=statistics.fmean(layer["rank"] for layer in layers) if layers else None,
         null_rank=statistics.fmean(nulls) if nulls else None,
         same=unit != "tokens" and run in (worker.compared(variant, "tokens") or []),
     )
+
+
+def _parameters(worker: Worker, variant: Variant) -> float:
+    """Median number of parameters of the variant at the end of the chain of controls; nan if unknown."""
+    runs = worker.compared(worker.study.root(variant), "tokens") or []
+    summaries = [outcome.summary for run in runs if (outcome := worker.outcome(run)) and outcome.summary]
+    return _median(summaries, "parameters")
+
+
+def _median(summaries: Sequence[dict[str, Any]], key: str) -> float:
+    values = [float(summary[key]) for summary in summaries if summary.get(key) is not None]
+    return statistics.median(values) if values else math.nan

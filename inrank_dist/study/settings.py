@@ -1,6 +1,7 @@
 """Reads and validates a study file."""
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,7 @@ Unit = Literal["tokens", "flops", "seconds"]
 UNITS: tuple[Unit, ...] = ("tokens", "flops", "seconds")
 
 KEYS = ("base", "dir", "processes", "seeds", "tuning_seeds", "budget", "settings", "variants")
-VARIANT_KEYS = ("control", "settings", "tune", "budget")
+VARIANT_KEYS = ("control", "settings", "tune", "budget", "seconds_per_step")
 RESERVED = ("run.dir", "run.name", "run.seed", "train.steps")
 """Settings that the study sets for each run."""
 
@@ -36,6 +37,7 @@ class Variant:
         settings: changes to the base config.
         grid: dotted key -> values to try. All combinations are tried and the best one is used.
         units: of the study's budget, for which the variant is compared.
+        seconds_per_step: as measured elsewhere; None: that of the runs.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Variant:
     settings: Settings
     grid: Mapping[str, tuple[str, ...]]
     units: tuple[Unit, ...]
+    seconds_per_step: float | None = None
 
     @property
     def points(self) -> list[Point]:
@@ -50,10 +53,13 @@ class Variant:
         return [tuple(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
     def at_an_edge(self, point: Point) -> list[str]:
-        """Keys whose value is the first or last of three or more tried values, so that better ones may lie beyond."""
-        return [
-            key for key, value in point if len(self.grid[key]) > 2 and value in (self.grid[key][0], self.grid[key][-1])
-        ]
+        """Keys whose value is the smallest or largest number tried, so that better ones may lie beyond."""
+        found = []
+        for key, value in point:
+            numbers = list(map(_number, self.grid[key]))
+            if len(numbers) > 1 and None not in numbers and _number(value) in (min(numbers), max(numbers)):  # type: ignore[type-var]
+                found.append(key)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +73,9 @@ class Study:
         processes: per run; several are started with torchrun.
         seeds, tuning_seeds: for the comparison and for the grids. They are disjoint, so that tuning does not use the
             runs it is judged by.
-        budget: unit -> how much of it a run may use; None means as much as its control. Always contains tokens.
+        budget: unit -> how much of it a run may use; None means as much as its ``root``. Always contains tokens.
         settings: changes to the base config for all runs.
+        text: content of the study file.
     """
 
     file: Path
@@ -80,6 +87,13 @@ class Study:
     budget: Mapping[Unit, float | None]
     variants: Mapping[str, Variant]
     settings: Settings = field(default_factory=dict)
+    text: str = ""
+
+    def root(self, variant: Variant) -> Variant:
+        """The variant without a control that is reached from one control to the next."""
+        while variant.control is not None:
+            variant = self.variants[variant.control]
+        return variant
 
     def config(self, variant: Variant, point: Point, seed: int, steps: int, run: Path | None = None) -> Config:
         """The settings of one run.
@@ -142,6 +156,7 @@ def read_study(file: Path) -> Study:
         budget=budget,
         variants=variants,
         settings=_settings(tree.get("settings", {}), f"{file}: settings"),
+        text=file.read_text(encoding="utf-8"),
     )
     if both := sorted({*study.seeds} & {*study.tuning_seeds}):
         raise UserError(
@@ -150,7 +165,12 @@ def read_study(file: Path) -> Study:
         )
     for variant in variants.values():
         for point in variant.points:
-            study.config(variant, point, 0, study.steps_for_tokens(variant, point))
+            config = study.config(variant, point, 0, study.steps_for_tokens(variant, point))
+            if config.eval.interval == 0:
+                raise UserError(
+                    f"variant {variant.name!r} of {file}: eval.interval is 0, and validation losses are what is "
+                    "compared; write the number of steps between validations"
+                )
     return study
 
 
@@ -169,7 +189,11 @@ def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Varia
         if twice := sorted(settings.keys() & grid.keys()):
             raise UserError(f"{place}: {twice[0]} is in settings and in tune; write it in one of them")
         variant_units = _units(content.get("budget", list(units)), units, f"{place}: budget")
-        variants[name] = Variant(name, content.get("control"), settings, grid, variant_units)
+        seconds = content.get("seconds_per_step")
+        if seconds is not None and (_number(seconds) or 0) <= 0:
+            raise UserError(f"{place}: seconds_per_step is {shown(seconds)}; write a positive number")
+        control = content.get("control")
+        variants[name] = Variant(name, control, settings, grid, variant_units, seconds and float(seconds))
     controls = {variant.control for variant in variants.values()}
     for variant in variants.values():
         if variant.control is None and variant.name not in controls:
@@ -182,6 +206,7 @@ def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Varia
             raise UserError(
                 f"{file}: the control of {variant.name!r} is {variant.control!r}; write one of {', '.join(others)}"
             )
+        _check_chain(file, variant, variants)
         compared = variants[variant.control].units if variant.control else variant.units
         if more := [unit for unit in variant.units if unit not in compared]:
             raise UserError(
@@ -189,6 +214,19 @@ def _variants(file: Path, tree: Any, units: tuple[Unit, ...]) -> dict[str, Varia
                 f"is not; write {more[0]} in the budget of {variant.control!r} too"
             )
     return variants
+
+
+def _check_chain(file: Path, variant: Variant, variants: Mapping[str, Variant]) -> None:
+    """Each chain of controls must end."""
+    chain, control = [variant.name], variant.control
+    while control is not None and control in variants:
+        if control in chain:
+            raise UserError(
+                f"{file}: the controls of {', '.join(chain)} form a circle; leave control out of the one that all "
+                "others are to be compared with"
+            )
+        chain.append(control)
+        control = variants[control].control
 
 
 def _settings(tree: Any, place: str) -> dict[str, str]:
@@ -212,6 +250,15 @@ def _grid(tree: Any, place: str) -> dict[str, tuple[str, ...]]:
             raise UserError(f"{place}: {key} is {shown(values)}; write a list of values, such as [1e-3, 2e-3]")
         grid[_setting(str(key), place)] = tuple(dict.fromkeys(_text(value) for value in values))
     return grid
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ Several workers, on one or more machines, may work on one study. Each takes runs
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import statistics
@@ -17,13 +18,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
+from ..config import Config
+from ..runtime import yaml_text
 from ..runtime.errors import EXIT_MISTAKE, UserError, error_line
 from ..runtime.lock import Lock, LockHeld
 from ..runtime.progress import phase
 from ..runtime.signals import EXIT_STOPPED, handling_stop_signals
 from ..runtime.stop import Stopped
+from ..runtime.yaml_text import shown
 from ..train.monitors.jsonl import read_metrics
 from .settings import Point, Study, Unit, Variant
 
@@ -32,12 +36,20 @@ log = logging.getLogger("inrank_dist")
 POLL_SECONDS = 1.0
 
 
+DIVERGED = "train.max_skipped"
+"""Part of the error of a run that diverged."""
+
+CHOSEN_BY_STUDY = ("run.dir", "run.name")
+"""Settings of a run that its name does not depend on."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a run: its ``summary`` record, or None and the reason if it failed."""
+    """Result of a run: its ``summary`` record, or None and the reason if it diverged; and its ``start`` record."""
 
     summary: dict[str, Any] | None
     failure: str = ""
+    start: dict[str, Any] | None = None
 
     @property
     def loss(self) -> float:
@@ -78,8 +90,35 @@ class Run:
             return Outcome(None, failed.read_text().strip())
         if not (self.folder / "metrics.jsonl").exists():
             return None
-        summaries = [record for record in read_metrics(self.folder / "metrics.jsonl") if record["kind"] == "summary"]
-        return Outcome(summaries[-1]) if summaries else None
+        records = {record["kind"]: record for record in read_metrics(self.folder / "metrics.jsonl")}
+        if "summary" not in records:
+            return None
+        if records["summary"].get("validation_loss") is None:
+            raise UserError(f"{self.folder} has no validation loss; remove it, so that the study runs it again")
+        self._check_settings()
+        return Outcome(records["summary"], start=records.get("start"))
+
+    def config(self) -> Config:
+        """The settings."""
+        return self.study.config(self.variant, self.point, self.seed, self.steps, self.folder)
+
+    def file(self, kind: str) -> Path:
+        """The settings as they were executed (``yaml``), or the output (``txt``)."""
+        return self.study.folder / "logs" / f"{self.name}.{kind}"
+
+    def _check_settings(self) -> None:
+        """The name has only the settings that differed from their defaults, and a later version may change those."""
+        if not self.file("yaml").exists():
+            return
+        executed, now = yaml_text.read(self.file("yaml")), yaml_text.load(self.config().to_yaml())
+        for section, settings in now.items():
+            for key, value in settings.items():
+                was = executed.get(section, {}).get(key, value)
+                if was != value and f"{section}.{key}" not in CHOSEN_BY_STUDY:
+                    raise UserError(
+                        f"{self.folder} was trained with {section}.{key} {shown(was)}, which is {shown(value)} now; "
+                        "remove this folder, so that the study runs it again"
+                    )
 
     def title(self) -> str:
         """Description for log lines."""
@@ -89,8 +128,11 @@ class Run:
 
 @cache  # called at every poll, and reads the config from a file
 def _name_of(run: Run) -> str:
-    config = run.study.config(run.variant, run.point, run.seed, run.steps)
-    settings = {key: value for key, value in config.changed().items() if key not in ("run.dir", "run.name")}
+    return _name(run, run.study.config(run.variant, run.point, run.seed, run.steps))
+
+
+def _name(run: Run, config: Config) -> str:
+    settings = {key: value for key, value in config.changed().items() if key not in CHOSEN_BY_STUDY}
     digest = hashlib.sha256(json.dumps([settings, run.study.processes], sort_keys=True).encode()).hexdigest()[:10]
     return f"seed-{run.seed}-{digest}"
 
@@ -157,7 +199,10 @@ class Worker:
         ]
 
     def best(self, variant: Variant) -> Point | None:
-        """The grid point with the lowest mean validation loss over the tuning seeds; None until all runs are done."""
+        """The grid point with the lowest mean validation loss over the tuning seeds; None until all runs are done.
+
+        The first one if all diverged.
+        """
         if len(variant.points) == 1:
             return variant.points[0]
         losses: dict[Point, list[float]] = {}
@@ -166,13 +211,11 @@ class Worker:
             if outcome is None:
                 return None
             losses.setdefault(run.point, []).append(outcome.loss)
-        best = min(losses, key=lambda point: statistics.fmean(losses[point]))
-        if statistics.fmean(losses[best]) == float("inf"):
-            raise UserError(f"every run of the grid of {variant.name!r} diverged; write lower values in tune")
-        return best
+        return min(losses, key=lambda point: statistics.fmean(losses[point]))
 
     def compared(self, variant: Variant, unit: Unit) -> list[Run] | None:
-        """A variant's runs for an equal budget, one per seed; None while their length is unknown."""
+        """A variant's runs for an equal budget, one per seed; None while their length is unknown, or if it cannot be
+        known because a run diverged."""
         point = self.best(variant)
         steps = None if point is None else self._steps(variant, point, unit)
         if point is None or steps is None:
@@ -182,27 +225,26 @@ class Worker:
     def _steps(self, variant: Variant, point: Point, unit: Unit) -> int | None:
         """Number of steps that use up the budget, given what the runs with equal tokens used per step."""
         steps = self.study.steps_for_tokens(variant, point)
-        budget = self.study.budget[unit]
-        if unit == "tokens" or (budget is None and variant.control is None):
+        budget, root = self.study.budget[unit], self.study.root(variant)
+        if unit == "tokens" or (budget is None and variant is root):
             return steps
         used = self._typical_use(variant, unit)
-        allowed = budget
-        if budget is None:
-            allowed = self._typical_use(self.study.variants[cast(str, variant.control)], unit)
+        allowed = self._typical_use(root, unit) if budget is None else budget
         if used is None or allowed is None:
             return None
         # Within 1 % use the same run.
         return steps if abs(allowed / used - 1) < 0.01 else max(1, round(steps * allowed / used))
 
     def _typical_use(self, variant: Variant, unit: Unit) -> float | None:
-        """Median use of the runs with equal tokens; None until all are done."""
-        outcomes = [self.outcome(run) for run in self.compared(variant, "tokens") or []]
-        if not outcomes or None in outcomes:
-            return None
-        uses = [use for outcome in outcomes if (use := cast(Outcome, outcome).used(unit)) > 0]
-        if not uses:
-            raise UserError(f"no run of {variant.name!r} says how many {unit} it used; leave budget.{unit} out")
-        return statistics.median(uses)
+        """Median use of the runs with equal tokens; None until all are done, or if one diverged."""
+        point = self.best(variant)
+        if point is not None and unit == "seconds" and variant.seconds_per_step is not None:
+            return variant.seconds_per_step * self.study.steps_for_tokens(variant, point)
+        uses = [
+            outcome.used(unit) if (outcome := self.outcome(run)) else math.nan
+            for run in self.compared(variant, "tokens") or []
+        ]
+        return statistics.median(uses) if uses and all(map(math.isfinite, uses)) else None
 
     def _take(self, run: Run) -> bool:
         """Execute a run unless another worker holds its lock. Returns whether the run is done."""
@@ -220,14 +262,14 @@ class Worker:
             lock.release()
 
     def _execute(self, run: Run) -> None:
-        config = run.study.config(run.variant, run.point, run.seed, run.steps, run.folder)
-        logs = run.study.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        file = logs / f"{run.name}.yaml"
+        config, file = run.config(), run.file("yaml")
+        if _name(run, config) != run.name:
+            raise UserError(f"{run.study.base} has changed since the study began; start the same command again")
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(config.to_yaml())
         log.info("%s ...", run.title())
         start = time.monotonic()
-        with (logs / f"{run.name}.txt").open("ab") as output:
+        with run.file("txt").open("ab") as output:
             self._process = subprocess.Popen(
                 [*self._command(), "train", "--config", str(file)],
                 stdout=output,
@@ -244,7 +286,7 @@ class Worker:
             self._stop_signal = self._stop_signal or signal.SIGTERM  # the run itself was stopped
         self._raise_if_stopped()
         if status:
-            self._record_failure(run, status, (logs / f"{run.name}.txt"))
+            self._record_failure(run, status, run.file("txt"))
         elif outcome := self.outcome(run):
             log.info("%s: validation loss %.4f in %.0f s", run.title(), outcome.loss, time.monotonic() - start)
 
@@ -255,7 +297,7 @@ class Worker:
     def _record_failure(self, run: Run, status: int, output: Path) -> None:
         """Record divergence as a result. Other failures, such as rejected settings or a lost process, are errors."""
         message = error_line(output.read_text(errors="replace")).removeprefix("error: ")
-        if status != EXIT_MISTAKE or "optimizer.lr" not in message:
+        if status != EXIT_MISTAKE or DIVERGED not in message:
             raise UserError(f"{run.title()} ended with status {status} ({message}); see {output}")
         run.folder.mkdir(exist_ok=True)
         (run.folder / "failed").write_text(f"{message}\n")
