@@ -77,7 +77,7 @@ def test_each_run_is_done_once_and_compared_by_seed(done: tuple[Path, str]) -> N
     started = re.findall(r"^(.*) \.\.\.$", said, re.MULTILINE)
     assert len([line for line in started if ", seed " in line]) == 8 == len({*started})
     tables = json.loads((folder / "study.json").read_text())
-    assert list(tables) == ["tokens", "flops"]
+    assert list(tables) == ["tokens", "flops", "notes"] and tables["notes"][0].startswith("Mean over 2 seeds")
     (dense, inrank), (dense_again, longer) = tables["tokens"], tables["flops"]
     assert dense == dense_again
     assert dense["control"] is None and dense["rank"] is None and inrank["control"] == "dense"
