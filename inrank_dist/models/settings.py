@@ -82,8 +82,8 @@ class ModelSettings:
     """Base of the rotary frequencies (llama only). null: 10000."""
     layer_crossing: bool = False
     """Add to the output of each linear layer the output of the same layer in the previous block (after LaX, arXiv
-    2505.21732). Adds no parameters and almost no computation. Lowered the loss of dense and low-rank models in our study.
-    With train.activation_checkpointing these outputs are kept in memory as well."""
+    2505.21732). Adds no parameters and almost no computation. Lowers the loss in our study, dense or low-rank. With
+    train.activation_checkpointing these outputs are kept in memory as well."""
     init_from: str | None = None
     """Folder that provides the initial weights: a dense model of transformers with safetensors, a run, or exported
     factors. With low-rank layers, see lowrank.init: loaded. null: random weights. A run that resumes does not read
