@@ -1,4 +1,4 @@
-"""Deep matrix completion in a compressed network: as few iterations as the full width, a fraction of the time.
+"""Deep matrix completion in a compressed network: about as many iterations as the full width, in less time.
 
 Source: Yaras et al., Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation, arXiv 2406.04112.
 ``M: (d, d)`` of rank ``r``, of which a share of the entries is observed, is fitted by ``W_L ... W_1`` of width ``d``
@@ -275,11 +275,7 @@ def _claims(settings: Settings, outcomes: list[Outcome]) -> list[Claim]:
     for each in outcomes:
         counts = [small.iterations if small.done else float("inf") for small, _ in each.sweep.values()]
         flat.append(max(counts) / min(counts))
-        ratios += [
-            narrow.iterations / small.iterations
-            for estimate, (small, narrow) in each.sweep.items()
-            if estimate <= 2 * settings.rank
-        ]
+        ratios += [narrow.iterations / small.iterations for small, narrow in each.sweep.values()]
     return [
         Claim(
             name="full_error",
@@ -325,9 +321,8 @@ def _claims(settings: Settings, outcomes: list[Outcome]) -> list[Claim]:
             most=1.1,
         ),
         Claim(
-            name="narrow",
-            statement="iterations of a random narrow network over those of the compressed one, "
-            f"estimates up to {2 * settings.rank}",
+            name="published_narrow",
+            statement="iterations of a random narrow network over those of the compressed one, least of all estimates",
             measured=min(ratios),
             least=2,
         ),
@@ -373,9 +368,9 @@ def _plots(settings: Settings, outcome: Outcome) -> list[Plot]:
 EXPERIMENT = Experiment(
     title="Deep matrix completion in a compressed network",
     summary="A low-rank matrix is completed by a deep linear network of full width and by a compressed one whose outer "
-    "factors come from a single gradient at the start. Both take as many iterations; the compressed one takes a "
-    "fraction of the time. Outer factors that stand still leave an error. An overestimated rank costs nothing, while "
-    "random narrow factors take longer.",
+    "factors come from a single gradient at the start. Both take about as many iterations; the compressed one takes "
+    "a fraction of the time. Outer factors that stand still leave an error. An overestimated rank costs no iterations, "
+    "while random narrow factors take longer.",
     formulas=(
         "min ½ |mask ∘ (W_L ⋯ W₁ − M)|²,   W_l(0) = eps · orthogonal,   rate η",
         "compressed: U C_L ⋯ C₁ Vᵀ,   C_l(0) = eps I (2r × 2r),   rate η for C_l, γη for U and V",

@@ -192,7 +192,7 @@ def _middle_note(settings: Settings, middle: Sequence[Trajectory]) -> str:
 
 def _spectrum_claims(settings: Settings, eps: float, independent: Sequence[Trajectory]) -> list[Claim]:
     """A small start: as many large values as modes, the rest tiny. A large one: the whole null block moves."""
-    rank, name = settings.rank, f"eps {eps:g}, {len(independent)} independent starts, all layers"
+    rank, name = settings.rank, f"eps {eps:g}, {len(independent)} independent starts"
     if eps == settings.small:
         last = torch.stack([each.updates[-1] for each in independent])
         return [
@@ -204,8 +204,14 @@ def _spectrum_claims(settings: Settings, eps: float, independent: Sequence[Traje
             ),
             Claim(
                 name="rest_small",
-                statement=f"{name}, first and last: singular value {rank + 1} of the update, largest found",
+                statement=f"{name}, outer layers: singular value {rank + 1} of the update, largest found",
                 measured=float(last[:, [0, 2], rank].max()),
+                most=0.013,
+            ),
+            Claim(
+                name="published_rest_small",
+                statement=f"{name}, middle layer: the same",
+                measured=float(last[:, 1, rank].max()),
                 most=0.013,
             ),
         ]
@@ -225,7 +231,8 @@ def _spectrum_claims(settings: Settings, eps: float, independent: Sequence[Traje
 
 def _ode_claims(eps: float, aligned: Trajectory, independent: Sequence[Trajectory], solution: Tensor) -> list[Claim]:
     errors = ((aligned.modes - solution) / solution).abs()
-    null = max(float(((each.modes - solution) / solution)[:, -1].abs().max()) for each in independent)
+    shift, shifts = eps - solution[-1, -1], [eps - each.modes[-1, -1] for each in independent]
+    null = max(float((each / shift - 1).abs()) for each in shifts)
     return [
         Claim(
             name=f"ode_{eps:g}",
@@ -235,7 +242,7 @@ def _ode_claims(eps: float, aligned: Trajectory, independent: Sequence[Trajector
         ),
         Claim(
             name=f"ode_null_{eps:g}",
-            statement=f"eps {eps:g}, independent starts: relative error of the ODE for the null block, worst time",
+            statement=f"eps {eps:g}, independent starts: relative error of the ODE for the shift of the null block",
             measured=null,
             most=0.02,
         ),
