@@ -31,7 +31,7 @@ COMMANDS = {
     "report": "one self-contained HTML file with plots",
     "compare": "several runs beside each other: one table, and one HTML file with plots",
     "study": "many runs of one config, variants against their controls, in one table",
-    "theory": "the laboratory: small exact experiments of the papers",
+    "theory": "the laboratory: small experiments after the papers",
     "bench": "benchmarks: full rank against low rank; a rank decision; the cost of checkpoints",
 }
 

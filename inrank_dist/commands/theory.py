@@ -1,4 +1,4 @@
-"""``inrank theory``: small exact experiments of the papers."""
+"""``inrank theory``: small experiments after the papers."""
 
 import argparse
 import dataclasses

@@ -100,7 +100,8 @@ def DeepLoRA(
         targets: as in ``InRank``.
         initial_rank: rank of every update.
         depth: number of factors of an update. 2 is LoRA.
-        init_scale: scale of the orthogonal factors at initialisation. The update starts at ``init_scale ** depth``.
+        init_scale: scale of the orthogonal factors at initialisation. The singular values of the update start at
+            ``init_scale ** depth``, or ``init_scale ** (depth - 2)`` with ``outer_init="gradient"``.
         train_only_factors: whether everything else is frozen. If False, embeddings, norms, biases and layers that are
             not targets are trained, too.
         options: any other field of ``LowRankSettings``. With ``outer_init="gradient"``, call ``run.start(backward)``

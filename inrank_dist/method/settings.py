@@ -101,7 +101,8 @@ class LowRankSettings:
     (Deep LoRA, arXiv 2406.04112)."""
     init_scale: float = 0.1
     """With depth above 2 and a base: scale of the orthogonal factors at initialisation. The singular values of their
-    product start at init_scale to the power of depth. Smaller values favour a lower rank and start slower."""
+    product start at init_scale to the power of depth (of depth - 2 with outer_init gradient). Smaller values favour a
+    lower rank and start slower."""
     outer_init: Literal["random", "gradient"] = "random"
     """With depth above 2, mode fixed and base frozen: initialisation of U and V. gradient: half of their columns are
     the top singular vectors of the gradient of the weight at the first batch, the others are random (the compressed

@@ -1,4 +1,4 @@
-"""The laboratory: small exact experiments of the papers, in float64, each seconds to two minutes on two cores."""
+"""The laboratory: small experiments after papers, in float64, each seconds to minutes on two cores."""
 
 from __future__ import annotations
 
