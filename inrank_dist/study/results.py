@@ -121,8 +121,8 @@ def compare(worker: Worker) -> Comparison:
     starts = [outcome.start for outcome in outcomes if outcome.start is not None]
     values = {key: sorted({str(start[key]) for start in starts if start.get(key) is not None}) for key in SAME}
     unlike = {SAME[key]: found for key, found in values.items() if len(found) > 1}
-    timed = study.variants.values() if "seconds" in study.budget else ()
-    spreads = {variant.name: _spread(worker, variant) for variant in timed if variant.seconds_per_step is None}
+    timed = [each for each in study.variants.values() if "seconds" in each.units and each.seconds_per_step is None]
+    spreads = {variant.name: _spread(worker, variant) for variant in timed}
     return Comparison(tables, missing, unlike, spreads)
 
 
