@@ -108,7 +108,7 @@ def notes(study: Study, comparison: Comparison) -> list[str]:
                 "time is not reliable. Measure without other load, and write seconds_per_step in the variant."
             )
     for what, values in comparison.unlike.items():
-        sentences.append(f"The runs differ in {what} and cannot be compared: {', '.join(values)}.")
+        sentences.append(f"The runs differ in {what}, which may be why their losses differ: {', '.join(values)}.")
     for unit, names in comparison.missing.items():
         if names:
             sentences.append(f"{TITLES[unit]}: left out, as not all runs are done or one diverged: {'; '.join(names)}.")

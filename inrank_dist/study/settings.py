@@ -56,8 +56,8 @@ class Variant:
         """Keys whose value is the smallest or largest number tried, so that better ones may lie beyond."""
         found = []
         for key, value in point:
-            numbers = list(map(_number, self.grid[key]))
-            if len(numbers) > 1 and None not in numbers and _number(value) in (min(numbers), max(numbers)):  # type: ignore[type-var]
+            numbers = [number for each in self.grid[key] if (number := _number(each)) is not None]
+            if 1 < len(numbers) == len(self.grid[key]) and float(value) in (min(numbers), max(numbers)):
                 found.append(key)
         return found
 

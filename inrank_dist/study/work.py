@@ -244,7 +244,7 @@ class Worker:
             outcome.used(unit) if (outcome := self.outcome(run)) else math.nan
             for run in self.compared(variant, "tokens") or []
         ]
-        return statistics.median(uses) if uses and all(map(math.isfinite, uses)) else None
+        return statistics.median(uses) if uses and all(0 < use < math.inf for use in uses) else None
 
     def _take(self, run: Run) -> bool:
         """Execute a run unless another worker holds its lock. Returns whether the run is done."""
