@@ -207,7 +207,7 @@ def test_completion_in_small() -> None:
     for name in ("full_error", "compressed_error", "stall", "flat"):
         assert found[name].holds, found[name]
     assert found["iterations"].measured < 1.5
-    assert found["stall_error"].measured > 1e-2 and found["published_narrow"].measured > 1.2
+    assert found["stall_error"].measured > 1e-2 and found["narrow"].measured > 1.2
 
 
 @pytest.mark.parametrize("kind", sgd_rank.KINDS)

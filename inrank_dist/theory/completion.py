@@ -275,7 +275,7 @@ def _claims(settings: Settings, outcomes: list[Outcome]) -> list[Claim]:
     for each in outcomes:
         counts = [small.iterations if small.done else float("inf") for small, _ in each.sweep.values()]
         flat.append(max(counts) / min(counts))
-        ratios += [narrow.iterations / small.iterations for small, narrow in each.sweep.values()]
+        ratios += [(rank, narrow.iterations / small.iterations) for rank, (small, narrow) in each.sweep.items()]
     return [
         Claim(
             name="full_error",
@@ -321,9 +321,16 @@ def _claims(settings: Settings, outcomes: list[Outcome]) -> list[Claim]:
             most=1.1,
         ),
         Claim(
+            name="narrow",
+            statement="iterations of a random narrow network over those of the compressed one, "
+            f"estimates up to {2 * settings.rank}",
+            measured=min(ratio for rank, ratio in ratios if rank <= 2 * settings.rank),
+            least=2,
+        ),
+        Claim(
             name="published_narrow",
-            statement="iterations of a random narrow network over those of the compressed one, least of all estimates",
-            measured=min(ratios),
+            statement="the same, all estimates",
+            measured=min(ratio for _, ratio in ratios),
             least=2,
         ),
     ]

@@ -231,8 +231,8 @@ def _spectrum_claims(settings: Settings, eps: float, independent: Sequence[Traje
 
 def _ode_claims(eps: float, aligned: Trajectory, independent: Sequence[Trajectory], solution: Tensor) -> list[Claim]:
     errors = ((aligned.modes - solution) / solution).abs()
-    shift, shifts = eps - solution[-1, -1], [eps - each.modes[-1, -1] for each in independent]
-    null = max(float((each / shift - 1).abs()) for each in shifts)
+    shift = eps - solution[1:, -1]
+    null = max(float(((eps - each.modes[1:, -1]) / shift - 1).abs().max()) for each in independent)
     return [
         Claim(
             name=f"ode_{eps:g}",
@@ -242,7 +242,7 @@ def _ode_claims(eps: float, aligned: Trajectory, independent: Sequence[Trajector
         ),
         Claim(
             name=f"ode_null_{eps:g}",
-            statement=f"eps {eps:g}, independent starts: relative error of the ODE for the shift of the null block",
+            statement=f"eps {eps:g}, independent starts: relative error of the shift of the null block, worst time",
             measured=null,
             most=0.02,
         ),
